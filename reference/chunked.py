@@ -1,0 +1,188 @@
+"""The same rows, a chunk of tokens at a time, in matrix products.
+
+A chunk is a span, so the recurrence over a long sequence is: what does each chunk do to the memory (all chunks at
+once), fold them (a short loop), and read (all chunks at once again). Time is linear in T and so is memory, which is
+T/C memories and a C×C score matrix a chunk.
+
+Nothing is ever divided by a decay. Every decay between two tokens is the exponential of a sum of the gates that lie
+between them, taken from one end, so it is at most 1 and a gate of -inf is as good as any other.
+
+    b batch   n chunks   c tokens of a chunk   h heads   k key size   v value size
+    b_i = g_1 + ... + g_i within the chunk;   ⟨q, k⟩_ij = sum over channels of q_i k_j e^{b_i - b_j}
+
+    additive   O = (Q e^b) M + tril⟨Q, K⟩ V        A = e^{b_C}                     S = (K e^{b_C - b})ᵀ V
+    delta      L = diag(beta) stril⟨K, K⟩          [U W] = (I + L)⁻¹ diag(beta) [V  K e^b]
+               O = (Q e^b) M + tril⟨Q, K⟩ (U - W M)
+               A = diag(e^{b_C}) - (K e^{b_C - b})ᵀ W       S = (K e^{b_C - b})ᵀ U
+
+Sources: GLA (2312.06635, section 4), Mamba2 (2405.21060, section 6), DeltaNet (2406.06484, section 3), Gated DeltaNet
+(2412.06464, section 3.3), KDA (2510.26692, section 3).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from reference import recurrence as words
+from reference.documents import over_documents
+from reference.recurrence import TRANSITION, Inputs, Memory, Normal, Row, check, normal, prepare, transition
+
+CHUNK = 64
+TIMED = ("q", "k", "v", "g", "beta")  # the parts of the normal form with a time axis
+
+
+def recurrence(
+    row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None, cu_seqlens=None, chunk: int = CHUNK
+) -> tuple[Float[Tensor, "b t h v"], Memory]:
+    """The row from `memory` (zeros if None): outputs, and the memory after the last token, as `recurrence.recurrence`.
+
+    `chunk` is a power of two. Raises ValueError, in one line, for inputs that do not fit the row.
+    """
+    constants = constants or {}
+    check(row, tokens, constants, memory, cu_seqlens)
+    dtype, tokens, constants, memory = prepare(row, tokens, constants, memory, cu_seqlens)
+
+    x = normal(row, {**tokens, **constants})
+    parts = {name: y for name, y in x._asdict().items() if name in TIMED and y is not None}
+
+    def run(parts, memory):
+        return over_chunks(x._replace(**parts), transition(row), memory, chunk)
+
+    o, memory = run(parts, memory) if cu_seqlens is None else over_documents(run, parts, memory, cu_seqlens)
+    return x.finish(o).to(dtype), memory
+
+
+def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> words.Span:
+    """`recurrence.span`, with the chunked run inside."""
+    return words.span(row, tokens, constants, cu_seqlens, run=recurrence)
+
+
+def over_chunks(x: Normal, kind: str, M: Memory, chunk: int) -> tuple[Tensor, Memory]:
+    t = x.v.shape[1]
+    if t == 0:
+        return x.v, M
+    chunk = min(chunk, 1 << (t - 1).bit_length())
+    x = x._replace(**{name: cut(getattr(x, name), chunk) for name in TIMED})
+    inside = chunk_of(x)
+    before, last = fold(kind, *spans(x, inside), M)
+    return rearrange(outputs(x, inside, before), "b n h c v -> b (n c) h v")[:, :t], last
+
+
+def cut(x: Tensor | None, chunk: int) -> Tensor | None:
+    """Into whole chunks. The last one is filled with zeros: tokens without decay, write or read."""
+    if x is None:
+        return None
+    missing = -x.shape[1] % chunk
+    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else x
+    return rearrange(x, "b (n c) h ... -> b n h c ...", c=chunk)
+
+
+class Chunk(NamedTuple):
+    """What is known of each chunk before any memory is."""
+
+    reach: Float[Tensor, "b n h c k"]  # q e^b: what each token sees of the memory that comes in
+    scores: Float[Tensor, "b n h c c"]  # ⟨q, k⟩, masked
+    written: Float[Tensor, "b n h c v"]  # V, or U for a delta rule
+    erased: Float[Tensor, "b n h c k"] | None  # W for a delta rule
+    lasting: Float[Tensor, "b n h c k"]  # k e^{b_C - b}: what is left of each write at the chunk's end
+    total: Tensor | None  # e^{b_C}, by head or by channel
+
+
+def chunk_of(x: Normal) -> Chunk:
+    if x.g is None:
+        start, end, total = x.k.new_ones(()), x.k.new_ones(()), None
+    else:
+        g = x.g[..., None] if x.g.ndim == 4 else x.g
+        start, end, total = prefix(g).exp(), suffix(g).exp(), g.sum(-2).exp()
+    asked = start if x.u is None else F.pad(start, (0, 0, 1, 0), value=1.0)[..., :-1, :]
+    scores = between(x.q, x.k, x.g, exclusive=x.u is not None)
+    if x.u is not None:
+        scores = scores.tril(-1) + torch.diag_embed((x.q * x.u[:, None] * x.k).sum(-1))
+    if x.beta is None:
+        return Chunk(x.q * asked, scores, x.v, None, x.k * end, total)
+    L = x.beta[..., None] * between(x.k, x.k, x.g).tril(-1)
+    right = x.beta[..., None] * torch.cat([x.v, x.k * start], -1)
+    # unitriangular: the solver takes the ones on the diagonal as given and never reads it
+    U, W = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True).split(
+        [x.v.shape[-1], x.k.shape[-1]], -1
+    )
+    return Chunk(x.q * asked, scores, U, W, x.k * end, total)
+
+
+def spans(x: Normal, inside: Chunk) -> tuple[Tensor | None, Tensor]:
+    """(A, S) of every chunk; A is None where it is 1."""
+    S = inside.lasting.mT @ inside.written
+    if inside.erased is None:
+        return (None if inside.total is None else inside.total.squeeze(-1) if x.g.ndim == 4 else inside.total), S
+    k = x.k.shape[-1]
+    kept = torch.eye(k, dtype=S.dtype, device=S.device)
+    if inside.total is not None:
+        kept = torch.diag_embed(inside.total.expand(*inside.total.shape[:-1], k))
+    return kept - inside.lasting.mT @ inside.erased, S
+
+
+def fold(kind: str, A: Tensor | None, S: Tensor, M: Memory) -> tuple[Float[Tensor, "b n h k v"], Memory]:
+    """The memory before each chunk, and after the last."""
+    before = []
+    for a, s in zip([None] * S.shape[1] if A is None else A.unbind(1), S.unbind(1), strict=True):
+        before.append(M)
+        M = (M if a is None else TRANSITION[kind].act(a, M)) + s
+    return torch.stack(before, 1), M
+
+
+def outputs(x: Normal, inside: Chunk, before: Tensor) -> Float[Tensor, "b n h c v"]:
+    written = inside.written if inside.erased is None else inside.written - inside.erased @ before
+    return inside.reach @ before + inside.scores @ written
+
+
+# --------------------------------------------------------------------------------- decays between two tokens
+
+
+def prefix(g: Float[Tensor, "... c k"]) -> Tensor:
+    """b_i: from the chunk's start up to and with token i."""
+    return g.cumsum(-2)
+
+
+def suffix(g: Float[Tensor, "... c k"]) -> Tensor:
+    """b_C - b_j without the subtraction: from after token j to the chunk's end."""
+    after = F.pad(g[..., 1:, :], (0, 0, 0, 1))
+    return after.flip(-2).cumsum(-2).flip(-2)
+
+
+def between(q: Tensor, k: Tensor, g: Tensor | None, exclusive: bool = False) -> Float[Tensor, "... c c"]:
+    """tril⟨q, k⟩: q_i · k_j times the decay from after token j to token i (exclusive: to the token before i)."""
+    if g is None:
+        return (q @ k.mT).tril()
+    if g.ndim == 4:
+        return (q @ k.mT) * decays(g)
+    return halves(q, k, g, exclusive)
+
+
+def decays(g: Float[Tensor, "b n h c"]) -> Float[Tensor, "b n h c c"]:
+    """e^{g_{j+1} + ... + g_i}, each sum taken on its own (a difference of two sums would lose -1e4 and break -inf)."""
+    c = g.shape[-1]
+    later = torch.ones(c, c, dtype=torch.bool, device=g.device).tril(-1)
+    sums = torch.where(later, g[..., :, None], 0.0).cumsum(-2)
+    return sums.masked_fill(~later.logical_or(torch.eye(c, dtype=torch.bool, device=g.device)), -torch.inf).exp()
+
+
+def halves(q: Tensor, k: Tensor, g: Float[Tensor, "... c k"], exclusive: bool) -> Float[Tensor, "... c c"]:
+    """Decays that differ by channel: queries of the later half meet keys of the earlier half at the middle.
+
+    Both are decayed towards the middle, so both factors are at most 1, and one matrix product does the quarter.
+    The two diagonal quarters are the same problem at half the size.
+    """
+    c = q.shape[-2]
+    if c == 1:
+        return (q * k).sum(-1, keepdim=True)
+    (q1, q2), (k1, k2), (g1, g2) = (x.unflatten(-2, (2, c // 2)).unbind(-3) for x in (q, k, g))
+    reach = prefix(g2)
+    if exclusive:
+        reach = F.pad(reach, (0, 0, 1, 0))[..., :-1, :]
+    corner = (q2 * reach.exp()) @ (k1 * suffix(g1).exp()).mT
+    quarters = halves(*(torch.stack(x) for x in ((q1, q2), (k1, k2), (g1, g2))), exclusive)
+    return torch.cat([F.pad(quarters[0], (0, c // 2)), torch.cat([corner, quarters[1]], -1)], -2)

@@ -1,0 +1,50 @@
+"""The seam: what a model is written against.
+
+A model calls these functions and nothing else that depends on the machine. `reference.ops` computes them in plain
+PyTorch, `fast.ops` in Triton kernels, and each kind of parallelism takes an `Ops` and returns an `Ops`, so the model
+knows neither the backend nor the number of ranks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from reference import chunked, recurrence
+from reference.attention import attention
+from reference.head import token_losses
+from reference.local import norm, short_convolution, token_shift
+from reference.moe import experts
+
+
+class Ops(NamedTuple):
+    """One backend. Shapes are `b t ...`; with `cu_seqlens` b = 1 and states have a document each in place of b."""
+
+    name: str
+    recurrence: Callable  # (row, tokens, constants, memory, cu_seqlens) -> (o : b t h v, memory)
+    span: Callable  # (row, tokens, constants, cu_seqlens) -> Span
+    step: Callable  # (row, tokens of t = 1, constants, memory) -> (o, memory); may reuse the memory
+    short_convolution: Callable  # (x : b t c, weight : c w, bias, activation, taps, cu_seqlens) -> (y, taps)
+    token_shift: Callable  # (x : b t d, last : b d, cu_seqlens) -> (the token before each, last)
+    attention: Callable  # (q : b t h d, k : b t g d, v, past, cu_seqlens) -> (o, past)
+    experts: Callable  # (x : n d, routing, w13 : e 2f d, w2 : e d f) -> y : n d
+    norm: Callable  # (x, weight, eps, gate, activation) -> RMS norm over the last axis
+    token_losses: Callable  # (x : n d, head : vocabulary d, labels : n) -> cross entropy of each token, 0 where -100
+    total: Callable  # (x) -> the sum of x over all ranks that share the batch
+    kept: tuple[str, ...] = ()  # functions that this backend deliberately shares with `reference`
+
+
+ops = Ops(
+    name="reference",
+    recurrence=chunked.recurrence,
+    span=chunked.span,
+    step=recurrence.step,
+    short_convolution=short_convolution,
+    token_shift=token_shift,
+    attention=attention,
+    experts=experts,
+    norm=norm,
+    token_losses=token_losses,
+    total=lambda x: x,
+)
+
+# The definition itself, token by token: slow, and what everything else is compared with.
+exact = ops._replace(name="exact", recurrence=recurrence.recurrence, span=recurrence.span)

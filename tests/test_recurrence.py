@@ -1,0 +1,221 @@
+"""The laws of one recurrence, for every row of the table, in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import assert_within_budget, leaves, make, pieces, start
+
+from reference import chunked, recurrence
+from reference.lsm import LSM
+from reference.recurrence import TRANSITION, Span, apply, compose, fold, fold_back, transition
+
+SHAPES = {
+    "t": st.integers(1, 40),
+    "k": st.integers(1, 6),
+    "v": st.integers(1, 6),
+    "seed": st.integers(0, 999),
+}
+rows = pytest.mark.parametrize("name", LSM)
+same = dict(rtol=1e-9, atol=1e-10)
+
+
+def gradients(run, row, tokens, constants, M):
+    """Outputs, last memory, and the gradient of a random function of both for every input."""
+    tokens, constants = dict(tokens), dict(constants)
+    memory = {"M": M}
+    wanted = leaves(tokens, constants, memory)
+    o, last = run(row, tokens, constants, memory["M"])
+    rng = torch.Generator().manual_seed(5)
+    loss = sum((x * torch.randn(x.shape, generator=rng, dtype=x.dtype)).sum() for x in (o, last))
+    return [o.detach(), last.detach(), *torch.autograd.grad(loss, wanted)]
+
+
+@rows
+@given(**SHAPES, chunk=st.sampled_from([1, 2, 8, 64]))
+def test_chunks_equal_the_loop(name, t, k, v, seed, chunk):
+    row, tokens, constants = make(name, t=t, k=k, v=v, seed=seed)
+    M = start(name, row, tokens)
+    wanted = gradients(recurrence.recurrence, row, tokens, constants, M)
+    got = gradients(lambda *x: chunked.recurrence(*x, chunk=chunk), row, tokens, constants, M)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, **same)
+
+
+@rows
+@pytest.mark.parametrize("run", [recurrence.recurrence, chunked.recurrence])
+@given(**SHAPES, data=st.data())
+def test_memory_carries_over_a_cut(name, run, t, k, v, seed, data):
+    row, tokens, constants = make(name, t=t, k=k, v=v, seed=seed)
+    cut = data.draw(st.integers(0, t))
+    whole, last = run(row, tokens, constants)
+    head, M = run(row, pieces(tokens, 0, cut), constants)
+    tail, M = run(row, pieces(tokens, cut, t), constants, M)
+    torch.testing.assert_close(torch.cat([head, tail], 1), whole, **same)
+    torch.testing.assert_close(M, last, **same)
+
+
+@rows
+@given(**SHAPES)
+def test_steps_equal_the_whole(name, t, k, v, seed):
+    row, tokens, constants = make(name, t=t, k=k, v=v, seed=seed)
+    whole, last = chunked.recurrence(row, tokens, constants)
+    M, o = None, []
+    for i in range(t):
+        y, M = recurrence.step(row, pieces(tokens, i, i + 1), constants, M)
+        o.append(y)
+    torch.testing.assert_close(torch.cat(o, 1), whole, **same)
+    torch.testing.assert_close(M, last, **same)
+
+
+@rows
+@pytest.mark.parametrize("run", [recurrence.recurrence, chunked.recurrence])
+def test_no_token_sees_a_later_one_or_another_sequence(name, run):
+    row, tokens, constants = make(name, t=11)
+    wanted = leaves(tokens)
+    o, _ = run(row, tokens, constants)
+    for gradient in torch.autograd.grad(o[1, 6].sum(), wanted):
+        assert gradient[0].abs().max() == 0 and gradient[1, 7:].abs().max() == 0
+        assert gradient[1, :7].abs().max() > 0
+
+
+@st.composite
+def borders(draw):
+    lengths = draw(st.lists(st.sampled_from([0, 0, 1, 2, 3, 7, 16, 21]), min_size=1, max_size=5))
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+@rows
+@pytest.mark.parametrize("run", [recurrence.recurrence, chunked.recurrence])
+@given(cu_seqlens=borders(), seed=st.integers(0, 99))
+def test_packed_documents_equal_each_alone(name, run, cu_seqlens, seed):
+    n, t = len(cu_seqlens) - 1, int(cu_seqlens[-1])
+    row, tokens, constants = make(name, b=1, t=t, seed=seed)
+    M = start(name, row, tokens, n=n)
+    o, last = run(row, tokens, constants, M, cu_seqlens)
+    for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+        alone, end = recurrence.recurrence(row, pieces(tokens, a, b), constants, M[i : i + 1])
+        torch.testing.assert_close(o[:, a:b], alone, **same)
+        torch.testing.assert_close(last[i : i + 1], end, **same)
+
+
+@rows
+@given(t=st.integers(0, 20), cut=st.integers(0, 20), seed=st.integers(0, 99), run=st.sampled_from([recurrence, chunked]))
+def test_a_span_is_what_its_tokens_do(name, t, cut, seed, run):
+    row, tokens, constants = make(name, t=t, seed=seed)
+    M, cut = start(name, row, tokens), min(cut, t)
+    whole = run.span(row, tokens, constants)
+    torch.testing.assert_close(apply(whole, M), recurrence.recurrence(row, tokens, constants, M)[1], **same)
+    early, late = (run.span(row, pieces(tokens, *x), constants) for x in ((0, cut), (cut, t)))
+    for a, b in zip(compose(late, early)[:2], whole[:2], strict=True):
+        torch.testing.assert_close(a, b, **same)
+
+
+def spans(kind, lengths, seed=0, k=3, v=2):
+    rng = torch.Generator().manual_seed(seed)
+    sizes = {"b": 2, "h": 2, "k": k}
+    shape = [sizes[letter] for letter in TRANSITION[kind].shape.split()]
+    draw = lambda s: torch.randn(s, generator=rng, dtype=torch.float64)  # noqa: E731
+    return [Span(draw(shape), draw([2, 2, k, v]), kind) for _ in range(lengths)]
+
+
+@pytest.mark.parametrize("kind", TRANSITION)
+@given(seed=st.integers(0, 99))
+def test_spans_compose_associatively(kind, seed):
+    a, b, c = spans(kind, 3, seed)
+    for x, y in zip(compose(compose(c, b), a)[:2], compose(c, compose(b, a))[:2], strict=True):
+        torch.testing.assert_close(x, y)
+    M = a.S + 1
+    torch.testing.assert_close(apply(compose(b, a), M), apply(b, apply(a, M)))
+
+
+@pytest.mark.parametrize("kind", TRANSITION)
+@given(n=st.integers(0, 4), seed=st.integers(0, 99))
+def test_fold_back_is_the_gradient_of_fold(kind, n, seed):
+    many = [s._replace(A=s.A.requires_grad_(), S=s.S.requires_grad_()) for s in spans(kind, n, seed)]
+    M = torch.ones(2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    memories = fold(many, M)
+    G = [torch.randn(m.shape, dtype=m.dtype) for m in memories]
+    loss = sum((m * g).sum() for m, g in zip(memories, G, strict=True))
+    cotangents = fold_back(many, G[:-1], G[-1])
+    torch.testing.assert_close(torch.autograd.grad(loss, M, retain_graph=True)[0], cotangents[0])
+    for i, s in enumerate(many):
+        dA, dS = torch.autograd.grad(loss, [s.A, s.S], retain_graph=True)
+        torch.testing.assert_close(dS, cotangents[i + 1])
+        torch.testing.assert_close(dA, TRANSITION[kind].gradient(cotangents[i + 1], memories[i]))
+
+
+@rows
+@pytest.mark.parametrize("run", [recurrence.recurrence, chunked.recurrence])
+def test_gradcheck(name, run):
+    row, tokens, constants = make(name, b=1, t=5, h=1, k=2, v=2)
+    M = start(name, row, tokens)
+    names = [*tokens, *constants]
+    wanted = leaves(tokens, constants)
+
+    def function(M, *values):
+        x = dict(zip(names, values, strict=True))
+        return run(row, {n: x[n] for n in tokens}, {n: x[n] for n in constants}, M)
+
+    assert torch.autograd.gradcheck(function, (M.requires_grad_(), *wanted))
+
+
+EXTREME = (0.0, -1e4, -torch.inf, -1e-7, -60.0)
+
+
+@pytest.mark.parametrize("name", [n for n in LSM if "g" in LSM[n].tokens])
+@given(seed=st.integers(0, 99), t=st.sampled_from([1, 5, 63, 70]))
+def test_extreme_gates(name, seed, t):
+    row, tokens, constants = make(name, t=t, k=4, v=3, seed=seed, dtype=torch.float32)
+    rng = torch.Generator().manual_seed(seed)
+    pick = torch.randint(0, 2 * len(EXTREME), tokens["g"].shape, generator=rng)
+    for i, gate in enumerate(EXTREME):
+        tokens["g"] = torch.where(pick == i, torch.tensor(gate), tokens["g"])
+    M = start(name, row, tokens)
+    wide = [{n: x.double() for n, x in group.items()} for group in (tokens, constants)]
+    exact = gradients(recurrence.recurrence, row, *wide, M.double())
+    plain = gradients(recurrence.recurrence, row, tokens, constants, M)
+    for i, triple in enumerate(zip(gradients(chunked.recurrence, row, tokens, constants, M), plain, exact, strict=True)):
+        assert_within_budget(*triple, what=f"{name} {i}")
+
+
+@rows
+def test_half_precision_inputs_give_half_precision_outputs_and_a_wide_memory(name):
+    row, tokens, constants = make(name, dtype=torch.bfloat16)
+    o, M = chunked.recurrence(row, tokens, constants)
+    wide = {n: x.float() for n, x in tokens.items()}, {n: x.float() for n, x in constants.items()}
+    assert o.dtype == torch.bfloat16 and M.dtype == torch.float32
+    torch.testing.assert_close(M, chunked.recurrence(row, *wide)[1])
+
+
+BAD = {
+    "missing": (lambda x: x.pop("q"), "'q' is missing"),
+    "ndim": (lambda x: x.update(v=x["v"][0]), r"v has shape .* expected 'b t h v'"),
+    "length": (lambda x: x.update(v=x["v"][:, 1:]), r"v has shape .* with t = 13"),
+}
+
+
+@rows
+@pytest.mark.parametrize("run", [recurrence.recurrence, chunked.recurrence])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_inputs_give_one_line(name, run, case):
+    row, tokens, constants = make(name)
+    spoil, message = BAD[case]
+    spoil(tokens)
+    with pytest.raises(ValueError, match=message) as caught:
+        run(row, tokens, constants)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("borders", [[0, 5], [1, 13], [0, 9, 8, 13]])
+def test_bad_borders_give_one_line(borders):
+    row, tokens, constants = make("gla", b=1)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to t = 13"):
+        chunked.recurrence(row, tokens, constants, None, torch.tensor(borders, dtype=torch.int32))
+
+
+def test_transitions_are_what_the_words_say():
+    kinds = {name: transition(row) for name, row in LSM.items()}
+    assert kinds["linear_attention"] == kinds["mamba2"] == "scalar"
+    assert kinds["gla"] == kinds["rwkv6"] == "channel"
+    assert kinds["delta_net"] == kinds["kda"] == "matrix"
