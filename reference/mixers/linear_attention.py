@@ -1,0 +1,92 @@
+"""Layers whose memory keeps, or decays at a rate that no token changes: linear attention, Lightning, Retention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reference.attention import rotate
+from reference.mixers.parts import Mixer, Only, head_norm, linear
+
+FEATURE_MAP = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu, "identity": lambda x: x}
+POSITIVE = ("elu", "relu")
+
+
+class LinearAttention(Mixer):
+    """o = φ(q) M with M the sum of φ(k)ᵀ v (2006.16236), then RMS norm a head, and SiLU gate if `config.gate`.
+
+    The gated form is the layer of Linear-MoE (2503.05447): five projections of d × d.
+    """
+
+    def __init__(self, config, layer, layers, ops):
+        super().__init__(config, ops, config.width // config.heads, config.width // config.heads)
+        self.feature_map = FEATURE_MAP[config.feature_map]
+        self.q, self.k = linear(config.width, self.keys), linear(config.width, self.keys)
+        self.v, self.o = linear(config.width, self.values), linear(self.values, config.width)
+        self.gate = linear(config.width, self.values) if config.gate else None
+        self.norm = head_norm(self.value_size)
+
+    def forward(self, x, side, state: Only | None = None):
+        q, k = (self.feature_map(self.split(project(x))) for project in (self.q, self.k))
+        tokens = {"q": q * self.key_size**-0.5, "k": k, "v": self.split(self.v(x))}
+        o, memory = self.advance(tokens, {}, state and state.memory, side)
+        gate = None if self.gate is None else self.split(self.gate(x))
+        return self.o(self.ops.norm(o, self.norm, self.eps, gate).flatten(-2)), Only(memory)
+
+
+class NormalizedLinearAttention(LinearAttention):
+    """o = φ(q) M / φ(q)·z with z the sum of φ(k): weights that sum to one. φ must be positive."""
+
+    def __init__(self, config, layer, layers, ops):
+        if config.feature_map not in POSITIVE:
+            raise ValueError(
+                f"a normaliser needs positive features, {config.feature_map!r} has negative ones: use {' or '.join(POSITIVE)}"
+            )
+        super().__init__(config, layer, layers, ops)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """2^(-8 (h+1) / H) for h = 0 ... H-1 (2108.12409)."""
+    return 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+
+
+class Lightning(Mixer):
+    """MiniMax-01's lightning attention (2501.08313): SiLU on q, k, v, slopes that fade with depth, a sigmoid gate.
+
+    Agrees with transformers' MiniMaxLightningAttention.
+    """
+
+    def __init__(self, config, layer, layers, ops):
+        super().__init__(config, ops, config.width // config.heads, config.width // config.heads)
+        self.qkv = linear(config.width, 2 * self.keys + self.values)  # head after head, each [q | k | v]
+        self.gate, self.o = linear(config.width, self.values), linear(self.values, config.width)
+        self.norm = head_norm(self.values)
+        self.fade = 1 - layer / (layers - 1 + 1e-5) + 1e-5
+
+    def forward(self, x, side, state: Only | None = None):
+        parts = F.silu(self.split(self.qkv(x))).split([self.key_size, self.key_size, self.value_size], -1)
+        slopes = -alibi_slopes(self.heads).to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        tokens = dict(zip("qkv", parts, strict=True))
+        o, memory = self.advance(tokens, {"g": slopes * self.fade}, state and state.memory, side)
+        o = self.ops.norm(o.flatten(-2), self.norm, self.eps, self.gate(x), "sigmoid")
+        return self.o(o), Only(memory)
+
+
+class Retention(Mixer):
+    """RetNet's retention (2307.08621): rotary positions, head h forgets 2^(-5-h) of its memory a token, SiLU gate.
+
+    Values are twice as wide as keys. The paper's row normalisers do not survive the norm that follows.
+    """
+
+    def __init__(self, config, layer, layers, ops):
+        super().__init__(config, ops, config.width // config.heads, 2 * config.width // config.heads)
+        self.q, self.k = linear(config.width, self.keys), linear(config.width, self.keys)
+        self.v, self.gate = linear(config.width, self.values), linear(config.width, self.values)
+        self.o, self.norm, self.base = linear(self.values, config.width), head_norm(self.value_size), config.rope_base
+
+    def forward(self, x, side, state: Only | None = None):
+        q, k = (rotate(self.split(project(x)), side.positions, self.base) for project in (self.q, self.k))
+        h = torch.arange(self.heads, device=x.device, dtype=torch.float64)
+        g = torch.log1p(-(2.0 ** (-5 - h))).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        tokens = {"q": q * self.key_size**-0.5, "k": k, "v": self.split(self.v(x))}
+        o, memory = self.advance(tokens, {"g": g}, state and state.memory, side)
+        return self.o(self.ops.norm(o, self.norm, self.eps, self.split(self.gate(x))).flatten(-2)), Only(memory)

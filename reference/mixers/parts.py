@@ -1,0 +1,106 @@
+"""What several mixers share: parameters that know how they start, gates, and one step of a row."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reference.lsm import row
+from reference.recurrence import Memory
+
+Start = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+def parameter(*shape: int, start: Start) -> nn.Parameter:
+    """A parameter that is no matrix of a projection: it starts as `start(shape, generator)` and never decays."""
+    weight = nn.Parameter(torch.empty(shape))
+    weight.start = start
+    return weight
+
+
+def constant(value: float) -> Start:
+    return lambda shape, rng: torch.full(shape, value)
+
+
+def normal(std: float) -> Start:
+    return lambda shape, rng: torch.randn(shape, generator=rng) * std
+
+
+def uniform(low: float, high: float) -> Start:
+    return lambda shape, rng: low + (high - low) * torch.rand(shape, generator=rng)
+
+
+def log_uniform(low: float, high: float) -> Start:
+    """log of a number drawn evenly from (low, high): Mamba's A_log."""
+    return lambda shape, rng: uniform(low, high)(shape, rng).clamp(min=1e-4).log()
+
+
+def time_step(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """dt_bias whose softplus is log-uniform in [1e-3, 0.1] (Mamba 2312.00752, section 3.6)."""
+    dt = uniform(math.log(1e-3), math.log(0.1))(shape, rng).exp().clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def convolution(channels: int, width: int) -> nn.Parameter:
+    return parameter(channels, width, start=uniform(-(width**-0.5), width**-0.5))
+
+
+def wide(x: Tensor) -> Tensor:
+    """Float32 at least: gates, memories and norms are never computed in less."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def dt_gate(u: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """g = -exp(A_log) softplus(u + dt_bias), float32: the log decay of Mamba2 and of the gated delta rules."""
+    return -wide(A_log).exp() * F.softplus(wide(u) + wide(dt_bias))
+
+
+class Taps(NamedTuple):
+    """The state of a row behind short convolutions."""
+
+    memory: Memory
+    taps: Float[Tensor, "b w1 c"]
+
+
+class Only(NamedTuple):
+    """The state of a row alone."""
+
+    memory: Memory
+
+
+class Mixer(nn.Module):
+    """A layer around the row `config.lsm`. `key_size` and `value_size` of the configuration go before the defaults."""
+
+    def __init__(self, config, ops, key_size: int, value_size: int):
+        super().__init__()
+        self.ops, self.row, self.heads, self.eps = ops, row(config.lsm), config.heads, config.eps
+        self.key_size = config.key_size or key_size
+        self.value_size = config.value_size or value_size
+        self.keys, self.values = self.heads * self.key_size, self.heads * self.value_size
+
+    @classmethod
+    def common(cls, config, layers: int) -> dict[str, nn.Parameter]:
+        """Parameters that all layers of this kind share; they come back in `side.common`."""
+        return {}
+
+    def split(self, x: Float[Tensor, "b t hd"]) -> Float[Tensor, "b t h d"]:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def advance(self, tokens: dict, constants: dict, memory: Memory | None, side) -> tuple[Tensor, Memory]:
+        """The row over these tokens: one step if a running sequence gets one token, else the whole recurrence."""
+        if memory is not None and side.cu_seqlens is None and not torch.is_grad_enabled() and tokens["v"].shape[1] == 1:
+            return self.ops.step(self.row, tokens, constants, memory)
+        return self.ops.recurrence(self.row, tokens, constants, memory, side.cu_seqlens)
+
+
+def head_norm(size: int) -> nn.Parameter:
+    """The weight of a norm, over one head or over all."""
+    return parameter(size, start=constant(1.0))

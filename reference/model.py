@@ -1,0 +1,296 @@
+"""Pattern -> blocks -> language model, written once against `ops`.
+
+A stack is a string of letters, one a sublayer: L a linear sequence model, N softmax attention, E experts, D a dense
+feed-forward layer. Every sublayer is x + f(norm(x)). A mixer and the feed-forward layers behind it are one block, the
+unit that is sharded and recomputed. The model's state is a position and a state for every mixer.
+
+    b batch   t time   d width   e experts
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from reference import mixers
+from reference.documents import document_of, position_in_document
+from reference.mixers.parts import constant, head_norm, normal, parameter
+from reference.mixers.softmax import Softmax
+from reference.moe import Dense, Experts, MoE
+from reference.ops import Ops
+from reference.presets import Model as Config
+from reference.routers import Load
+
+
+class Side(NamedTuple):
+    """What a block may know about its tokens besides x."""
+
+    positions: Int[Tensor, "b t"]  # in the document
+    cu_seqlens: Int[Tensor, " n1"] | None = None  # borders of packed documents
+    documents: Int[Tensor, "b t"] | None = None  # which document a token belongs to, where they are packed
+    index: Int[Tensor, "b t"] | None = None  # the token's number in the whole run, for randomness
+    key: int | None = None  # of the step's randomness; None: no dropout
+    common: Mapping[str, Tensor] = {}  # parameters that mixers of one kind share
+
+
+class State(NamedTuple):
+    """All that a text so far has left in the model."""
+
+    position: Int[Tensor, " b"]
+    mixers: tuple
+
+
+class Output(NamedTuple):
+    """What the model returns: losses if it was given labels, else logits."""
+
+    losses: Float[Tensor, "b t"] | None
+    logits: Float[Tensor, "b t vocabulary"] | None
+    state: State | None
+    loads: Load | None  # every field stacked over the expert layers, in order
+
+
+class Sublayer(nn.Module):
+    """x + dropout(f(norm(x))), f a mixer or a feed-forward layer."""
+
+    def __init__(self, config: Config, inner: nn.Module, number: int, ops: Ops):
+        super().__init__()
+        self.inner, self.number, self.ops = inner, number, ops
+        self.norm, self.eps, self.dropout = head_norm(config.width), config.eps, config.dropout
+
+    def forward(self, x: Float[Tensor, "b t d"], side: Side, state=None):
+        y = self.ops.norm(x, self.norm, self.eps)
+        load = None
+        if isinstance(self.inner, MoE):
+            y, load = self.inner(y, side)
+        elif isinstance(self.inner, Dense):
+            y = self.inner(y, side)
+        else:
+            y, state = self.inner(y, side, state)
+        if side.key is not None and self.dropout:
+            y = dropout(y, self.dropout, side.key + self.number, side.index)
+        return x + y, state, load
+
+
+class Block(nn.Module):
+    """A mixer and what follows it, up to the next mixer."""
+
+    def __init__(self, sublayers: list[Sublayer]):
+        super().__init__()
+        self.sublayers = nn.ModuleList(sublayers)
+
+    def forward(self, x, side: Side, state=None):
+        """(x, side, state, loads of the expert layers). Nothing is accumulated inside: recomputing is safe."""
+        loads = []
+        for sublayer in self.sublayers:
+            x, state, load = sublayer(x, side, state)
+            loads += [] if load is None else [load]
+        return x, side, state, loads
+
+
+class LanguageModel(nn.Module):
+    """Tokens in; next-token losses or logits out."""
+
+    def __init__(self, config: Config, ops: Ops):
+        super().__init__()
+        self.config, self.ops = config, ops
+        letters = config.letters
+        count = sum(letter in "LN" for letter in letters)
+        self.embedding = parameter(config.vocabulary, config.width, start=normal(0.02))
+        self.common = nn.ParameterDict(common(config, count))
+        self.blocks = nn.ModuleList(blocks(config, letters, count, ops))
+        self.norm = head_norm(config.width)
+        if not config.tied:
+            self.head = parameter(config.vocabulary, config.width, start=normal(0.02))
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b t"],
+        labels: Int[Tensor, "b t"] | None = None,
+        positions: Int[Tensor, "b t"] | None = None,
+        cu_seqlens: Int[Tensor, " n1"] | None = None,
+        index: Int[Tensor, "b t"] | None = None,
+        key: int | None = None,
+        state: State | None = None,
+        keep_state: bool = False,
+    ) -> Output:
+        """The model over these tokens, from `state` (the start of a text if None).
+
+        `positions` and `cu_seqlens` describe packed documents (b = 1); without them every row goes on from its state.
+        `key` switches dropout on, as a function of key and `index` alone. Raises ValueError for an unknown token.
+        """
+        side = self.side(tokens, positions, cu_seqlens, index, key, state)
+        x = nn.functional.embedding(tokens, self.embedding)
+        states, loads = [], []
+        for i, block in enumerate(self.blocks):
+            x, side, after, load = block(x, side, None if state is None else state.mixers[i])
+            states.append(after)
+            loads += load
+        x = self.ops.norm(x, self.norm, self.config.eps)
+        head = self.embedding if self.config.tied else self.head
+        losses = logits = None
+        if labels is None:
+            logits = nn.functional.linear(x, head)
+        else:
+            losses = self.ops.token_losses(x.flatten(0, 1), head, labels.flatten()).view(labels.shape)
+        after = State(reached(side, state, tokens), tuple(states)) if keep_state else None
+        return Output(losses, logits, after, Load(*map(torch.stack, zip(*loads, strict=True))) if loads else None)
+
+    def side(self, tokens, positions, cu_seqlens, index, key, state) -> Side:
+        documents = None if cu_seqlens is None else document_of(cu_seqlens, tokens.shape[1])[None]
+        if positions is None:
+            start = 0 if state is None else state.position
+            if cu_seqlens is None:
+                offset = torch.arange(tokens.shape[1], device=tokens.device)
+                positions = (offset if state is None else start[:, None] + offset).expand(tokens.shape)
+            else:
+                own = position_in_document(cu_seqlens, tokens.shape[1])[None]
+                positions = own if state is None else own + start[documents]
+        return Side(positions, cu_seqlens, documents, index, key, dict(self.common.items()))
+
+    def check(self, tokens: Tensor) -> None:
+        """One line for tokens outside the vocabulary. Reads the tokens, so a GPU waits: for entry points, not steps."""
+        low, high = (int(f(tokens)) if tokens.numel() else 0 for f in (torch.min, torch.max))
+        if low < 0 or high >= self.config.vocabulary:
+            raise ValueError(f"tokens are {low} ... {high}; the vocabulary is 0 ... {self.config.vocabulary - 1}")
+
+
+def reached(side: Side, state: State | None, tokens: Tensor) -> Int[Tensor, " b"]:
+    """The position after the last token of every sequence, or of every packed document."""
+    before = 0 if state is None else state.position
+    if side.cu_seqlens is None:
+        return torch.full(tokens.shape[:1], tokens.shape[1], device=tokens.device) + before
+    return side.cu_seqlens.diff().long() + before
+
+
+def common(config: Config, count: int) -> dict[str, nn.Parameter]:
+    if "L" not in config.letters:
+        return {}
+    return mixers.kind(config.lsm).common(config, count)
+
+
+def blocks(config: Config, letters: str, count: int, ops: Ops) -> Iterator[Block]:
+    group, layer = [], 0
+    for number, letter in enumerate(letters):
+        if letter in "LN" and group:
+            yield Block(group)
+            group = []
+        group.append(Sublayer(config, INNER[letter](config, layer, count, ops), number, ops))
+        layer += letter in "LN"
+    yield Block(group)
+
+
+INNER = {
+    "L": mixers.build,
+    "N": lambda config, layer, layers, ops: Softmax(config, ops),
+    "E": lambda config, layer, layers, ops: MoE(experts_of(config), ops),
+    "D": lambda config, layer, layers, ops: Dense(config.width, config.dense_width),
+}
+
+
+def experts_of(config: Config) -> Experts:
+    return Experts(
+        width=config.width,
+        experts=config.experts,
+        top_k=config.top_k,
+        hidden=config.expert_width,
+        router=config.router,
+        capacity_factor=config.capacity_factor,
+        groups=config.groups,
+        groups_kept=config.groups_kept,
+        shared=config.shared_width,
+        shared_gate=config.shared_gate,
+    )
+
+
+# ------------------------------------------------------------------------------- randomness that is a function
+
+
+def dropout(x: Float[Tensor, "b t d"], share: float, key: int, index: Int[Tensor, "b t"]) -> Tensor:
+    """Zero a `share` of x and scale up the rest, by a hash of (key, token's number, channel): no ranks, no order."""
+    draw = noise(key, index, x.shape[-1])
+    return torch.where(draw < share, 0.0, x / (1 - share)).to(x.dtype)
+
+
+def noise(key: int, index: Int[Tensor, "b t"], width: int) -> Float[Tensor, "b t d"]:
+    """Even in [0, 1), 24 bits: the splitmix64 finaliser of each counter (Steele et al., OOPSLA 2014)."""
+    z = index[..., None] * width + torch.arange(width, device=index.device)
+    z = z + wrapped(key * 0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ shifted(z, shift)) * wrapped(factor)
+    return (shifted(z ^ shifted(z, 31), 40)).float() * 2.0**-24
+
+
+def wrapped(x: int) -> int:
+    """x modulo 2^64 as a signed 64-bit number, in which torch multiplies."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def shifted(x: Tensor, bits: int) -> Tensor:
+    """A right shift that brings in zeros; torch's own repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def seed_of(*what) -> int:
+    """63 bits that depend on all of `what`, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], "little") >> 1
+
+
+# --------------------------------------------------------------------------------------------- the parameters
+
+
+def starts(model: nn.Module) -> dict:
+    """How each parameter begins, by name. Ask before sharding: it replaces the parameters."""
+    default = {1: constant(0.0)}
+    return {n: (p.shape, getattr(p, "start", default.get(p.ndim, normal(0.02)))) for n, p in model.named_parameters()}
+
+
+def decayed(model: nn.Module) -> set[str]:
+    """The parameters that weight decay is for: matrices of projections, experts, embedding and head."""
+    names = {n for n, p in model.named_parameters() if p.ndim >= 2 and not hasattr(p, "start")}
+    return names | {n for n, _ in model.named_parameters() if n in ("embedding", "head")}
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, how: dict | None = None) -> None:
+    """Every parameter from (seed, its name) alone: any machine, backend or number of ranks starts the same.
+
+    `how` is what `starts` said before the model was sharded (None: the model is whole).
+    """
+    for name, (shape, start) in (how or starts(model)).items():
+        rng = torch.Generator().manual_seed(seed_of(seed, name))
+        value, weight = start(tuple(shape), rng), model.get_parameter(name)
+        if hasattr(weight, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = value.to(weight.device, weight.dtype)
+            weight.copy_(distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None))
+        else:
+            weight.copy_(value)
+    for _, buffer in model.named_buffers():
+        buffer.zero_()
+
+
+def sizes(config: Config) -> dict[str, int]:
+    """Number of parameters: total, active (what one token uses), and of both the embeddings and norms."""
+    from reference.ops import ops
+
+    with torch.device("meta"):
+        model = LanguageModel(config, ops)
+    count = {name: p.numel() for name, p in model.named_parameters()}
+    routed = sum(m.w13.numel() + m.w2.numel() for m in model.modules() if isinstance(m, MoE))
+    return {
+        "total": sum(count.values()),
+        "active": sum(count.values()) - routed + routed * config.top_k // config.experts,
+        "embeddings": sum(n for name, n in count.items() if name in ("embedding", "head")),
+        "norms": sum(n for name, n in count.items() if name.split(".")[-1] == "norm"),
+    }
+
+
+def state_bytes(state) -> int:
+    """Bytes of all tensors of a state, however deep its tuples."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(state_bytes, state)) if isinstance(state, tuple) else 0

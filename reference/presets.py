@@ -1,0 +1,118 @@
+"""The typed configuration of a model, and the published shapes."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from reference.lsm import LSM
+from reference.routers import ROUTER
+
+LETTERS = {"L": "linear", "N": "softmax attention", "E": "experts", "D": "dense"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model is made of. Sizes are channels unless said."""
+
+    pattern: str = "LLLN"
+    """One letter a sublayer: L linear, N softmax attention, E experts, D dense. Only L and N: each is followed by E."""
+    repeat: int = 1
+    """How many times the pattern stands in the stack."""
+    lsm: Literal[tuple(LSM)] = "gated_delta_net"
+    """The linear sequence model of every L."""
+    vocabulary: int = 257
+    """Number of tokens: 256 bytes and the start of a document."""
+    width: int = 128
+    """Of the residual stream."""
+    heads: int = 4
+    """Of L and of N."""
+    key_heads: int | None = None
+    """Key and value heads of N that the query heads share (None: as many as heads)."""
+    key_size: int | None = None
+    """Of one head of L (None: as published for the model)."""
+    value_size: int | None = None
+    """Of one head of L (None: as published for the model)."""
+    feature_map: Literal["elu", "relu", "silu", "identity"] = "elu"
+    """Of linear attention's queries and keys."""
+    gate: bool = True
+    """Whether linear attention has an output gate (as in Linear-MoE); other models have theirs as published."""
+    convolution: int = 4
+    """Taps of the short convolutions, in the models that have them."""
+    router: Literal[tuple(ROUTER)] = "linear_moe"
+    """Which experts a token visits."""
+    experts: int = 8
+    """In every E."""
+    top_k: int = 2
+    """Experts a token visits."""
+    expert_width: int = 256
+    """Hidden channels of one expert."""
+    shared_width: int = 0
+    """Hidden channels of the expert that every token visits (0: none)."""
+    shared_gate: bool = False
+    """Whether a sigmoid gates the shared expert (Qwen2-MoE)."""
+    groups: int = 1
+    """Of experts, for routers that choose groups first."""
+    groups_kept: int = 1
+    """Groups that a token may visit."""
+    capacity_factor: float | None = None
+    """For routers with a capacity (None: as published)."""
+    dense_width: int = 512
+    """Hidden channels of a D."""
+    rope_base: float = 10000.0
+    """Longest wavelength of the rotary positions, over 2 pi."""
+    tied: bool = False
+    """Whether the output head is the embedding."""
+    dropout: float = 0.0
+    """Share of each sublayer's output set to zero in training."""
+    eps: float = 1e-5
+    """Of every RMS norm."""
+
+    def __post_init__(self):
+        if not self.pattern or set(self.pattern) - set(LETTERS):
+            wrong = "".join(sorted(set(self.pattern) - set(LETTERS)))
+            known = ", ".join(f"{letter} ({what})" for letter, what in LETTERS.items())
+            raise ValueError(f"pattern {self.pattern!r} has letters {wrong!r}; allowed are {known}")
+        if self.lsm not in LSM:
+            raise ValueError(f"unknown linear sequence model {self.lsm!r}; expected one of {', '.join(LSM)}")
+        if self.router not in ROUTER:
+            raise ValueError(f"unknown router {self.router!r}; expected one of {', '.join(ROUTER)}")
+        for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+        if self.heads % (self.key_heads or self.heads):
+            raise ValueError(f"{self.heads} heads cannot share {self.key_heads} key_heads: heads must be a multiple")
+        if "N" in self.pattern and self.width // self.heads % 2:
+            raise ValueError(f"a head of {self.width // self.heads} channels cannot rotate: width / heads must be even")
+        if self.top_k > self.experts and "E" in self.letters:
+            raise ValueError(f"top_k {self.top_k} needs at least as many experts, got {self.experts}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    @property
+    def letters(self) -> str:
+        """The whole stack, one letter a sublayer: LLLN stands for LELELENE."""
+        short = not set(self.pattern) & set("ED")
+        return "".join(letter + "E" if short else letter for letter in self.pattern * self.repeat)
+
+
+LINEAR = Model(
+    pattern="L",
+    lsm="linear_attention",
+    vocabulary=151936,
+    router="linear_moe",
+    experts=64,
+    top_k=8,
+    key_size=128,
+    value_size=128,
+)
+A03B = replace(LINEAR, repeat=12, width=1024, heads=8, expert_width=896)
+A1B = replace(LINEAR, repeat=16, width=2048, heads=16, expert_width=1024)
+
+PRESETS: dict[str, tuple[str, Model]] = {
+    "tiny": ("two CPU cores, three minutes", Model()),
+    "a0.3b-2b": ("Linear-MoE A0.3B-2B, pure linear (2503.05447)", A03B),
+    "a0.3b-2b-hybrid": ("Linear-MoE A0.3B-2B, one layer in four softmax", replace(A03B, pattern="LLLN", repeat=3)),
+    "a1b-7b": ("Linear-MoE A1B-7B, pure linear (2503.05447)", A1B),
+    "a1b-7b-hybrid": ("Linear-MoE A1B-7B, one layer in four softmax", replace(A1B, pattern="LLLN", repeat=4)),
+}
