@@ -19,6 +19,7 @@ Sources: GLA (2312.06635, section 4), Mamba2 (2405.21060, section 6), DeltaNet (
 (2412.06464, section 3.3), KDA (2510.26692, section 3).
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,18 @@ from torch import Tensor
 
 from reference import recurrence as words
 from reference.documents import over_documents
-from reference.recurrence import TRANSITION, Inputs, Memory, Normal, Row, check, normal, prepare, transition
+from reference.recurrence import (
+    TRANSITION,
+    Inputs,
+    Memory,
+    Normal,
+    Row,
+    check,
+    in_full_precision,
+    normal,
+    prepare,
+    transition,
+)
 
 CHUNK = 64
 TIMED = ("q", "k", "v", "g", "beta")  # the parts of the normal form with a time axis
@@ -52,7 +64,8 @@ def recurrence(
     def run(parts, memory):
         return over_chunks(x._replace(**parts), transition(row), memory, chunk)
 
-    o, memory = run(parts, memory) if cu_seqlens is None else over_documents(run, parts, memory, cu_seqlens)
+    with in_full_precision(memory):
+        o, memory = run(parts, memory) if cu_seqlens is None else over_documents(run, parts, memory, cu_seqlens)
     return x.finish(o).to(dtype), memory
 
 
@@ -99,12 +112,13 @@ def chunk_of(x: Normal) -> Chunk:
         g = x.g[..., None] if x.g.ndim == 4 else x.g
         start, end, total = prefix(g).exp(), suffix(g).exp(), g.sum(-2).exp()
     asked = start if x.u is None else F.pad(start, (0, 0, 1, 0), value=1.0)[..., :-1, :]
-    scores = between(x.q, x.k, x.g, exclusive=x.u is not None)
+    between = tril(x.g, exclusive=x.u is not None)
+    scores = between(x.q, x.k)
     if x.u is not None:
         scores = scores.tril(-1) + torch.diag_embed((x.q * x.u[:, None] * x.k).sum(-1))
     if x.beta is None:
         return Chunk(x.q * asked, scores, x.v, None, x.k * end, total)
-    L = x.beta[..., None] * between(x.k, x.k, x.g).tril(-1)
+    L = x.beta[..., None] * between(x.k, x.k).tril(-1)
     right = x.beta[..., None] * torch.cat([x.v, x.k * start], -1)
     # unitriangular: the solver takes the ones on the diagonal as given and never reads it
     U, W = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True).split(
@@ -153,13 +167,15 @@ def suffix(g: Float[Tensor, "... c k"]) -> Tensor:
     return after.flip(-2).cumsum(-2).flip(-2)
 
 
-def between(q: Tensor, k: Tensor, g: Tensor | None, exclusive: bool = False) -> Float[Tensor, "... c c"]:
-    """tril⟨q, k⟩: q_i · k_j times the decay from after token j to token i (exclusive: to the token before i)."""
+def tril(g: Tensor | None, exclusive: bool = False) -> Callable[[Tensor, Tensor], Float[Tensor, "... c c"]]:
+    """The product tril⟨q, k⟩: q_i · k_j times the decay after token j up to token i (exclusive: to the one before)."""
     if g is None:
-        return (q @ k.mT).tril()
+        return lambda q, k: (q @ k.mT).tril()
     if g.ndim == 4:
-        return (q @ k.mT) * decays(g)
-    return halves(q, k, g, exclusive)
+        decay = decays(g)
+        return lambda q, k: (q @ k.mT) * decay
+    to_middle = list(middles(g, exclusive))
+    return lambda q, k: halves(q, k, to_middle)
 
 
 def decays(g: Float[Tensor, "b n h c"]) -> Float[Tensor, "b n h c c"]:
@@ -170,19 +186,29 @@ def decays(g: Float[Tensor, "b n h c"]) -> Float[Tensor, "b n h c c"]:
     return sums.masked_fill(~later.logical_or(torch.eye(c, dtype=torch.bool, device=g.device)), -torch.inf).exp()
 
 
-def halves(q: Tensor, k: Tensor, g: Float[Tensor, "... c k"], exclusive: bool) -> Float[Tensor, "... c c"]:
+def middles(g: Float[Tensor, "... c k"], exclusive: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """For halves, quarters, ... of the chunk: the decay from the middle to each later token, and from each earlier
+    token to the middle. All are at most 1."""
+    while g.shape[-2] > 1:
+        early, late = g.unflatten(-2, (2, g.shape[-2] // 2)).unbind(-3)
+        reach = prefix(late)
+        if exclusive:
+            reach = F.pad(reach, (0, 0, 1, 0))[..., :-1, :]
+        yield reach.exp(), suffix(early).exp()
+        g = torch.stack([early, late])
+
+
+def halves(q: Tensor, k: Tensor, to_middle: list[tuple[Tensor, Tensor]]) -> Float[Tensor, "... c c"]:
     """Decays that differ by channel: queries of the later half meet keys of the earlier half at the middle.
 
-    Both are decayed towards the middle, so both factors are at most 1, and one matrix product does the quarter.
-    The two diagonal quarters are the same problem at half the size.
+    Both are decayed towards it, and one matrix product does the quarter. The two quarters on the diagonal are the
+    same problem at half the size.
     """
-    c = q.shape[-2]
-    if c == 1:
+    if not to_middle:
         return (q * k).sum(-1, keepdim=True)
-    (q1, q2), (k1, k2), (g1, g2) = (x.unflatten(-2, (2, c // 2)).unbind(-3) for x in (q, k, g))
-    reach = prefix(g2)
-    if exclusive:
-        reach = F.pad(reach, (0, 0, 1, 0))[..., :-1, :]
-    corner = (q2 * reach.exp()) @ (k1 * suffix(g1).exp()).mT
-    quarters = halves(*(torch.stack(x) for x in ((q1, q2), (k1, k2), (g1, g2))), exclusive)
+    c = q.shape[-2]
+    (q1, q2), (k1, k2) = (x.unflatten(-2, (2, c // 2)).unbind(-3) for x in (q, k))
+    reach, rest = to_middle[0]
+    corner = (q2 * reach) @ (k1 * rest).mT
+    quarters = halves(torch.stack([q1, q2]), torch.stack([k1, k2]), to_middle[1:])
     return torch.cat([F.pad(quarters[0], (0, c // 2)), torch.cat([corner, quarters[1]], -1)], -2)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from reference.documents import document_of, position_in_document
+from reference.documents import document_of
 
 ACTIVATION = {None: lambda x: x, "silu": F.silu, "sigmoid": torch.sigmoid, "relu": F.relu, "gelu": F.gelu}
 
@@ -27,55 +27,39 @@ def short_convolution(
     Returns y and the new taps. Used on projected q, k, v (Mamba 2312.00752, DeltaNet 2406.06484).
     """
     width = weight.shape[-1]
-    n = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if taps is None:
-        taps = x.new_zeros(n, width - 1, x.shape[-1])
-    if cu_seqlens is None:
-        line = torch.cat([taps.to(x.dtype), x], 1)
-        y = F.conv1d(line.mT, weight[:, None].to(x.dtype), bias, groups=x.shape[-1]).mT
-        return ACTIVATION[activation](y), line[:, line.shape[1] - (width - 1) :]
-    y = sum(weight[:, width - 1 - j].to(x.dtype) * back(x, j, taps, cu_seqlens) for j in range(width))
-    y = y if bias is None else y + bias
-    return ACTIVATION[activation](y), last_inputs(x, taps, cu_seqlens)
+    line, seat, taps = lined_up(x, taps, width - 1, cu_seqlens)
+    reach = line.shape[1] - (width - 1)
+    y = sum(weight[:, j].to(x.dtype) * line[:, j : j + reach] for j in range(width))
+    y = y if bias is None else y + bias.to(x.dtype)
+    return ACTIVATION[activation](y if seat is None else y.index_select(1, seat)), taps
 
 
 def token_shift(
     x: Float[Tensor, "b t d"], last: Float[Tensor, "b d"] | None = None, cu_seqlens=None
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:
     """x_{t-1} for every t, with `last` (zeros if None) before the first; and the new last. RWKV (2404.05892)."""
+    line, seat, taps = lined_up(x, None if last is None else last[:, None], 1, cu_seqlens)
+    return line[:, :-1] if seat is None else line.index_select(1, seat), taps[:, 0]
+
+
+def lined_up(x: Float[Tensor, "b t c"], taps: Float[Tensor, "n r c"] | None, reach: int, cu_seqlens):
+    """Every sequence (document) with its `reach` taps in front, so that whoever looks back finds its own past.
+
+    Returns the line, where in it the window that ends at each token begins (None: at its own place), and the new taps.
+    """
     n = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    taps = x.new_zeros(n, 1, x.shape[-1]) if last is None else last[:, None].to(x.dtype)
+    taps = x.new_zeros(n, reach, x.shape[-1]) if taps is None else taps.to(x.dtype)
     if cu_seqlens is None:
         line = torch.cat([taps, x], 1)
-        return line[:, :-1], line[:, -1]
-    return back(x, 1, taps, cu_seqlens), last_inputs(x, taps, cu_seqlens)[:, -1]
-
-
-def back(x: Float[Tensor, "1 t c"], j: int, taps: Float[Tensor, "n w1 c"], cu_seqlens) -> Float[Tensor, "1 t c"]:
-    """x_{t-j} within each token's own document; its document's taps where that lies before the first token."""
-    if j == 0:
-        return x
-    t, reach = x.shape[1], taps.shape[1]
-    position = position_in_document(cu_seqlens, t)
-    earlier = F.pad(x[0], (0, 0, j, 0))[:t]
-    slot = (reach - j + position).clamp(0, reach - 1)
-    tap = taps[document_of(cu_seqlens, t), slot].to(x.dtype)
-    return torch.where((position >= j)[:, None], earlier, tap)[None]
-
-
-def last_inputs(x: Float[Tensor, "1 t c"], taps: Float[Tensor, "n w1 c"], cu_seqlens) -> Float[Tensor, "n w1 c"]:
-    """The last inputs of every document: of its tokens, and of its former taps where it is shorter than they are."""
-    reach = taps.shape[1]
-    if reach == 0:
-        return taps
-    length = cu_seqlens.diff()[:, None]
-    from_end = torch.arange(reach, 0, -1, device=x.device)  # reach, ..., 2, 1 tokens before the document's end
-    line = torch.cat([x[0], x.new_zeros(1, x.shape[-1])])
-    inside = length >= from_end
-    token = torch.where(inside, cu_seqlens[1:, None] - from_end, x.shape[1])
-    slot = (reach - from_end + length).clamp(max=reach - 1)
-    tap = taps.to(x.dtype).gather(1, slot[..., None].expand(-1, -1, x.shape[-1]).long())
-    return torch.where(inside[..., None], line[token], tap)
+        return line, None, line[:, line.shape[1] - reach :]
+    t = x.shape[1]
+    document, shift = document_of(cu_seqlens, t), torch.arange(n, device=x.device) * reach
+    seat = torch.arange(t, device=x.device) + shift[document]
+    ahead = torch.arange(reach, device=x.device)
+    line = x.new_empty(t + n * reach, x.shape[-1])
+    line = line.index_copy(0, seat + reach, x[0])
+    line = line.index_copy(0, ((cu_seqlens[:-1] + shift)[:, None] + ahead).flatten(), taps.flatten(0, 1))
+    return line[None], seat, line[(cu_seqlens[1:] + shift)[:, None] + ahead]
 
 
 def norm(

@@ -23,14 +23,14 @@ from reference.routers import Load, Routing, check, load, route, row
 # ------------------------------------------------------------------------------------------------- the functions
 
 
-def swiglu(x: Float[Tensor, "... d"], w13: Float[Tensor, "f2 d"], w2: Float[Tensor, "d f"]) -> Float[Tensor, "... d"]:
+def swiglu(x: Float[Tensor, "... d"], w13: Float[Tensor, "2*f d"], w2: Float[Tensor, "d f"]) -> Float[Tensor, "... d"]:
     """W2 (silu(A x) * B x), with A the first f rows of w13 and B the last f (2002.05202). All of one dtype."""
     gate, up = F.linear(x, w13).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, w2)
 
 
 def experts(
-    x: Float[Tensor, "n d"], routing: Routing, w13: Float[Tensor, "e f2 d"], w2: Float[Tensor, "e d f"]
+    x: Float[Tensor, "n d"], routing: Routing, w13: Float[Tensor, "e 2*f d"], w2: Float[Tensor, "e d f"]
 ) -> Float[Tensor, "n d"]:
     """y_n = sum over n's slots of gate * swiglu_expert(x_n), one product an expert over all of its rows.
 
@@ -158,7 +158,8 @@ class MoE(nn.Module):
     def logits(self, tokens: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
         """In float32 at least, product included: with bf16 logits 4 % of tokens tie at the border (64 experts, k 8)."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        return F.linear(tokens.to(dtype), self.gate.to(dtype))
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.linear(tokens.to(dtype), self.gate.to(dtype))
 
     def _apply(self, *args, **kwargs):
         """The balancing bias stays float32 when the model is cast: in bf16 its small steps would be lost."""

@@ -175,15 +175,19 @@ def recurrence(
     constants = constants or {}
     check(row, tokens, constants, memory, cu_seqlens)
     dtype, tokens, constants, memory = prepare(row, tokens, constants, memory, cu_seqlens)
-    if cu_seqlens is None:
-        o, memory = loop(row, tokens, constants, memory)
-        return o.to(dtype), memory
-    borders = cu_seqlens.tolist()
-    runs = [
-        loop(row, {n: x[:, start:stop] for n, x in tokens.items()}, constants, memory[i : i + 1])
-        for i, (start, stop) in enumerate(zip(borders, borders[1:], strict=False))
-    ]
+    borders = [0, tokens["v"].shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    starts = [memory] if cu_seqlens is None else memory.split(1)
+    with in_full_precision(memory):
+        runs = [
+            loop(row, {n: x[:, start:stop] for n, x in tokens.items()}, constants, M)
+            for start, stop, M in zip(borders, borders[1:], starts, strict=False)
+        ]
     return torch.cat([o for o, _ in runs], 1).to(dtype), torch.cat([M for _, M in runs])
+
+
+def in_full_precision(x: Tensor):
+    """Autocast off: a memory adds up thousands of tokens, which bfloat16 products would spoil."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def loop(row: Row, tokens: Inputs, constants: Inputs, M: Memory) -> tuple[Tensor, Memory]:
@@ -200,7 +204,8 @@ def loop(row: Row, tokens: Inputs, constants: Inputs, M: Memory) -> tuple[Tensor
 def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None) -> tuple[Tensor, Memory]:
     """One token for each of b running sequences (t = 1): the loop's body. The memory given may be reused."""
     dtype, tokens, constants, memory = prepare(row, tokens, constants or {}, memory, None)
-    o, memory = loop(row, tokens, constants, memory)
+    with in_full_precision(memory):
+        o, memory = loop(row, tokens, constants, memory)
     return o.to(dtype), memory
 
 

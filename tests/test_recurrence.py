@@ -1,5 +1,7 @@
 """The laws of one recurrence, for every row of the table, in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +19,7 @@ SHAPES = {
     "seed": st.integers(0, 999),
 }
 rows = pytest.mark.parametrize("name", LSM)
-same = dict(rtol=1e-9, atol=1e-10)
+same = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def gradients(run, row, tokens, constants, M):
@@ -93,14 +95,16 @@ def test_packed_documents_equal_each_alone(name, run, cu_seqlens, seed):
     row, tokens, constants = make(name, b=1, t=t, seed=seed)
     M = start(name, row, tokens, n=n)
     o, last = run(row, tokens, constants, M, cu_seqlens)
-    for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(cu_seqlens.tolist())):
         alone, end = recurrence.recurrence(row, pieces(tokens, a, b), constants, M[i : i + 1])
         torch.testing.assert_close(o[:, a:b], alone, **same)
         torch.testing.assert_close(last[i : i + 1], end, **same)
 
 
 @rows
-@given(t=st.integers(0, 20), cut=st.integers(0, 20), seed=st.integers(0, 99), run=st.sampled_from([recurrence, chunked]))
+@given(
+    t=st.integers(0, 20), cut=st.integers(0, 20), seed=st.integers(0, 99), run=st.sampled_from([recurrence, chunked])
+)
 def test_a_span_is_what_its_tokens_do(name, t, cut, seed, run):
     row, tokens, constants = make(name, t=t, seed=seed)
     M, cut = start(name, row, tokens), min(cut, t)
@@ -115,7 +119,7 @@ def spans(kind, lengths, seed=0, k=3, v=2):
     rng = torch.Generator().manual_seed(seed)
     sizes = {"b": 2, "h": 2, "k": k}
     shape = [sizes[letter] for letter in TRANSITION[kind].shape.split()]
-    draw = lambda s: torch.randn(s, generator=rng, dtype=torch.float64)  # noqa: E731
+    draw = lambda s: torch.randn(s, generator=rng, dtype=torch.float64)
     return [Span(draw(shape), draw([2, 2, k, v]), kind) for _ in range(lengths)]
 
 
@@ -175,7 +179,9 @@ def test_extreme_gates(name, seed, t):
     wide = [{n: x.double() for n, x in group.items()} for group in (tokens, constants)]
     exact = gradients(recurrence.recurrence, row, *wide, M.double())
     plain = gradients(recurrence.recurrence, row, tokens, constants, M)
-    for i, triple in enumerate(zip(gradients(chunked.recurrence, row, tokens, constants, M), plain, exact, strict=True)):
+    for i, triple in enumerate(
+        zip(gradients(chunked.recurrence, row, tokens, constants, M), plain, exact, strict=True)
+    ):
         assert_within_budget(*triple, what=f"{name} {i}")
 
 

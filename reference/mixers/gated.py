@@ -44,11 +44,17 @@ class HGRN2(Mixer):
         return {"lower_bounds": parameter(layers, keys, start=constant(0.0))}
 
     def log_gate(self, x, lower_bounds):
-        """log(l + (1 - l) sigmoid(W x)), with l the bounds' softmax over layers, summed up to this one."""
-        share = wide(lower_bounds).softmax(0)
-        bound = (share.cumsum(0) - share[0])[self.layer].clamp(min=0)
+        """log(l + (1 - l) sigmoid(W x)), l the bounds' softmax over layers, summed from the second up to this one.
+
+        In logarithms: as a difference of sums l could round to 0 or 1, where its gradient is infinite.
+        """
         f = F.logsigmoid(wide(self.f(x)))
-        return f if self.layer == 0 else torch.logaddexp(bound.log(), torch.log1p(-bound) + f)
+        if self.layer == 0:
+            return f
+        share = wide(lower_bounds).log_softmax(0)
+        bound = share[1 : self.layer + 1].logsumexp(0)
+        free = torch.cat([share[:1], share[self.layer + 1 :]]).logsumexp(0)
+        return torch.logaddexp(bound, free + f)
 
     def forward(self, x, side, state: Only | None = None):
         tokens = {

@@ -39,7 +39,8 @@ class NormalizedLinearAttention(LinearAttention):
     def __init__(self, config, layer, layers, ops):
         if config.feature_map not in POSITIVE:
             raise ValueError(
-                f"a normaliser needs positive features, {config.feature_map!r} has negative ones: use {' or '.join(POSITIVE)}"
+                f"a normaliser needs positive features, {config.feature_map!r} has negative ones: "
+                f"use {' or '.join(POSITIVE)}"
             )
         super().__init__(config, layer, layers, ops)
 

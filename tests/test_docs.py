@@ -1,0 +1,224 @@
+"""The README's picture and tables are those of the code, and what it links to exists."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from reference import recurrence
+from reference.lsm import LSM
+from reference.presets import PRESETS
+from reference.routers import ROUTER
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+has_readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md")
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # NamedTuple looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+tables, figure = script("tables"), script("figure")
+
+
+def marked(*names, body=""):
+    return (
+        "# Title\n\n" + "\nbetween\n".join(f"<!-- begin: {n} -->\n{body}<!-- end: {n} -->" for n in names) + "\nend\n"
+    )
+
+
+@pytest.fixture
+def readme(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(marked(*tables.TABLES, body="what stood here\n"))
+    assert tables.main([str(file)]) == 0
+    return file
+
+
+def rows(text, name):
+    """The cells of each line of a table of the text, its head and rule left out."""
+    block = re.search(f"<!-- begin: {name} -->\n(.*)<!-- end: {name} -->", text, re.DOTALL)[1]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def test_tables_are_written_once_and_leave_the_rest(readme):
+    text = readme.read_text()
+    assert "what stood here" not in text
+    assert text.count("\nbetween\n") == len(tables.TABLES) - 1
+    assert text.startswith("# Title\n\n<!--")
+    assert text.endswith("-->\nend\n")
+    assert tables.main([str(readme)]) == 0
+    assert tables.main([str(readme), "--check"]) == 0
+    assert readme.read_text() == text
+
+
+def test_check_sees_one_changed_character_and_changes_nothing(readme, capsys):
+    wrong = readme.read_text().replace("| `gla` |", "| `glu` |")
+    readme.write_text(wrong)
+    assert tables.main([str(readme), "--check"]) == 1
+    assert readme.read_text() == wrong
+    assert capsys.readouterr().err.count("\n") == 1
+    assert tables.main([str(readme)]) == 0
+    assert tables.main([str(readme), "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (marked("nonsense"), "there is no table 'nonsense'"),
+        ("<!-- begin: models -->\n", "pairs"),
+        (marked("models").replace("begin: models", "begin: routers"), "pairs"),
+    ],
+)
+def test_wrong_markers_are_refused_in_one_line(tmp_path, capsys, text, message):
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    assert tables.main([str(file)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert file.read_text() == text
+
+
+def test_a_missing_file_is_one_line(tmp_path, capsys):
+    assert tables.main([str(tmp_path / "none.md"), "--check"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_tables_hold_every_row(readme):
+    text = readme.read_text()
+    found = rows(text, "models")
+    assert [line[1] for line in found] == [f"`{name}`" for name in LSM]
+    for line, row in zip(found, LSM.values(), strict=True):
+        assert line[0] == f"[{row.title}](https://arxiv.org/abs/{row.paper})"
+        assert line[2:5] == [f"`{word.__name__}`" for word in row[:3]]
+        assert line[5] == recurrence.transition(row)
+    found = rows(text, "routers")
+    assert [line[1] for line in found] == [f"`{name}`" for name in ROUTER]
+    for line, row in zip(found, ROUTER.values(), strict=True):
+        assert line[0] == f"[{row.title}](https://arxiv.org/abs/{row.paper})"
+        assert line[2:4] == ["yes" if flag else "no" for flag in (row.causal, row.prefix_stable)]
+    assert [line[0] for line in rows(text, "presets")] == [f"`{name}`" for name in PRESETS]
+    for folder in ("reference", "reference/mixers", "docs"):
+        for file in (ROOT / folder).glob("[a-z]*.py"):
+            assert re.search(rf"^ *{file.name} ", text, re.MULTILINE), file
+
+
+def test_state_bytes_are_those_of_the_papers():
+    by_name = {name: tables.memory_bytes(row) for name, row in LSM.items()}
+    assert by_name["gla"] == 128 * 128 * 4
+    assert by_name["linear_attention_normalized"] == 128 * (128 + 1) * 4
+
+
+def test_links_lead_to_the_rows_and_their_layers(readme):
+    for name, table in (("models", LSM), ("routers", ROUTER)):
+        for line, key in zip(rows(readme.read_text(), name), table, strict=True):
+            (row, *layer) = LINK.findall(line[-1])
+            assert linked_line(row[1]).startswith(f'    "{key}": {type(table[key]).__name__}(')
+            if table is LSM:
+                file, kind = LSM[key].mixer.split(":")
+                assert layer[0][1].startswith(f"reference/mixers/{file}.py#L")
+                assert linked_line(layer[0][1]).startswith(f"class {kind}(")
+
+
+def linked_line(target):
+    file, number = target.split("#L")
+    return (ROOT / file).read_text().splitlines()[int(number) - 1]
+
+
+def test_a_pipe_or_a_missing_row_cannot_slip_through():
+    with pytest.raises(ValueError, match="no line of"):
+        tables.line_of("reference/lsm.py", "^no such row")
+    for name in ("models", "routers", "presets"):
+        lines = tables.TABLES[name]().splitlines()
+        assert len({line.count("|") for line in lines}) == 1, f"{name}: a cell holds a |"
+
+
+@has_readme
+def test_the_readme_is_up_to_date():
+    assert tables.main([str(README), "--check"]) == 0
+
+
+@has_readme
+def test_what_the_readme_links_to_exists():
+    text = README.read_text()
+    targets = [target for _, target in LINK.findall(text)] + re.findall(r'(?:src|href)="([^"]+)"', text)
+    anchors = {anchor(title) for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, place = target.partition("#")
+        assert not file or (ROOT / file).exists(), target
+        assert file or place in anchors, target
+        if re.fullmatch(r"L\d+", place):
+            assert linked_line(target).strip(), target
+
+
+def anchor(title):
+    """The name that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+# ------------------------------------------------------------------------------------------------------ picture
+
+
+def texts(svg):
+    """What an SVG by matplotlib says, text by text: letters are drawn as paths, and named in comments."""
+    return re.findall(r"<!-- (.*?) -->", svg, re.DOTALL)
+
+
+def test_the_picture_is_that_of_the_table(tmp_path):
+    svg, png = figure.write(tmp_path / "one")
+    again = figure.write(tmp_path / "two")
+    assert [file.read_bytes() for file in (svg, png)] == [file.read_bytes() for file in again]
+    drawn = texts(svg.read_text())
+    words = {word.__name__ for row in LSM.values() for word in row[:3]}
+    assert words <= {text.split("  ")[0] for text in drawn}
+    assert texts((ROOT / "docs" / "grid.svg").read_text()) == drawn, "run python docs/figure.py"
+
+
+def test_every_model_stands_in_its_cell():
+    placed = figure.cells(room=130)
+    assert sum(map(len, placed.values())) == len(LSM)
+    for row in LSM.values():
+        chips = placed[row.decay.__name__, row.update.__name__]
+        (chip,) = [chip for chip in chips if " ".join(chip.lines) == row.title]
+        assert chip.kind == recurrence.transition(row)
+        assert bool(chip.sign) == (row.read is not recurrence.inclusive)
+
+
+def test_words_and_rows_to_come_have_a_place(monkeypatch, tmp_path):
+    def halve(M, x):
+        return M / 2
+
+    for i in range(4):
+        row = LSM["rwkv6"]._replace(title=f"A model with quite a long name {i}", decay=halve)
+        monkeypatch.setitem(LSM, f"new{i}", row)
+    page = figure.draw()
+    inside = page.get_window_extent()
+    for text in page.axes[0].texts:
+        box = text.get_window_extent()
+        assert inside.x0 <= box.x0 <= box.x1 <= inside.x1, text.get_text()
+        assert inside.y0 <= box.y0 <= box.y1 <= inside.y1, text.get_text()
+    assert [text.get_text() for text in page.axes[0].texts].count("halve") == 1
+
+
+def test_no_two_texts_overlap():
+    texts = figure.draw().axes[0].texts
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    signs = {figure.sign(row) for row in LSM.values()}
+    for i, (one, a) in enumerate(boxes):
+        for two, b in boxes[:i]:
+            if not {one, two} & signs:  # a sign sits on its chip's corner
+                assert not a.overlaps(b), (one, two)
