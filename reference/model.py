@@ -119,7 +119,7 @@ class LanguageModel(nn.Module):
         """The model over these tokens, from `state` (the start of a text if None).
 
         `positions` and `cu_seqlens` describe packed documents (b = 1); without them every row goes on from its state.
-        `key` switches dropout on, as a function of key and `index` alone. Raises ValueError for an unknown token.
+        `key` switches dropout on, as a function of key and `index` alone; ValueError without `index`.
         """
         side = self.side(tokens, positions, cu_seqlens, index, key, state)
         x = nn.functional.embedding(tokens, self.embedding)
@@ -139,6 +139,8 @@ class LanguageModel(nn.Module):
         return Output(losses, logits, after, Load(*map(torch.stack, zip(*loads, strict=True))) if loads else None)
 
     def side(self, tokens, positions, cu_seqlens, index, key, state) -> Side:
+        if key is not None and index is None:
+            raise ValueError(f"dropout with key {key} needs the tokens' index: their numbers in the whole run, b t")
         documents = None if cu_seqlens is None else document_of(cu_seqlens, tokens.shape[1])[None]
         if positions is None:
             start = 0 if state is None else state.position

@@ -1,0 +1,70 @@
+"""Loss of a trained model on a text, in bits per byte and as perplexity a byte.
+
+python evaluate.py --run runs/tiny --path README.md
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+import command
+import generate
+from data import corpus
+from data.stream import evaluation
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Loss of a trained model on a text."""
+
+    run: str = "runs/tiny"
+    """Folder of a run of train.py."""
+    path: str | None = None
+    """A text file, a folder of them, or .jsonl (None: the validation part of the built-in corpus)."""
+    field: str = "text"
+    """Of each .jsonl line."""
+    length: int = 256
+    """Tokens of context at most."""
+    rows: int = 16
+    """Pieces taken at once."""
+    backend: Literal["reference", "fast"] = "reference"
+    """Whose ops."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run."""
+
+    def __post_init__(self):
+        if self.length < 1 or self.rows < 1:
+            raise ValueError(f"length ({self.length}) and rows ({self.rows}) must be at least 1")
+
+
+def bits_per_byte(model, documents, length: int, rows: int) -> tuple[float, int]:
+    """Mean of -log2 p(byte) over every byte of the documents, and their number."""
+    import torch
+
+    loss, count, device = 0.0, 0, model.embedding.device
+    total = sum(len(d.text) for d in documents)
+    with torch.no_grad(), tqdm(total=total, unit="B", unit_scale=True, leave=False) as bar:
+        for batch in evaluation(documents, length, rows):
+            batch = type(batch)(*(x.to(device) for x in batch))
+            losses = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens).losses
+            loss, count = loss + losses.double().sum().item(), count + int((batch.labels >= 0).sum())
+            bar.update(int((batch.labels >= 0).sum()))
+    return loss / count / math.log(2), count
+
+
+def main() -> None:
+    config = command.read(lambda: tyro.cli(Evaluate, prog="evaluate.py", description=__doc__), "evaluate.py")
+    with command.mistakes("evaluate.py"):
+        documents = corpus.load(config.path, config.field)
+        documents = documents if config.path else corpus.split(documents)[1]
+        model = generate.load(config.run, config.backend, config.device)
+    bits, count = bits_per_byte(model, documents, config.length, config.rows)
+    loss = bits * math.log(2)
+    print(f"{count:,} bytes: {bits:.4f} bits per byte, loss {loss:.4f} nats, perplexity {math.exp(loss):.3f} a byte")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The reference's functions on Triton kernels, by the same names. Needs a CUDA GPU (Hopper is what it is tuned for)."""
+
+from fast.ops import ops
+
+__all__ = ["ops"]

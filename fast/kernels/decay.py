@@ -1,0 +1,680 @@
+"""Triton kernels for memories that fade as a whole: M_t = e^{g_t} M_{t-1} + k_tᵀ v_t, o_t = q_t M_t.
+
+The gate is nothing (linear attention), a number a head (lightning, retention) or a number a head and token (Mamba2).
+One kernel, `decay_sweep`, is the output and all three gradients, because all four are the same sweep:
+
+    out_i = Σ_j (x_i · y_j) e^{sum of the gates between} z_j      over j <= i, or over j >= i when it runs backwards
+
+    output     x = q    y = k    z = v    forwards     the state is M      K × V
+    dq         x = do   y = v    z = k    forwards     the state is Mᵀ     V × K
+    dk         x = v    y = do   z = q    backwards    the state is Dᵀ     V × K    D_t: the cotangent of M_t
+    dv         x = k    y = q    z = do   backwards    the state is D      K × V
+
+In a chunk of C tokens, with b_i = g_1 + ... + g_i and the state S from before the chunk:
+
+    forwards     out = e^{b_i} (x S) + tril((x yᵀ) e^{b_i - b_j}) z       S <- e^{b_C} S + yᵀ (e^{b_C - b_j} z)
+    backwards    out = e^{b_C - b_i} (x S) + triu((x yᵀ) e^{b_j - b_i}) z     S <- e^{b_C} S + yᵀ (e^{b_j} z)
+
+A program owns a slice of z's columns and streams through time; its slice of the state stays in registers and nothing
+but the output is written. Splitting x's columns instead would leave partial outputs to be summed. When there are too
+few programs to fill the GPU the sequence is cut in segments, as over GPUs in sequence parallelism: what each segment
+does to a memory (`decay_span`), the memories between them (`decay_fold`), then the same sweep from every one of them.
+
+Gates. Any g in [-inf, 0] is right and finite. A gate is raised to FLOOR first, where e^g is 0 in float32 all the
+same; the running sums are taken in float64 (64 numbers a chunk) and split in two float32, so that the difference of
+two sums keeps float32's precision even behind a gate of -inf, which a float32 sum would have lost.
+
+The gate's gradient needs no memory: with D_t as above, dg_t = <e^{g_t} M_{t-1}, D_t> obeys
+dg_t = dg_{t+1} + q_t·dq_t - k_t·dk_t, and dg_{T+1} = <M_T, dM_T>. The token's own term q_t·k_t v_t·do_t is in both
+products and cancels: it is left out of both, so that what remains is as small as dg is. The products are taken in
+float32, before dq and dk are rounded.
+
+Bytes and operations, in U = one b t h d tensor, C = 64, K = V = d: forward 4 U and T·H·(4 d² + 4 C d · slices / 2)
+multiply-adds a batch row; backward dq 4 U, dk 4 U, dv 4 U (each reads three and writes one; a gate's gradient
+reads one more in dq and dk) against a floor of 7 U. The slices of one head are neighbours in the grid and re-read x
+and y, once a slice, from the L2 cache.
+
+Compilers. Triton 3.4 to 3.7.0 on Hopper gives wrong numbers when a dot's result is cast, transposed and fed to another
+dot (flash-linear-attention issue 640): transposed scores are computed as their own product here, and no result of a
+dot is ever transposed. Triton 3.6.0 on Hopper gives wrong numbers, or an illegal access, for the gated sweeps in 16
+bits with num_stages = 1 (found by the tests; 2 and 3 are right): CONFIG has none. 16-bit tensors with odd rows have been miscompiled: the caller pads K and V to multiples of 16.
+Sizes that change from call to call are never specialised, so an argument of 1 builds no different program.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FLOOR = tl.constexpr(-200.0)  # e^-200 is 0 in float32 (the least number is e^-103)
+LOG2_E = tl.constexpr(1.4426950408889634)
+NONE, HEAD, TOKEN = 0, 1, 2  # the kinds of gate
+
+CHUNK = {2: 64, 4: 16}  # tokens a chunk by bytes of a number: float32 products are not done by tensor cores
+
+# padded row size, bytes of a number -> (columns of z a program, warps, stages of the load pipeline)
+CONFIG = {
+    (16, 2): (16, 4, 2),
+    (32, 2): (32, 4, 2),
+    (64, 2): (32, 4, 3),
+    (128, 2): (64, 4, 3),
+    (256, 2): (16, 4, 2),
+    (16, 4): (16, 4, 1),
+    (32, 4): (32, 4, 1),
+    (64, 4): (32, 4, 1),
+    (128, 4): (32, 4, 1),
+    (256, 4): (16, 4, 1),
+}
+
+
+@triton.jit
+def run_of(borders, n, tokens, PACKED: tl.constexpr):
+    """The first row and the number of tokens of sequence n. Borders are clamped: no bad one reads foreign memory."""
+    if PACKED:
+        start = tl.minimum(tl.maximum(tl.load(borders + n), 0), tokens)
+        stop = tl.minimum(tl.maximum(tl.load(borders + n + 1), start), tokens)
+        length = stop - start
+        start = start.to(tl.int64)
+    else:
+        start = n.to(tl.int64) * tokens
+        length = tokens
+    return start, length
+
+
+@triton.jit
+def part_of(length, segment, segments):
+    """The first token of a segment and the token after its last. The unit is 64 tokens whatever the chunk is."""
+    each = tl.cdiv(tl.cdiv(length, 64), segments) * 64
+    first = tl.minimum(segment * each, length)
+    return first, tl.minimum(first + each, length)
+
+
+@triton.jit
+def sums_of(
+    g, sums, line, t, h, inside, ic, count, last, count_rows, C: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr
+):
+    """(hi, lo, after, total) of a chunk: b = hi + lo the running sum of its gates, after = b_C - b, total = b_C.
+
+    In units of log 2, so that exp2 follows. `last` is the chunk's last token; those beyond it are given b_C.
+    """
+    if GATE == 1:
+        slope = tl.maximum(tl.load(g + h), FLOOR, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
+        total = slope * count
+        hi = slope * (ic + 1)
+        lo = hi * 0.0
+        after = slope * tl.maximum(count - 1 - ic, 0)
+    else:
+        total = tl.load(sums + line + last)
+        hi = tl.load(sums + line + t, mask=inside, other=total)
+        after = total - hi
+        lo = hi * 0.0
+        if EXACT:
+            total_lo = tl.load(sums + count_rows + line + last)
+            lo = tl.load(sums + count_rows + line + t, mask=inside, other=total_lo)
+            after += total_lo - lo
+    return hi, lo, after, total
+
+
+@triton.jit
+def decays_of(hi, lo, g, h, ic, GATE: tl.constexpr, EXACT: tl.constexpr, REVERSE: tl.constexpr):
+    """e^{b_i - b_j} where j <= i, else 0; backwards e^{b_j - b_i} where j >= i."""
+    if GATE == 1:
+        slope = tl.maximum(tl.load(g + h), FLOOR, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
+        exponent = (ic[:, None] - ic[None, :]) * (-slope if REVERSE else slope)
+    elif REVERSE:
+        exponent = hi[None, :] - hi[:, None]
+        if EXACT:
+            exponent += lo[None, :] - lo[:, None]
+    else:
+        exponent = hi[:, None] - hi[None, :]
+        if EXACT:
+            exponent += lo[:, None] - lo[None, :]
+    before = (ic[:, None] <= ic[None, :]) if REVERSE else (ic[:, None] >= ic[None, :])
+    return tl.exp2(tl.where(before, exponent, -float("inf")))
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
+def decay_sums(
+    g, borders, sums, tokens, heads, parts, count_rows,
+    C: tl.constexpr, BH: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Running sums of a gate of one number a token within every chunk, in units of log 2; with EXACT as hi and lo.
+
+    Reads and writes one float32 a token and head: 1/32 U at d = 128. Every sweep reads them; without this kernel each
+    slice of each sweep would repeat the scan, in the middle of its chain of chunks.
+    """
+    pid = tl.program_id(0)
+    part = pid % parts
+    ih = (pid // parts) % BLOCKS * BH + tl.arange(0, BH)
+    start, length = run_of(borders, pid // parts // BLOCKS, tokens, PACKED)
+    first, stop = part_of(length, part, parts)
+    for i in range(0, tl.cdiv(stop - first, C)):
+        t = first + i * C + tl.arange(0, C)
+        at = (start + t)[:, None] * heads + ih[None, :]
+        to = ih.to(tl.int64)[None, :] * (count_rows // heads) + (start + t)[:, None]
+        inside = (t < stop)[:, None] & (ih < heads)[None, :]
+        each = tl.maximum(tl.load(g + at, mask=inside, other=0.0), FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        if EXACT:
+            b = tl.cumsum(each.to(tl.float64) * LOG2_E, 0)
+            hi = b.to(tl.float32)
+            tl.store(sums + count_rows + to, (b - hi.to(tl.float64)).to(tl.float32), mask=inside)
+        else:
+            hi = tl.cumsum(each * LOG2_E, 0)
+        tl.store(sums + to, hi, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
+def decay_sweep(
+    x, y, z, w, g, sums, borders, entry, out, end, part,
+    tokens, heads, segments, slots, count_rows,
+    X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+    SX: tl.constexpr, SZ: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    ENTRY: tl.constexpr, END: tl.constexpr, PART: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One slice of `out` over one segment of one head of one sequence; with PART also Σ_z w·out.
+
+    Reads x and y (X columns), its slice of z (and w), the gates; writes its slice of out. Products a chunk:
+    C·C·X + C·C·BZ + 2·C·X·BZ multiply-adds. State X × BZ float32 in registers: 32 a thread at 128 × 32 and 4 warps.
+    """
+    pid = tl.program_id(0)
+    s = pid % SLICES
+    segment = (pid // SLICES) % segments
+    h = (pid // SLICES // segments) % heads
+    n = pid // SLICES // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+    line = h.to(tl.int64) * (count_rows // heads) + start  # of sums and parts: h (b t)
+
+    ix = tl.arange(0, BX)
+    iz = s * BZ + tl.arange(0, BZ)
+    ic = tl.arange(0, C)
+    in_x, in_z = ix < X, iz < Z
+    cell = ix[:, None] * SX + iz[None, :] * SZ
+    in_cell = in_x[:, None] & in_z[None, :]
+    nh = (n * heads + h).to(tl.int64)
+    if ENTRY:
+        S = tl.load(entry + (nh * slots + segment) * X * Z + cell, mask=in_cell, other=0.0)
+    else:
+        S = tl.zeros((BX, BZ), tl.float32)
+
+    chunks = tl.cdiv(stop - first, C)
+    for i in range(0, chunks):
+        begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
+        t = begin + ic
+        inside = t < stop
+        rows = (start + t) * heads + h
+        at_x = rows[:, None] * X + ix[None, :]
+        at_z = rows[:, None] * Z + iz[None, :]
+        in_rows_x = inside[:, None] & in_x[None, :]
+        in_rows_z = inside[:, None] & in_z[None, :]
+        bx = tl.load(x + at_x, mask=in_rows_x, other=0.0)
+        by = tl.load(y + at_x, mask=in_rows_x, other=0.0)
+        bz = tl.load(z + at_z, mask=in_rows_z, other=0.0)
+        # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
+        if PART:
+            bw = tl.load(w + at_z, mask=in_rows_z, other=0.0)
+        if GATE != 0:
+            count = tl.minimum(stop - begin, C)
+            hi, lo, after, total = sums_of(
+                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
+            )
+
+        seen = tl.dot(bx, S.to(bx.dtype), input_precision=PRECISION)
+        scores = tl.dot(bx, tl.trans(by), input_precision=PRECISION)
+        written = bz
+        if GATE == 0:
+            before = (ic[:, None] <= ic[None, :]) if REVERSE else (ic[:, None] >= ic[None, :])
+            scores = tl.where(before, scores, 0.0)
+        else:
+            reading, writing = tl.exp2(hi), tl.exp2(after)
+            if REVERSE:
+                reading, writing = writing, reading
+            scores = scores * decays_of(hi, lo, g, h, ic, GATE, EXACT, REVERSE)
+            seen = seen * reading[:, None]
+            written = (bz.to(tl.float32) * writing[:, None]).to(bz.dtype)
+            S = S * tl.exp2(total)
+        if PART and EXACT:  # the token's own term cancels in dg: add it to out after the sum
+            diagonal = ic[:, None] == ic[None, :]
+            own = tl.sum(tl.where(diagonal, scores, 0.0), 1)
+            scores = tl.where(diagonal, 0.0, scores)
+        o = tl.dot(scores.to(bz.dtype), bz, seen, input_precision=PRECISION)
+        S = tl.dot(tl.trans(by), written, S, input_precision=PRECISION)
+        if PART:
+            tl.store(part + s.to(tl.int64) * count_rows + line + t, tl.sum(o * bw.to(tl.float32), 1), mask=inside)
+            if EXACT:
+                o += own[:, None] * bz.to(tl.float32)
+        tl.store(out + at_z, o, mask=in_rows_z)
+
+    if END:
+        tl.store(end + nh * X * Z + cell, S, mask=in_cell)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "segments", "count_rows"])
+def decay_span(
+    y, z, g, sums, borders, states, totals,
+    tokens, heads, segments, count_rows,
+    X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a segment does to a memory, M -> e^total M + S: S = Σ_j e^{gates after j} y_jᵀ z_j (backwards: before j).
+
+    The state update of `decay_sweep` and nothing else: reads y and z once more (2 U), C·X·BZ multiply-adds a chunk.
+    S goes to the slot that `decay_fold` turns into the memory behind this segment.
+    """
+    pid = tl.program_id(0)
+    s = pid % SLICES
+    segment = (pid // SLICES) % segments
+    h = (pid // SLICES // segments) % heads
+    n = pid // SLICES // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+    line = h.to(tl.int64) * (count_rows // heads) + start  # of sums and parts: h (b t)
+
+    ix = tl.arange(0, BX)
+    iz = s * BZ + tl.arange(0, BZ)
+    ic = tl.arange(0, C)
+    in_x, in_z = ix < X, iz < Z
+    S = tl.zeros((BX, BZ), tl.float32)
+    sum_of_totals = 0.0
+    chunks = tl.cdiv(stop - first, C)
+    for i in range(0, chunks):
+        begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
+        t = begin + ic
+        inside = t < stop
+        rows = (start + t) * heads + h
+        by = tl.load(y + rows[:, None] * X + ix[None, :], mask=inside[:, None] & in_x[None, :], other=0.0)
+        bz = tl.load(z + rows[:, None] * Z + iz[None, :], mask=inside[:, None] & in_z[None, :], other=0.0)
+        if GATE != 0:
+            count = tl.minimum(stop - begin, C)
+            hi, _, after, total = sums_of(
+                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
+            )
+            writing = tl.exp2(hi) if REVERSE else tl.exp2(after)
+            bz = (bz.to(tl.float32) * writing[:, None]).to(bz.dtype)
+            S = S * tl.exp2(total)
+            sum_of_totals += total
+        S = tl.dot(tl.trans(by), bz, S, input_precision=PRECISION)
+
+    nh = (n * heads + h).to(tl.int64)
+    slot = segment if REVERSE else segment + 1
+    cell = ix[:, None] * Z + iz[None, :]
+    tl.store(states + (nh * (segments + 1) + slot) * X * Z + cell, S, mask=in_x[:, None] & in_z[None, :])
+    if GATE != 0:
+        tl.store(totals + nh * segments + segment, sum_of_totals, mask=s == 0)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def decay_fold(
+    states, totals, first, last, segments,
+    CELLS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """The memories before every segment and after the last (backwards: their cotangents), in place of what the
+    segments wrote: M_0 = first, M_{s+1} = e^{total_s} M_s + S_s. Reads and writes `states` once."""
+    pid = tl.program_id(0)
+    nh = (pid // BLOCKS).to(tl.int64)
+    cell = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    inside = cell < CELLS
+    states += nh * (segments + 1) * CELLS
+    if FIRST:
+        M = tl.load(first + nh * CELLS + cell, mask=inside, other=0.0)
+    else:
+        M = tl.zeros((BLOCK,), tl.float32)
+    if REVERSE:
+        tl.store(states + segments * CELLS + cell, M, mask=inside)
+    else:
+        tl.store(states + cell, M, mask=inside)
+    for i in range(0, segments):
+        if REVERSE:
+            segment = segments - 1 - i
+            slot = states + segment * CELLS + cell
+        else:
+            segment = i
+            slot = states + (i + 1) * CELLS + cell
+        if GATE != 0:
+            M = M * tl.exp2(tl.load(totals + nh * segments + segment))
+        M += tl.load(slot, mask=inside, other=0.0)
+        tl.store(slot, M, mask=inside)
+    tl.store(last + nh * CELLS + cell, M, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
+def decay_dg(
+    asked, answered, g, borders, memory, cotangent, dg,
+    tokens, heads, segments, slots, count_rows,
+    QS: tl.constexpr, KS: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """dg_t = Σ_{s >= t} (q_s·dq_s - k_s·dk_s) + <M_end, dM_end>, the sum within a segment, M_end at the segment's end.
+
+    Every segment starts from its own exact end, so errors of 16-bit products add up over a segment and no further.
+    Where e^g is 0 the gradient is 0, and is set to it. Reads slices × 2 float32 a token and head, writes one.
+    """
+    pid = tl.program_id(0)
+    segment = pid % segments
+    h = (pid // segments) % heads
+    n = pid // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+
+    nh = (n * heads + h).to(tl.int64)
+    later = tl.zeros((), tl.float64)
+    if ENDS:
+        for i in range(0, CELLS, BLOCK):
+            cell = i + tl.arange(0, BLOCK)
+            at = (nh * slots + segment) * CELLS + cell
+            M = tl.load(memory + at, mask=cell < CELLS, other=0.0)
+            D = tl.load(cotangent + at, mask=cell < CELLS, other=0.0)
+            later += tl.sum((M * D).to(tl.float64), 0)
+    for i in range(0, tl.cdiv(stop - first, BLOCK)):
+        t = stop - (i + 1) * BLOCK + tl.arange(0, BLOCK)
+        inside = t >= first
+        rows = (start + t) * heads + h
+        line = h.to(tl.int64) * (count_rows // heads) + start + t
+        change = tl.zeros((BLOCK,), tl.float32)
+        for s in tl.static_range(QS):
+            change += tl.load(asked + s * count_rows + line, mask=inside, other=0.0)
+        for s in tl.static_range(KS):
+            change -= tl.load(answered + s * count_rows + line, mask=inside, other=0.0)
+        change = change.to(tl.float64)
+        value = (later + tl.cumsum(change, 0, reverse=True)).to(tl.float32)
+        gate = tl.load(g + rows, mask=inside, other=0.0)
+        tl.store(dg + rows, tl.where(gate < -104.0, 0.0, value), mask=inside)
+        later += tl.sum(change, 0)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots"])
+def decay_slope(
+    q, k, v, do, g, borders, entry, cotangent, parts,
+    tokens, heads, segments, slots,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+    PACKED: tl.constexpr, ENTRY: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a gate of one number a head, by carrying N_t = dM_t/dg = e^g (N_{t-1} + M_{t-1}) beside M_t:
+
+        dg = Σ_t do_t · q_t N_t + <N_end, dM_end>       N = 0 at a segment's start
+
+    Summing `decay_dg` over tokens instead would weigh rounding errors with up to T. Reads 4 U, writes a number a
+    program; two states of K × BV, so half the columns of a sweep. Only for slopes that are learned.
+    """
+    pid = tl.program_id(0)
+    s = pid % SLICES
+    segment = (pid // SLICES) % segments
+    h = (pid // SLICES // segments) % heads
+    n = pid // SLICES // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+
+    ik = tl.arange(0, BK)
+    iv = s * BV + tl.arange(0, BV)
+    ic = tl.arange(0, C)
+    in_k, in_v = ik < K, iv < V
+    in_cell = in_k[:, None] & in_v[None, :]
+    cell = (((n * heads + h).to(tl.int64) * slots + segment) * K + ik[:, None]) * V + iv[None, :]
+    if ENTRY:
+        S = tl.load(entry + cell, mask=in_cell, other=0.0)
+    else:
+        S = tl.zeros((BK, BV), tl.float32)
+    N = tl.zeros((BK, BV), tl.float32)
+    result = tl.zeros((BV,), tl.float32)
+    chunks = tl.cdiv(stop - first, C)
+    for i in range(0, chunks):
+        begin = first + i * C
+        t = begin + ic
+        inside = t < stop
+        rows = (start + t) * heads + h
+        at_k = rows[:, None] * K + ik[None, :]
+        at_v = rows[:, None] * V + iv[None, :]
+        bq = tl.load(q + at_k, mask=inside[:, None] & in_k[None, :], other=0.0)
+        bk = tl.load(k + at_k, mask=inside[:, None] & in_k[None, :], other=0.0)
+        bv = tl.load(v + at_v, mask=inside[:, None] & in_v[None, :], other=0.0)
+        bdo = tl.load(do + at_v, mask=inside[:, None] & in_v[None, :], other=0.0).to(tl.float32)
+        count = tl.minimum(stop - begin, C)
+        hi, lo, after, total = sums_of(g, g, 0, t, h, inside, ic, count, 0, 0, C, 1, False)
+        distance = tl.maximum(ic[:, None] - ic[None, :], 0).to(tl.float32)
+        decay = decays_of(hi, lo, g, h, ic, 1, False, False)
+        scores = tl.dot(bq, tl.trans(bk), input_precision=PRECISION) * decay * distance
+        age = (ic + 1).to(tl.float32)
+        o = tl.dot(bq, N.to(bq.dtype), input_precision=PRECISION)
+        o += tl.dot(bq, S.to(bq.dtype), input_precision=PRECISION) * age[:, None]
+        o = tl.dot(scores.to(bv.dtype), bv, o * tl.exp2(hi)[:, None], input_precision=PRECISION)
+        result += tl.sum(o * bdo, 0)
+        written = bv.to(tl.float32) * tl.exp2(after)[:, None]
+        aged = written * tl.maximum(count - 1 - ic, 0).to(tl.float32)[:, None]
+        N = (N + S * count.to(tl.float32)) * tl.exp2(total)
+        N = tl.dot(tl.trans(bk), aged.to(bv.dtype), N, input_precision=PRECISION)
+        S = tl.dot(tl.trans(bk), written.to(bv.dtype), S * tl.exp2(total), input_precision=PRECISION)
+    if ENDS:
+        result += tl.sum(N * tl.load(cotangent + cell, mask=in_cell, other=0.0), 0)
+    tl.store(parts + pid, tl.sum(result, 0))
+
+
+@triton.jit(do_not_specialize=["heads"])
+def decay_step(
+    q, k, v, g, memory, o, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """One token of one head, a slice of V: reads and writes its part of the memory once, in place."""
+    pid = tl.program_id(0)
+    row = (pid // SLICES).to(tl.int64)
+    ik = tl.arange(0, BK)
+    iv = (pid % SLICES) * BV + tl.arange(0, BV)
+    in_k, in_v = ik < K, iv < V
+    cell = memory + row * K * V + ik[:, None] * V + iv[None, :]
+    in_cell = in_k[:, None] & in_v[None, :]
+    M = tl.load(cell, mask=in_cell, other=0.0)
+    bq = tl.load(q + row * K + ik, mask=in_k, other=0.0).to(tl.float32)
+    bk = tl.load(k + row * K + ik, mask=in_k, other=0.0).to(tl.float32)
+    bv = tl.load(v + row * V + iv, mask=in_v, other=0.0).to(tl.float32)
+    if GATE == 1:
+        M = M * tl.exp(tl.load(g + row % heads))
+    if GATE == 2:
+        M = M * tl.exp(tl.load(g + row))
+    M = M + bk[:, None] * bv[None, :]
+    tl.store(cell, M, mask=in_cell)
+    tl.store(o + row * V + iv, tl.sum(bq[:, None] * M, 0), mask=in_v)
+
+
+# ------------------------------------------------------------------------------------------------ the launchers
+# Tensors are contiguous, K and V multiples of 16, gates and memories float32. `g` is None | h | b t h.
+
+
+INTERPRETED = not isinstance(decay_sweep, triton.JITFunction)  # TRITON_INTERPRET=1: the kernels run on CPU tensors
+
+
+def launch(kernel, programs: int, *args, **meta) -> None:
+    """The one way into a kernel: a grid of `programs`, on the device of the first tensor."""
+    if programs == 0:
+        return
+    device = args[0].device
+    if device.type != "cuda":
+        kernel[(programs,)](*args, **meta)
+        return
+    with torch.cuda.device(device):
+        kernel[(programs,)](*args, **meta)
+
+
+def gate(g: Tensor | None) -> int:
+    return NONE if g is None else HEAD if g.ndim == 1 else TOKEN
+
+
+def padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
+    """In how many segments to cut each sequence: one program a multiprocessor, and at least 512 tokens a segment."""
+    columns = CONFIG[padded(q.shape[-1]), q.element_size()][0]
+    programs = sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns)
+    wanted = multiprocessors(q.device) // max(programs, 1)
+    return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
+
+
+def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None) -> dict:
+    """The compile-time arguments of a sweep or span whose state is x's columns × z's columns."""
+    X, Z = x.shape[-1], z.shape[-1]
+    columns, warps, stages = CONFIG[padded(X), x.element_size()]
+    columns = min(columns, padded(Z))
+    sizes = {
+        "X": X,
+        "Z": Z,
+        "BX": padded(X),
+        "BZ": columns,
+        "SLICES": triton.cdiv(Z, columns),
+        "C": CHUNK[x.element_size()],
+    }
+    kind = {"GATE": gate(g), "PACKED": borders is not None, "EXACT": x.element_size() == 4, "PRECISION": "ieee"}
+    return {**sizes, **kind, "num_warps": warps, "num_stages": stages}
+
+
+def rows_of(x: Tensor) -> int:
+    return x.shape[0] * x.shape[1] * x.shape[2]
+
+
+def sequences_of(x: Tensor, borders: Tensor | None) -> int:
+    return x.shape[0] if borders is None else len(borders) - 1
+
+
+def sums_in_chunks(g: Tensor | None, borders: Tensor | None, like: Tensor) -> Tensor | None:
+    """`decay_sums` for the tokens' dtype: (1 or 2) h (b t), or None if the gate is not one number a token."""
+    if gate(g) != TOKEN:
+        return None
+    b, t, h = g.shape
+    exact = like.element_size() == 4
+    sums = g.new_empty(1 + exact, h, b * t)
+    n, block = sequences_of(g, borders), min(16, triton.next_power_of_2(h))
+    parts, blocks = triton.cdiv(t, 256), triton.cdiv(h, block)
+    launch(
+        decay_sums, n * blocks * parts, g, borders, sums, t, h, parts, b * t * h,
+        C=CHUNK[like.element_size()], BH=block, BLOCKS=blocks, PACKED=borders is not None, EXACT=exact,
+    )  # fmt: skip
+    return sums
+
+
+def sweep(
+    x, y, z, g, sums, borders, entry=None, *, slots=1, segments=1, reverse=False, swapped=False, end=None, weight=None,
+    wide=False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`decay_sweep`: (out, part). `swapped`: the state lies transposed in `entry`. `end` receives the last state."""
+    shape = shape_of(x, z, g, borders)
+    out = torch.empty_like(z, dtype=torch.float32 if wide else z.dtype)
+    part = (
+        None
+        if weight is None
+        else z.new_empty(shape["SLICES"], z.shape[2], rows_of(z) // z.shape[2], dtype=torch.float32)
+    )
+    programs = shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders)
+    SX, SZ = (1, x.shape[-1]) if swapped else (z.shape[-1], 1)
+    launch(
+        decay_sweep, programs, x, y, z, weight, g, sums, borders, entry, out, end, part,
+        x.shape[1], x.shape[2], segments, slots, rows_of(x),
+        **shape, SX=SX, SZ=SZ, REVERSE=reverse, ENTRY=entry is not None, END=end is not None, PART=part is not None,
+    )  # fmt: skip
+    return out, part
+
+
+def between(y, z, g, sums, borders, first, segments, reverse=False) -> tuple[Tensor, Tensor]:
+    """The memories between segments (n h segments+1 K V) and the one at the far end (n h K V), from `first`."""
+    n, h, cells = sequences_of(y, borders), y.shape[2], y.shape[-1] * z.shape[-1]
+    states = y.new_empty(n, h, segments + 1, y.shape[-1], z.shape[-1], dtype=torch.float32)
+    totals = y.new_empty(n, h, segments, dtype=torch.float32)
+    last = torch.empty_like(states[:, :, 0])
+    shape = shape_of(y, z, g, borders)
+    programs = shape["SLICES"] * segments * h * n
+    launch(
+        decay_span, programs, y, z, g, sums, borders, states, totals, y.shape[1], h, segments, rows_of(y),
+        **shape, REVERSE=reverse,
+    )  # fmt: skip
+    block = min(1024, triton.next_power_of_2(cells))
+    blocks = triton.cdiv(cells, block)
+    launch(
+        decay_fold, n * h * blocks, states, totals, first, last, segments,
+        CELLS=cells, BLOCK=block, BLOCKS=blocks, GATE=gate(g), REVERSE=reverse, FIRST=first is not None,
+    )  # fmt: skip
+    return states, last
+
+
+def forward(q, k, v, g, memory, borders, segments: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments: nothing when there is one segment). `wide`: o in float32."""
+    sums = sums_in_chunks(g, borders, q)
+    if segments > 1:
+        states, last = between(k, v, g, sums, borders, memory, segments)
+        o, _ = sweep(q, k, v, g, sums, borders, states, slots=segments + 1, segments=segments, wide=wide)
+        return o, last, states
+    n = sequences_of(q, borders)
+    last = q.new_empty(n, q.shape[2], q.shape[-1], v.shape[-1], dtype=torch.float32)
+    o, _ = sweep(q, k, v, g, sums, borders, memory, end=last, wide=wide)
+    return o, last, last.new_empty(0)
+
+
+def backward(do, dlast, q, k, v, g, memory, borders, last, states, want_g: bool):
+    """(dq, dk, dv, dg or None, dmemory) from the cotangents of o and of the last memory (None: zeros)."""
+    cut, sums = states.numel() > 0, sums_in_chunks(g, borders, q)
+    segments = states.shape[2] - 1 if cut else 1
+    run = {"segments": segments, "slots": segments + 1 if cut else 1}
+    if cut:
+        cotangents, dmemory = between(q, do, g, sums, borders, dlast, segments, reverse=True)
+        before, after, end = states, cotangents[:, :, 1:], None
+    else:
+        dmemory = torch.empty_like(last)
+        before, after, end = memory, dlast, dmemory
+    each = want_g and g.ndim == 3
+    dq, asked = sweep(do, v, k, g, sums, borders, before, swapped=True, weight=q if each else None, **run)
+    dk, answered = sweep(
+        v, do, q, g, sums, borders, after, reverse=True, swapped=True, weight=k if each else None, **run
+    )
+    dv, _ = sweep(k, q, do, g, sums, borders, after, reverse=True, end=end, **run)
+    dg = None
+    if each:
+        ends = (states[:, :, 1:], after) if cut else (last, dlast)
+        dg = gate_gradient(asked, answered, g, borders, *ends, q, v, **run)
+    elif want_g:
+        dg = slope_gradient(q, k, v, do, g, borders, before, after, **run)
+    return dq, dk, dv, dg, dmemory
+
+
+def gate_gradient(asked, answered, g, borders, memory, cotangent, q, v, segments, slots) -> Tensor:
+    """`decay_dg` from the ends of all segments: b t h."""
+    b, t, h = g.shape
+    dg = asked.new_empty(b, t, h)
+    launch(
+        decay_dg, segments * h * sequences_of(q, borders), asked, answered, g, borders, memory, cotangent, dg,
+        t, h, segments, slots, b * t * h,
+        QS=asked.shape[0], KS=answered.shape[0], CELLS=q.shape[-1] * v.shape[-1], BLOCK=256,
+        PACKED=borders is not None, ENDS=cotangent is not None,
+    )  # fmt: skip
+    return dg
+
+
+def slope_gradient(q, k, v, do, g, borders, entry, cotangent, segments, slots) -> Tensor:
+    """`decay_slope` summed over sequences, segments and slices: h."""
+    shape = shape_of(q, v, g, borders)
+    h, V = v.shape[2:]
+    slices = triton.cdiv(V, 16)
+    parts = v.new_empty(sequences_of(q, borders), h, segments * slices, dtype=torch.float32)
+    launch(
+        decay_slope, parts.numel(), q, k, v, do, g, borders, entry, cotangent, parts,
+        v.shape[1], h, segments, slots,
+        K=shape["X"], V=V, BK=shape["BX"], BV=16, SLICES=slices, C=shape["C"], PACKED=borders is not None,
+        ENTRY=entry is not None, ENDS=cotangent is not None, PRECISION="ieee", num_warps=4, num_stages=2 if q.element_size() == 2 else 1,
+    )  # fmt: skip
+    return parts.double().sum((0, 2)).float()
+
+
+def step(q, k, v, g, memory) -> Tensor:
+    """o : b h V in float32 of one token a sequence, q k : b h K, v : b h V, g : None | h | b h; overwrites memory."""
+    b, h, K = q.shape
+    V = v.shape[-1]
+    columns = min(32, padded(V))
+    o = torch.empty_like(v, dtype=torch.float32)
+    slices = triton.cdiv(V, columns)
+    kind = NONE if g is None else HEAD if g.ndim == 1 else TOKEN
+    launch(
+        decay_step, b * h * slices, q, k, v, g, memory, o, h,
+        K=K, V=V, BK=padded(K), BV=columns, SLICES=slices, GATE=kind, num_warps=4,
+    )  # fmt: skip
+    return o

@@ -1,0 +1,231 @@
+"""`reference.recurrence` on Triton kernels: the same functions, the same rows, the same answers.
+
+A row is brought to its normal form (`reference.recurrence.normal`) and the form says which family of kernels runs it.
+So far one family exists, memories that fade as a whole (`fast/kernels/decay.py`): no gate, one number a head, or one
+number a head and token. Whatever has no kernel raises; nothing falls back.
+
+Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates and memories are float32. Each
+family is two operators for torch (forward and gradient) with shape rules, so that `torch.compile` sees whole graphs.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fast.kernels import decay as kernels
+from reference import recurrence as words
+from reference.lsm import LSM
+from reference.recurrence import Inputs, Memory, Normal, Row, check, empty, fixed, normal
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST = 256  # K and V, the count column of a normalised row included
+
+
+def recurrence(
+    row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None, cu_seqlens=None
+) -> tuple[Float[Tensor, "b t h v"], Memory]:
+    """The row from `memory` (zeros if None): outputs, and the memory after the last token, as the reference's.
+
+    Raises in one line, before any launch: ValueError for inputs that do not fit the row, a dtype or a device without
+    kernels; NotImplementedError for a row without one. Borders that lie on the GPU are not read here (that would
+    wait for it): the kernels clamp them to the sequence.
+    """
+    constants = constants or {}
+    checked(row, tokens, constants, memory, cu_seqlens)
+    x = normal(row, {**tokens, **constants})
+    supported(row, x, memory)
+    wide = row.read is not words.inclusive  # something is still to be computed from o
+    K, V = x.k.shape[-1], x.v.shape[-1]
+    if memory is not None:
+        memory = even(memory.float(), -K % 16).contiguous()
+    sequences = x.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    q, k, v = (even(y).contiguous() for y in (x.q, x.k, x.v))
+    segments = kernels.segments_for(q, v, sequences)
+    o, last, _ = decay(q, k, v, gate_of(row, x, constants), memory, cu_seqlens, segments, wide)
+    return x.finish(o[..., :V]).to(x.q.dtype), last[..., :K, :V]
+
+
+def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None) -> tuple[Tensor, Memory]:
+    """One token for each of b running sequences (t = 1). A float32 memory is overwritten and returned.
+
+    With gradients wanted it is `recurrence` over one token, and nothing is overwritten.
+    """
+    constants = constants or {}
+    checked(row, tokens, constants, memory, None)
+    inputs = [*tokens.values(), *constants.values(), *([] if memory is None else [memory])]
+    if torch.is_grad_enabled() and any(y.requires_grad for y in inputs):
+        return recurrence(row, tokens, constants, memory)
+    x = normal(row, {**tokens, **constants})
+    supported(row, x, memory)
+    if x.q.shape[1] != 1:
+        raise ValueError(f"{row.title}: step takes one token, got t = {x.q.shape[1]}; use recurrence")
+    memory = empty(row, tokens) if memory is None else memory.float().contiguous()
+    g = gate_of(row, x, constants)
+    g = g[:, 0].contiguous() if g is not None and g.ndim == 3 else g
+    o = decay_step(*(y[:, 0].contiguous() for y in (x.q, x.k, x.v)), g, memory)[:, None]
+    return x.finish(o).to(x.q.dtype), memory
+
+
+def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> words.Span:
+    """`reference.recurrence.span`, with the kernels' run inside."""
+    return words.span(row, tokens, constants, cu_seqlens, run=recurrence)
+
+
+# ------------------------------------------------------------------------------------------- what can be computed
+
+
+def checked(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> None:
+    """The reference's check, without a wait for borders that lie on the GPU: these are only looked at from outside."""
+    if torch.compiler.is_compiling() and cu_seqlens is not None:
+        memory, cu_seqlens = None, None
+    elif cu_seqlens is not None and cu_seqlens.is_cuda and cu_seqlens.ndim == 1 and len(cu_seqlens):
+        cu_seqlens = torch.zeros(cu_seqlens.shape, dtype=cu_seqlens.dtype)
+        cu_seqlens[-1] = next(iter(tokens.values())).shape[1]
+    check(row, tokens, constants, memory, cu_seqlens)
+
+
+def has_kernel(x: Normal) -> bool:
+    return x.u is None and x.beta is None and (x.g is None or x.g.ndim == 3)
+
+
+def rows() -> list[str]:
+    """The rows of the table that have a kernel."""
+
+    def form(row: Row) -> Normal:
+        inputs = {**row.tokens, **row.constants}
+        return normal(row, {name: torch.empty([1] * len(s.split()), device="meta") for name, s in inputs.items()})
+
+    return [name for name, row in LSM.items() if has_kernel(form(row))]
+
+
+def supported(row: Row, x: Normal, memory) -> None:
+    """One line for what no kernel computes, before any launch."""
+    if not has_kernel(x):
+        raise NotImplementedError(
+            f"no fast kernel for {row.title!r} (have {', '.join(rows())}); use the backend 'reference'"
+        )
+    given = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "memory": memory}
+    given = {name: y for name, y in given.items() if y is not None}
+    dtypes = {name: y.dtype for name, y in given.items() if name in "qkv"}
+    if x.q.dtype not in DTYPES or len(set(dtypes.values())) > 1:
+        raise ValueError(
+            f"{row.title}: no fast kernel for {', '.join(f'{n} {d}' for n, d in dtypes.items())}; allowed: all "
+            "float32, all bfloat16 or all float16 (the backend 'reference' takes any)"
+        )
+    devices = {str(y.device) for y in given.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{row.title}: inputs on several devices: {', '.join(sorted(devices))}; put all on one")
+    if x.q.device.type != "cuda" and not kernels.INTERPRETED:
+        raise ValueError(
+            f"{row.title}: fast kernels need a CUDA GPU, got tensors on {x.q.device}; use the backend 'reference'"
+        )
+    if kernels.INTERPRETED and x.q.dtype == torch.bfloat16:
+        raise ValueError(f"{row.title}: Triton's interpreter gets bfloat16 wrong; use float32 or float16 there")
+    if max(x.k.shape[-1], x.v.shape[-1]) > LARGEST:
+        raise ValueError(
+            f"{row.title}: K = {x.k.shape[-1]} and V = {x.v.shape[-1]} (a count column included), fast kernels take "
+            f"at most {LARGEST}; use the backend 'reference'"
+        )
+
+
+def gate_of(row: Row, x: Normal, constants: Inputs) -> Float[Tensor, "b t h"] | Float[Tensor, " h"] | None:
+    """The log decay in float32; where it is the same for every token, as one number a head."""
+    if x.g is None:
+        return None
+    return (constants["g"] if row.decay is fixed else x.g).float().contiguous()
+
+
+def even(x: Tensor, rows: int = 0) -> Tensor:
+    """The last axis filled with zeros to a multiple of 16 (and the one before with `rows` zeros)."""
+    columns = -x.shape[-1] % 16
+    return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
+
+
+# ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@torch.library.custom_op("linear_moe::decay", mutates_args=())
+def decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segments: int,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments). `wide`: o in float32."""
+    return kernels.forward(*packed(q, k, v, g, memory, cu_seqlens), segments, wide)
+
+
+@decay.register_fake
+def _(q, k, v, g, memory, cu_seqlens, segments, wide):
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    cells = (q.shape[2], q.shape[3], v.shape[3])
+    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    last = q.new_empty(n, *cells, dtype=torch.float32)
+    cut = (n, cells[0], segments + 1, *cells[1:]) if segments > 1 else (0,)
+    return o, last, q.new_empty(cut, dtype=torch.float32)
+
+
+@torch.library.custom_op("linear_moe::decay_gradients", mutates_args=())
+def decay_gradients(
+    do: Tensor,
+    dlast: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    last: Tensor,
+    states: Tensor,
+    want_g: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dg, dmemory); dg is empty unless wanted."""
+    do, dlast = packed(do.to(v.dtype), dlast)
+    q, k, v, g, memory, cu_seqlens = packed(q, k, v, g, memory, cu_seqlens)
+    *grads, dg, dmemory = kernels.backward(do, dlast, q, k, v, g, memory, cu_seqlens, last, states, want_g)
+    return *grads, last.new_empty(0) if dg is None else dg, dmemory
+
+
+@decay_gradients.register_fake
+def _(do, dlast, q, k, v, g, memory, cu_seqlens, last, states, want_g):
+    dg = torch.empty_like(g) if want_g else last.new_empty(0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, torch.empty_like(last)
+
+
+def packed(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous: a gradient arrives expanded from a sum, a compiler may have chosen other strides."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def decay_context(ctx, inputs, output) -> None:
+    q, k, v, g, memory, cu_seqlens, _, _ = inputs
+    _, last, states = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, memory, cu_seqlens, last, states)
+
+
+def decay_backward(ctx, do, dlast, _):
+    q, k, v, g, memory, cu_seqlens, last, states = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    want_g, want_memory = ctx.needs_input_grad[3:5]
+    dq, dk, dv, dg, dmemory = decay_gradients(do, dlast, q, k, v, g, memory, cu_seqlens, last, states, want_g)
+    return dq, dk, dv, dg if want_g else None, dmemory if want_memory else None, None, None, None
+
+
+decay.register_autograd(decay_backward, setup_context=decay_context)
+
+
+@torch.library.custom_op("linear_moe::decay_step", mutates_args=("memory",))
+def decay_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor) -> Tensor:
+    """o : b h v, in float32; memory is overwritten."""
+    return kernels.step(q, k, v, g, memory)
+
+
+@decay_step.register_fake
+def _(q, k, v, g, memory):
+    return torch.empty_like(v, dtype=torch.float32)

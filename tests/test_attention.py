@@ -1,0 +1,170 @@
+"""Softmax attention, its cache and its rotary positions against formulas written out."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reference.attention import Past, attention, rotate
+
+close = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def qkv(b, t, h=2, g=2, d=4, seed=0):
+    return draw(b, t, h, d, seed=seed), draw(b, t, g, d, seed=seed + 1), draw(b, t, g, d, seed=seed + 2)
+
+
+def naive(q, k, v):
+    """One sequence whose queries are the last of its tokens: t h d, s g d, s g d -> t h d."""
+    t, h, d = q.shape
+    s, g, _ = k.shape
+    o = torch.zeros_like(q)
+    for i in range(t):
+        for head in range(h):
+            shared = head // (h // g)  # neighbours share
+            weights = [math.exp(sum(q[i, head] * k[j, shared]) / math.sqrt(d)) for j in range(s - t + i + 1)]
+            for j, weight in enumerate(weights):
+                o[i, head] += weight / sum(weights) * v[j, shared]
+    return o
+
+
+@given(t=st.integers(0, 6), g=st.integers(1, 2), share=st.integers(1, 3), d=st.integers(1, 4), seed=st.integers(0, 99))
+def test_attention_is_its_formula(t, g, share, d, seed):
+    q, k, v = qkv(2, t, g * share, g, d, seed)
+    o, past = attention(q, k, v)
+    for i in range(2):
+        torch.testing.assert_close(o[i], naive(q[i], k[i], v[i]), **close)
+    assert torch.equal(past.k, k) and torch.equal(past.v, v) and past.length.tolist() == [t, t]
+
+
+@given(lengths=st.lists(st.sampled_from([0, 1, 1, 3, 6]), min_size=1, max_size=5), g=st.sampled_from([1, 2, 4]))
+def test_pieces_equal_the_whole(lengths, g):
+    q, k, v = qkv(2, sum(lengths), 4, g)
+    whole, wanted = attention(q, k, v)
+    o, past = [], None
+    for a, b in pairwise([0, *torch.tensor(lengths).cumsum(0).tolist()]):
+        y, past = attention(q[:, a:b], k[:, a:b], v[:, a:b], past)
+        o.append(y)
+    torch.testing.assert_close(torch.cat(o, 1), whole, **close)
+    assert all(torch.equal(a, b) for a, b in zip(past, wanted, strict=True))
+
+
+def padded(parts, fill):
+    """Keys and values of uneven length as one cache. What stands behind a length must not matter."""
+    room = max(len(k) for k, _ in parts)
+    grown = [[torch.cat([x, x.new_full((room - len(x), *x.shape[1:]), fill)]) for x in part] for part in parts]
+    length = torch.tensor([len(k) for k, _ in parts])
+    return Past(*map(torch.stack, zip(*grown, strict=True)), length)
+
+
+@given(
+    before=st.lists(st.sampled_from([0, 1, 2, 5, 9]), min_size=1, max_size=4),
+    t=st.sampled_from([0, 1, 1, 2, 7]),
+    seed=st.integers(0, 99),
+)
+def test_rows_with_uneven_pasts(before, t, seed):
+    b = len(before)
+    parts = [tuple(draw(n, 1, 4, seed=seed + i) for i in (10, 11)) for n in before]
+    q, k, v = qkv(b, t, 2, 1, seed=seed)
+    o, past = attention(q, k, v, padded(parts, 50.0))
+    assert past.length.tolist() == [n + t for n in before]
+    for i, (old_k, old_v) in enumerate(parts):
+        all_k, all_v = torch.cat([old_k, k[i]]), torch.cat([old_v, v[i]])
+        torch.testing.assert_close(o[i], naive(q[i], all_k, all_v), **close)
+        assert torch.equal(past.k[i, : len(all_k)], all_k) and torch.equal(past.v[i, : len(all_v)], all_v)
+
+
+@st.composite
+def borders(draw, n):
+    lengths = draw(st.lists(st.sampled_from([0, 1, 2, 5]), min_size=n, max_size=n))
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+@given(data=st.data(), n=st.integers(1, 4), seed=st.integers(0, 99))
+def test_packed_documents_with_pasts_equal_each_alone(data, n, seed):
+    state, alone = None, [None] * n
+    for turn in range(3):
+        cu_seqlens = data.draw(borders(n))
+        q, k, v = qkv(1, int(cu_seqlens[-1]), 2, 1, seed=seed + turn)
+        o, state = attention(q, k, v, state, cu_seqlens)
+        for i, (a, b) in enumerate(pairwise(cu_seqlens.tolist())):
+            own, alone[i] = attention(q[:, a:b], k[:, a:b], v[:, a:b], alone[i])
+            torch.testing.assert_close(o[:, a:b], own, **close)
+            end = int(alone[i].length)
+            assert int(state.length[i]) == end
+            assert torch.equal(state.k[i, :end], alone[i].k[0, :end])
+            assert torch.equal(state.v[i, :end], alone[i].v[0, :end])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients(packed):
+    inputs = [*qkv(1, 5, 2, 1, 2), draw(1, 3, 1, 2, seed=7), draw(1, 3, 1, 2, seed=8)]
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32) if packed else None
+
+    def run(q, k, v, old_k, old_v):
+        return attention(q, k, v, Past(old_k, old_v, torch.tensor([2])), cu_seqlens)[0]
+
+    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs])
+
+
+def test_bad_inputs_give_one_line():
+    q, k, v = qkv(2, 5, 4, 3)
+    packed = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads") as caught:
+        attention(q, k, v)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="expected b = 1, got b = 2"):
+        attention(q, k[:, :, :2], v[:, :, :2], cu_seqlens=packed)
+    with pytest.raises(ValueError, match="must rise from 0 to t = 5"):
+        attention(q[:1], k[:1, :, :2], v[:1, :, :2], cu_seqlens=packed - 1)
+    with pytest.raises(ValueError, match="heads of 5 channels cannot rotate") as caught:
+        rotate(draw(1, 2, 2, 5), torch.arange(2)[None])
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- positions
+
+
+@given(half=st.integers(1, 5), base=st.sampled_from([100.0, 1e4, 5e5]), seed=st.integers(0, 99))
+@settings(max_examples=10)
+def test_rotation_is_a_complex_product(half, base, seed):
+    x = draw(2, 3, 2, 2 * half, seed=seed)
+    positions = torch.randint(0, 1000, (2, 3), generator=torch.Generator().manual_seed(seed))
+    y = rotate(x, positions, base)
+    z = torch.complex(x[..., :half], x[..., half:])
+    for i in range(half):
+        turned = z[..., i] * torch.exp(1j * positions.double() * base ** (-2 * i / (2 * half)))[..., None]
+        torch.testing.assert_close(y[..., i], turned.real, **close)
+        torch.testing.assert_close(y[..., i + half], turned.imag, **close)
+
+
+@given(
+    a=st.integers(0, 50), b=st.integers(0, 50), shift=st.sampled_from([1, 77, 131072, 10**6]), seed=st.integers(0, 99)
+)
+def test_scores_depend_on_the_distance_alone(a, b, shift, seed):
+    """In float32 too, and far into a text, where an angle that was rounded to float32 would be off by 0.004."""
+    q, k = draw(1, 1, 1, 16, seed=seed), draw(1, 1, 1, 16, seed=seed + 1)
+
+    def score(dtype, shift):
+        at = [torch.tensor([[p + shift]]) for p in (a, b)]
+        return (rotate(q.to(dtype), at[0]) * rotate(k.to(dtype), at[1])).sum().item()
+
+    scale = (q.norm() * k.norm()).item()
+    assert abs(score(torch.float64, shift) - score(torch.float64, 0)) < 1e-9 * scale
+    assert abs(score(torch.float32, shift) - score(torch.float64, 0)) < 1e-6 * scale
+
+
+def test_rotation_keeps_lengths_and_the_first_position():
+    x = draw(1, 4, 2, 6)
+    y = rotate(x, torch.arange(4)[None])
+    assert torch.equal(y[:, 0], x[:, 0])
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), **close)
+    assert (y[:, 1:] != x[:, 1:]).all()
+    assert rotate(x.bfloat16(), torch.arange(4)[None]).dtype == torch.bfloat16

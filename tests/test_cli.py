@@ -1,0 +1,79 @@
+"""Bad input through the real command lines: one line, exit code 2, no traceback, nothing half-written."""
+
+import pytest
+from runs import SMALL, run, text
+
+WRONG = {
+    "no preset": ("train.py", [], "a preset comes first; expected one of tiny"),
+    "unknown preset": ("train.py", ["tyni"], "tyni.*tiny"),
+    "unknown option": ("train.py", ["tiny", "--stepz", "3"], "--stepz"),
+    "unknown model": ("train.py", ["tiny", "--model.lsm", "glaa"], "'glaa'.*'gla'"),
+    "unknown router": ("train.py", ["tiny", "--model.router", "best"], "'best'.*'mixtral'"),
+    "unknown letter": ("train.py", ["tiny", "--model.pattern", "LXN"], "letters 'X'; allowed are L"),
+    "empty pattern": ("train.py", ["tiny", "--model.pattern", ""], "allowed are L"),
+    "width and heads": ("train.py", ["tiny", "--model.heads", "3"], "width 128 does not divide into 3 heads"),
+    "top k": ("train.py", ["tiny", "--model.top-k", "9"], "top_k 9 needs at least as many experts, got 8"),
+    "features": (
+        "train.py",
+        ["tiny", "--model.lsm", "linear_attention_normalized", "--model.feature-map", "identity"],
+        "positive features.*elu",
+    ),
+    "micro": ("train.py", ["tiny", "--micro", "5"], "micro 5 must divide batch 16"),
+    "steps": ("train.py", ["tiny", "--steps", "0"], "steps is 0; it must be at least 1"),
+    "steps no number": ("train.py", ["tiny", "--steps", "many"], "--steps.*many"),
+    "vocabulary": ("train.py", ["tiny", "--model.vocabulary", "100"], "vocabulary is 100.*at least 257"),
+    "no data": ("train.py", ["tiny", "--data.path", "nowhere"], "nowhere"),
+    "empty data": ("train.py", ["tiny", "--data.path", "{folder}/empty.txt"], "empty.txt.*0 bytes"),
+    "binary data": ("train.py", ["tiny", "--data.path", "{folder}/binary.bin"], "binary.bin.*NUL"),
+    "short data": ("train.py", ["tiny", "--data.path", "{folder}/short.txt"], "shorter than one window"),
+    "no gpu": ("train.py", ["tiny", "--device", "cuda"], "no GPU was found"),
+    "mesh": ("train.py", ["tiny", "--mesh.data", "2", "--mesh.sequence", "2"], "2.*2.*1"),
+    "fast without kernel": ("train.py", ["tiny", "--backend", "fast", "--model.lsm", "kda"], "reference"),
+    "no run": ("generate.py", ["--run", "nowhere"], "no run at nowhere"),
+    "empty prompt": ("generate.py", ["--prompt", ""], "prompt is empty"),
+    "temperature": ("generate.py", ["--temperature", "-1"], "temperature"),
+    "no run to evaluate": ("evaluate.py", ["--run", "nowhere", "--path", "README.md"], "no run at nowhere"),
+    "no text to evaluate": ("evaluate.py", ["--path", "nowhere.txt"], "nowhere.txt"),
+}
+
+
+def assert_one_line(done, message):
+    import re
+
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_gives_one_line(case, tmp_path):
+    script, arguments, message = WRONG[case]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.bin").write_bytes(b"a\0b" * 1000)
+    (tmp_path / "short.txt").write_text("short")
+    out = ["--out", str(tmp_path / "run")] if script == "train.py" and arguments else []
+    done = run(script, *(a.format(folder=tmp_path) for a in arguments), *out)
+    assert_one_line(done, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_the_batch_can_feed(tmp_path):
+    arguments = ["tiny", *SMALL, "--out", tmp_path / "run", "--data.path", text(tmp_path), "--batch", "5"]
+    done = run("train.py", *arguments, ranks=2)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    assert said == ["train.py: 2 data ranks cannot share a batch of 5 samples: the batch must be a multiple"]
+
+
+def test_a_checkpoint_of_another_shape_and_its_folder_stays_as_it_was(tmp_path):
+    arguments = ["tiny", *SMALL, "--out", tmp_path / "run", "--data.path", text(tmp_path), "--steps", "2"]
+    assert run("train.py", *arguments).returncode == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert_one_line(run("train.py", *arguments, "--model.width", "32"), r"shape|\(")
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_help_documents_every_field():
+    done = run("train.py", "tiny", "--help")
+    assert done.returncode == 0 and "gated_delta_net" in done.stdout and "(undocumented)" not in done.stdout

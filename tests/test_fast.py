@@ -1,0 +1,439 @@
+"""The Triton kernels against the token loop in float64: outputs, memories and every gradient, within the error budget.
+
+Without a GPU the kernels run in Triton's interpreter on CPU (float32 and float16, tiny shapes): the mathematics and
+the addresses, not the compiler. With one the same laws run on it, bfloat16 and larger shapes too.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import assert_within_budget, leaves, make, start
+
+import fast
+import reference
+from fast import recurrence as quick
+from fast.kernels import decay as kernels
+from reference import chunked
+from reference import recurrence as exact
+from reference.lsm import LSM
+
+ROWS = quick.rows()
+DEVICE = "cuda" if CUDA else "cpu"
+HALVES = [torch.float16] + [torch.bfloat16] * CUDA
+gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU: the interpreter shows no compiler, no allocations, no bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that nobody wrote reads NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """How often each kernel was launched."""
+    counts, launch = Counter(), kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda k, *a, **m: (counts.update([k.__name__]), launch(k, *a, **m)))
+    return counts
+
+
+def cut(monkeypatch, segments):
+    monkeypatch.setattr(kernels, "segments_for", lambda *_: segments)
+
+
+def run(f, row, inputs, weights, dtype, device, cu_seqlens=None):
+    """Outputs and gradients of sum(weights · (o, memory)), by name, on CPU."""
+    tokens, constants, memory = ({n: x.to(dtype).to(device) for n, x in group.items()} for group in inputs)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for group in (tokens, constants, memory):  # gates and memories are float32 whatever the tokens are
+        for name in group:
+            group[name] = group[name].to(wide) if name in ("g", "memory") else group[name]
+    given = leaves(tokens, constants, memory)
+    borders = None if cu_seqlens is None else cu_seqlens.to(device)
+    o, last = f(row, tokens, constants, memory.get("memory"), borders)
+    seeds = [w.to(y.dtype).to(device) for w, y in zip(weights, (o, last), strict=True)]
+    grads = torch.autograd.grad([o, last], given, seeds)
+    names = [*tokens, *constants, *memory]
+    return {"o": o, "last": last, **{f"d{n}": x for n, x in zip(names, grads, strict=True)}}
+
+
+def compare(name, dtype=torch.float32, b=1, t=83, h=1, k=20, v=33, cu_seqlens=None, seed=0, change=None, bare=False):
+    """fast within the budget: exact is the token loop in float64, plain the worse of loop and chunk form in float32.
+
+    Float32 results of 16-bit tokens (memories, gates' gradients) are sums of 16-bit products: they are judged as
+    16-bit numbers. A gate's gradient is a difference of sums: in float32 it may be off by 4 eps of what they add up.
+    """
+    row, tokens, constants = make(name, b, t, h, k, v, seed)
+    if change is not None:
+        change(tokens, constants)
+    n = None if cu_seqlens is None else len(cu_seqlens) - 1
+    rng = torch.Generator().manual_seed(seed)
+    memory = start(name, row, tokens, n=n)
+    weights = [torch.randn(s, generator=rng) for s in ((b, t, h, v), memory.shape)]
+    inputs = (tokens, constants, {} if bare else {"memory": memory})
+    rounded = tuple(
+        {m: (x.float() if m in ("g", "memory") else x.to(dtype)).double() for m, x in group.items()} for group in inputs
+    )
+    weights = [weights[0].to(dtype), weights[1]]
+    args = (row, rounded, weights)
+    want = run(exact.recurrence, *args, torch.float64, "cpu", cu_seqlens)
+    loop, chunks = (run(f.recurrence, *args, dtype, "cpu", cu_seqlens) for f in (exact, chunked))
+    got = run(quick.recurrence, *args, dtype, DEVICE, cu_seqlens)
+    for what, x in got.items():
+        assert x.dtype == loop[what].dtype, what
+        plain = max(loop[what], chunks[what], key=lambda y: (y.double() - want[what]).abs().max().item())
+        judged = x.cpu().to(dtype)
+        if what == "dg" and dtype == torch.float32:
+            slack = 4 * torch.finfo(dtype).eps * added_up(row, rounded, weights, want, cu_seqlens)
+            off = judged - want[what]
+            judged = (want[what] + off.sign() * (off.abs() - slack).clamp(min=0)).float()
+        if (judged - want[what]).abs().max() < torch.finfo(torch.float32).tiny:
+            continue  # behind a gate of -90 numbers are subnormal, which a GPU may flush to 0
+        assert_within_budget(judged, plain, want[what], f"{name} {dtype} T={t} {what}")
+
+
+def added_up(row, inputs, weights, want, cu_seqlens):
+    """The size of what is summed for a gate's gradient: the terms of <M_T, dM_T> and, for a slope, of all tokens."""
+    size = (want["last"] * weights[1]).norm(dim=(-2, -1)).max().item() + want["dg"].abs().max().item()
+    if row.constants:
+        tokens, constants, memory = inputs
+        each = {**tokens, "g": constants["g"].expand(tokens["q"].shape[:3])}
+        parts = run(exact.recurrence, LSM["mamba2"], (each, {}, memory), weights, torch.float64, "cpu", cu_seqlens)[
+            "dg"
+        ]
+        size += parts.abs().sum((0, 1)).max().item()
+    return size
+
+
+# ------------------------------------------------------------------------------------------------------ the laws
+
+
+@pytest.mark.parametrize("t, k, v", [(1, 20, 33), (63, 16, 16), (64, 33, 20), (65, 5, 40), (83, 20, 33)])
+@pytest.mark.parametrize("name", ROWS)
+def test_values_and_gradients(name, t, k, v):
+    compare(name, b=2 if t < 64 else 1, h=2 if t > 64 else 1, t=t, k=k, v=v)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ROWS)
+def test_sixteen_bits(name, dtype):
+    compare(name, dtype, t=83, k=33, v=20)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_from_an_empty_memory(name):
+    compare(name, bare=True, t=70)
+
+
+@pytest.mark.parametrize("segments", [2, 3])
+@pytest.mark.parametrize("name", ROWS)
+def test_segments(name, segments, monkeypatch, launched):
+    cut(monkeypatch, segments)
+    compare(name, t=150, k=16, v=20)
+    assert launched["decay_span"] == launched["decay_fold"] == 2  # the memories, and their cotangents
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("name", ROWS)
+def test_documents(name, segments, monkeypatch):
+    cut(monkeypatch, segments)
+    compare(name, t=150, k=16, v=20, cu_seqlens=torch.tensor([0, 7, 7, 137, 150, 150], dtype=torch.int32))
+
+
+@given(
+    t=st.integers(1, 130), k=st.integers(1, 40), v=st.integers(1, 40), cuts=st.lists(st.integers(0, 130), max_size=3)
+)
+@settings(deadline=None, derandomize=True, max_examples=6)
+def test_any_shape(t, k, v, cuts):
+    borders = [0, *sorted(min(c, t) for c in cuts), t]
+    compare("mamba2", t=t, k=k, v=v, cu_seqlens=torch.tensor(borders, dtype=torch.int32), seed=t)
+
+
+def extreme(tokens, constants):
+    g = tokens["g"]
+    for token, gate in {0: -90.0, 3: -torch.inf, 4: -20.0, 10: -1e4, 12: 0.0, 30: -torch.inf, 63: -1e4}.items():
+        g[:, token::70] = gate
+    g[:, -1] = -torch.inf
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_extreme_gates(segments, monkeypatch):
+    cut(monkeypatch, segments)
+    compare("mamba2", t=140, change=extreme)
+
+
+@pytest.mark.parametrize("gate", [0.0, -1e-6, -20.0, -79.0, -150.0, -1e4, -torch.inf])
+def test_the_same_gate_everywhere(gate):
+    """Strong decay everywhere makes the gate's gradient tiny: it must not drown in what cancels."""
+    compare("mamba2", t=70, change=lambda tokens, _: tokens["g"].fill_(gate))
+
+
+def test_precision_behind_strong_gates():
+    """Every other gate -79: sums of gates reach thousands, differences must not notice."""
+    compare("mamba2", t=128, change=lambda tokens, _: tokens["g"][:, ::2].fill_(-79.0))
+
+
+@pytest.mark.parametrize("gate", [0.0, -1e4, -torch.inf])
+def test_extreme_slopes(gate):
+    compare("retention", t=70, change=lambda _, constants: constants["g"].fill_(gate))
+
+
+def test_a_gate_that_is_not_a_number_shows():
+    row, tokens, _ = make("mamba2", t=9, k=16, v=16, dtype=torch.float32)
+    tokens["g"][0, 4] = torch.nan
+    o, _ = quick.recurrence(row, {n: x.to(DEVICE) for n, x in tokens.items()})
+    assert o[0, 4:].isnan().all() and o[0, :4].isfinite().all() and o[1].isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------- gradients arriving
+
+
+def some(name, **sizes):
+    row, tokens, constants = make(name, **{"b": 1, "t": 70, "h": 2, "k": 16, "v": 16, **sizes}, dtype=torch.float32)
+    return row, {n: x.to(DEVICE) for n, x in tokens.items()}, {n: x.to(DEVICE) for n, x in constants.items()}
+
+
+@pytest.mark.parametrize("ask", ["o", "last", "both"])
+def test_expanded_or_missing_gradients(ask):
+    """A sum's gradient has stride 0; an output that is not used has none."""
+
+    def grads(f):
+        row, tokens, constants = some("mamba2")
+        given = leaves(tokens)
+        o, last = f(row, tokens, constants)
+        loss = {"o": o.sum(), "last": last.sum(), "both": o.sum() + last.sum()}[ask]
+        return torch.autograd.grad(loss, given, materialize_grads=True)
+
+    for a, b in zip(grads(quick.recurrence), grads(chunked.recurrence), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_strided_inputs():
+    row, tokens, _ = some("mamba2")
+    want, _ = quick.recurrence(row, tokens)
+    strided = {n: torch.stack([x, x], -1)[..., 0] for n, x in tokens.items()}
+    assert torch.equal(quick.recurrence(row, strided)[0], want)
+
+
+def test_only_what_is_asked_is_computed(launched):
+    """No gate gradient unless wanted; three sweeps backward; one forward."""
+    row, tokens, _ = some("mamba2")
+    tokens["q"].requires_grad_()
+    o, _ = quick.recurrence(row, tokens)
+    assert launched == {"decay_sums": 1, "decay_sweep": 1}
+    o.sum().backward()
+    assert launched == {"decay_sums": 2, "decay_sweep": 4}
+    tokens["g"].requires_grad_()
+    quick.recurrence(row, tokens)[0].sum().backward()
+    assert launched == {"decay_sums": 4, "decay_sweep": 8, "decay_dg": 1}
+
+
+def test_the_operator_keeps_torchs_rules():
+    _, tokens, _ = some("mamba2", t=7)
+    q, k, v, g = (tokens[n].requires_grad_() for n in "qkvg")
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.linear_moe.decay.default, (q, k, v, g, None, None, 1, False), test_utils=checks)
+    torch.library.opcheck(torch.ops.linear_moe.decay.default, (q, k, v, g, None, None, 2, True), test_utils=checks)
+
+
+# ------------------------------------------------------------------------------------------------ spans and steps
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_span(name):
+    row, tokens, constants = some(name)
+    M = start(name, row, tokens).to(DEVICE)
+    _, want = chunked.recurrence(row, tokens, constants, M)
+    got = exact.apply(quick.span(row, tokens, constants), M)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_steps_are_the_whole(name, launched):
+    row, tokens, constants = some(name, b=2, t=5, k=20, v=33)
+    M = start(name, row, tokens).to(DEVICE)
+    want, last = chunked.recurrence(row, tokens, constants, M)
+    memory, o = M.clone(), []
+    for i in range(5):
+        y, after = quick.step(row, {n: x[:, i : i + 1] for n, x in tokens.items()}, constants, memory)
+        assert after.data_ptr() == memory.data_ptr()  # in place
+        o.append(y)
+    torch.testing.assert_close(torch.cat(o, 1), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(memory, last, rtol=1e-5, atol=1e-5)
+    assert launched == {"decay_step": 5}
+
+
+def test_a_step_with_gradients_overwrites_nothing(launched):
+    row, tokens, _ = some("mamba2", t=1)
+    M = start("mamba2", row, tokens).to(DEVICE)
+    before = M.clone()
+    tokens["k"].requires_grad_()
+    quick.step(row, tokens, None, M)[0].sum().backward()
+    assert torch.equal(M, before) and launched["decay_step"] == 0
+
+
+# ----------------------------------------------------------------------------------------------------- the surface
+
+
+@pytest.mark.parametrize("f, of", [("recurrence", exact), ("span", chunked), ("step", exact)])
+def test_signatures(f, of):
+    assert str(inspect.signature(getattr(quick, f))) == str(inspect.signature(getattr(of, f)))
+
+
+def test_ops_says_what_it_shares():
+    ours, theirs = fast.ops._asdict(), reference.ops._asdict()
+    assert fast.ops.kept == tuple(n for n, f in ours.items() if callable(f) and f is theirs[n])
+
+
+def test_import_loads_no_peer():
+    code = "import sys, fast; assert 'fla' not in sys.modules and 'triton' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def error(kind, *words, row="mamba2", change=lambda tokens: None, **more):
+    row, tokens, constants = some(row, t=3)
+    change(tokens)
+    with pytest.raises(kind) as caught:
+        quick.recurrence(row, tokens, constants, **more)
+    line = str(caught.value)
+    assert "\n" not in line and all(word in line for word in words), line
+
+
+def test_errors(launched):
+    def cast(dtype, *names):
+        return lambda tokens: tokens.update({n: tokens[n].to(dtype) for n in names or tokens})
+
+    error(NotImplementedError, "GLA", "mamba2", "reference", row="gla")
+    error(NotImplementedError, "RWKV6", "reference", row="rwkv6")
+    error(NotImplementedError, "Delta", "reference", row="gated_delta_net")
+    error(ValueError, "float64", "bfloat16", "reference", change=cast(torch.float64))
+    error(ValueError, "q torch.float16", "k torch.float32", change=cast(torch.float16, "q"))
+    error(ValueError, "missing", change=lambda tokens: tokens.pop("g"))
+    error(ValueError, "memory has shape", memory=torch.zeros(1, 2, 3, 4))
+    error(ValueError, "300", "256", change=lambda tokens: tokens.update(v=torch.zeros(1, 3, 2, 300, device=DEVICE)))
+    error(ValueError, "int32", cu_seqlens=torch.tensor([0, 3], device=DEVICE))
+    error(ValueError, "several devices", change=lambda tokens: tokens.update(v=tokens["v"].to("meta")))
+    if not CUDA:
+        error(ValueError, "interpreter", change=cast(torch.bfloat16))
+    assert not launched
+
+
+def test_tensors_on_cpu_are_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    row, tokens, _ = make("mamba2", t=3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="need a CUDA GPU, got tensors on cpu; use the backend 'reference'"):
+        quick.recurrence(row, tokens)
+
+
+def test_every_row_has_a_kernel_or_says_so():
+    for name in LSM:
+        row, tokens, constants = some(name, t=2)
+        if name in ROWS:
+            quick.recurrence(row, tokens, constants)
+        else:
+            with pytest.raises(NotImplementedError, match="have linear_attention"):
+                quick.recurrence(row, tokens, constants)
+
+
+# ---------------------------------------------------------------------------------------------- on a GPU, for real
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k, v", [(64, 64), (128, 128), (128, 64), (96, 256)])
+def test_head_sizes(k, v, dtype):
+    compare("mamba2", dtype, b=1, h=2, t=200, k=k, v=v)
+    compare("linear_attention_normalized", dtype, b=1, h=1, t=131, k=k, v=min(v, 255))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROWS)
+def test_many_programs_and_long_sequences(name, dtype):
+    compare(name, dtype, b=3, h=23, t=100, k=32, v=64)  # 138 programs: no segments
+    compare(name, dtype, b=1, h=1, t=2500, k=64, v=64)  # 4 segments
+
+
+@gpu
+def test_twice_the_same_bits():
+    def once():
+        row, tokens, constants = some("mamba2", b=2, t=3000, h=4, k=64, v=64)
+        given = leaves(tokens)
+        o, _ = quick.recurrence(row, tokens, constants)
+        return [o, *torch.autograd.grad(o.square().sum(), given)]
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+@gpu
+def test_extra_memory():
+    """Forward: the output and one memory. Backward: three gradients, what the gate needs, one more memory."""
+    torch.use_deterministic_algorithms(False)
+    row, tokens, _ = some("mamba2", b=8, t=1024, h=8, k=128, v=128)
+    tokens = {n: x if n == "g" else x.bfloat16() for n, x in tokens.items()}
+    given = leaves(tokens)
+    unit = tokens["q"].numel() * 2
+    quick.recurrence(row, tokens)[0].sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o, _ = quick.recurrence(row, tokens)
+    assert torch.cuda.max_memory_allocated() - before < 1.3 * unit
+    grads = torch.autograd.grad(o, given, torch.ones_like(o))
+    assert torch.cuda.max_memory_allocated() - before < 5.8 * unit  # o do dq dk dv, 2 memories, gates
+    assert len(grads) == 4
+
+
+@gpu
+def test_cuda_graph():
+    row, tokens, _ = some("mamba2", t=2000)
+    given = leaves(tokens)
+
+    def both():
+        o, last = quick.recurrence(row, tokens)
+        return [o, last, *torch.autograd.grad([o, last], given, [torch.ones_like(o), torch.ones_like(last)])]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = both()
+    with torch.no_grad():
+        for x in given:
+            x.mul_(0.9)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(results, both(), strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("name", ROWS)
+def test_compiles_whole(name):
+    torch._dynamo.reset()
+    row, tokens, constants = some(name, t=130)
+    given = leaves(tokens, constants)
+
+    def loss(tokens, constants):
+        o, last = quick.recurrence(row, tokens, constants)
+        return o.square().sum() + last.square().sum()
+
+    want = torch.autograd.grad(loss(tokens, constants), given)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(tokens, constants), given)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,144 @@
+"""The published shapes have the published sizes, and a configuration that cannot be built says so in one line."""
+
+import ast
+import inspect
+from dataclasses import fields, replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from reference import ops
+from reference.lsm import LSM
+from reference.model import LanguageModel, sizes
+from reference.presets import PRESETS, Model
+from reference.routers import ROUTER
+
+# Billions of parameters without embeddings and norms, then of those one token uses, as 2503.05447 counts them (its
+# layers have four d × d projections), then the same with the output gate; embedding and head.
+PUBLISHED = {
+    "a0.3b-2b": ((2.165, 0.315), (2.178, 0.328), 0.311),
+    "a1b-7b": ((6.713, 1.076), (6.780, 1.143), 0.622),
+}
+
+
+def billions(n):
+    return round(n / 1e9, 3)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("gate", [False, True])
+def test_published_sizes(name, gate):
+    count = sizes(replace(PRESETS[name][1], gate=gate))
+    besides = count["embeddings"] + count["norms"]
+    got = (billions(count["total"] - besides), billions(count["active"] - besides))
+    assert got == PUBLISHED[name][gate]
+    assert billions(count["embeddings"]) == PUBLISHED[name][2]
+    assert 0 < count["norms"] < 1e-3 * besides
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_without_memory(name):
+    config = PRESETS[name][1]
+    with torch.device("meta"):
+        model = LanguageModel(config, ops)
+    assert all(p.is_meta for p in model.parameters())
+    assert sizes(config)["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_hybrid_presets_have_one_softmax_layer_in_four():
+    for name in PUBLISHED:
+        pure, hybrid = (PRESETS[n][1] for n in (name, f"{name}-hybrid"))
+        assert set(pure.letters) == {"L", "E"}
+        assert hybrid.letters == "LELELENE" * (len(pure.letters) // 8)
+        assert sizes(hybrid)["embeddings"] == sizes(pure)["embeddings"]
+
+
+def test_tiny_is_a_small_model_of_the_same_kind():
+    tiny = PRESETS["tiny"][1]
+    assert tiny.experts >= 8 and tiny.top_k >= 2 and {"L", "N", "E"} <= set(tiny.letters)
+    assert sizes(tiny)["total"] < 20e6
+
+
+@pytest.mark.parametrize("lsm", LSM)
+def test_every_row_builds_in_the_tiny_preset(lsm):
+    with torch.device("meta"):
+        LanguageModel(replace(PRESETS["tiny"][1], lsm=lsm), ops)
+
+
+# The published size of a head's keys and values, as parts of a head's share of the width.
+HEADS = {
+    "linear_attention": (1, 1),
+    "linear_attention_normalized": (1, 1),
+    "lightning": (1, 1),
+    "retention": (1, 2),
+    "mamba2": (None, 2),  # 128 whatever the width
+    "gla": (1 / 2, 1),
+    "hgrn2": (1, 1),
+    "rwkv6": (1 / 2, 1),
+    "delta_net": (1, 1),
+    "gated_delta_net": (3 / 4, 3 / 2),
+    "kda": (1, 1),
+}
+
+
+@pytest.mark.parametrize("lsm", LSM)
+def test_heads_are_as_large_as_published_unless_told(lsm):
+    with torch.device("meta"):
+        plain = LanguageModel(Model(pattern="L", lsm=lsm, width=256, heads=4), ops)
+        told = LanguageModel(Model(pattern="L", lsm=lsm, width=256, heads=4, key_size=6, value_size=10), ops)
+    key, value = HEADS[lsm]
+    mixer = plain.blocks[0].sublayers[0].inner
+    assert (mixer.key_size, mixer.value_size) == (128 if key is None else key * 64, value * 64)
+    mixer = told.blocks[0].sublayers[0].inner
+    assert (mixer.key_size, mixer.value_size) == (6, 10)
+
+
+def test_letters():
+    assert Model(pattern="LLLN").letters == "LELELENE"
+    assert Model(pattern="LN", repeat=2).letters == "LENELENE"
+    assert Model(pattern="LDNE", repeat=2).letters == "LDNELDNE"
+    assert Model(pattern="LLD").letters == "LLD"
+
+
+BAD = {
+    "pattern X": ({"pattern": "LXN"}, "pattern 'LXN' has letters 'X'; allowed are L .*, N .*, E .*, D"),
+    "pattern empty": ({"pattern": ""}, "pattern ''.* allowed are L .*, N .*, E .*, D"),
+    "lsm": ({"lsm": "mambo"}, f"'mambo'; expected one of {', '.join(LSM)}"),
+    "router": ({"router": "mixtrall"}, f"'mixtrall'; expected one of {', '.join(ROUTER)}"),
+    **{
+        name: ({name: 0}, f"{name} is 0; it must be at least 1")
+        for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width")
+    },
+    "divide": ({"width": 130, "heads": 4}, "width 130 does not divide into 4 heads"),
+    "share": ({"heads": 4, "key_heads": 3}, "4 heads cannot share 3 key_heads"),
+    "odd": ({"width": 12, "heads": 4}, "3 channels cannot rotate: width / heads must be even"),
+    "top_k": ({"top_k": 9}, "top_k 9 needs at least as many experts, got 8"),
+    "dropout 1": ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+    "dropout below": ({"dropout": -0.1}, "dropout is -0.1; it must be at least 0 and below 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_built_gives_one_line(case):
+    values, message = BAD[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        Model(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_rules_only_bind_what_the_model_has():
+    Model(pattern="LD", top_k=9)  # no experts
+    Model(pattern="L", width=12, heads=4)  # nothing that rotates
+    Model(dropout=0.0)
+
+
+def test_every_field_says_what_it_is():
+    """Each field of the configuration is followed by its own line of documentation, which the command line prints."""
+    body = ast.parse(inspect.getsource(Model)).body[0].body
+    documented = {
+        a.target.id
+        for a, b in pairwise(body)
+        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)
+    }
+    assert documented == {field.name for field in fields(Model)}

@@ -1,0 +1,621 @@
+"""Train a Linear-MoE language model, on one CPU or on many GPUs.
+
+    python train.py tiny                                            two CPU cores, three minutes
+    python train.py tiny --model.lsm kda --steps 100 --out runs/kda
+    torchrun --nproc-per-node 8 train.py a0.3b-2b --data.path text.jsonl --mesh.sequence 2 --out runs/a
+
+The same folder again resumes where the run stopped, to the bit on one CPU rank: everything random is a function of
+(seed, step, token), so a checkpoint is parameters, optimizer and step. The loss is a sum over tokens divided by the
+number of tokens of the whole step, and gradients are summed over ranks, so neither the number of ranks nor that of
+micro-batches is in the mathematics.
+"""
+
+import contextlib
+import json
+import math
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import command
+from data import corpus
+from data.stream import Batch, Stream, evaluation
+from parallel import checkpoint, lasp, shard
+from parallel import mesh as meshes
+from reference.model import LanguageModel, decayed, initialize, seed_of, starts
+from reference.moe import MoE
+from reference.presets import PRESETS as SHAPES
+from reference.presets import Model
+from reference.routers import balance_loss, updated_bias, violation, z_loss
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class Data:
+    """The text."""
+
+    path: str | None = None
+    """A text file, a folder of them, or .jsonl (None: the source of Python's standard library)."""
+    field: str = "text"
+    """Of each .jsonl line."""
+    length: int = 256
+    """Tokens of one sample."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How parameters move."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adam: the decay is part of the gradient; adamw: apart from it; sgd: with momentum betas[0]."""
+    rate: float = 3e-3
+    """Learning rate at its peak."""
+    least: float = 0.1
+    """Last learning rate, as a share of the peak."""
+    warmup: int = 20
+    """Steps from 0 to the peak; then a cosine to the least."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of the running means of the gradient and its square."""
+    eps: float = 1e-8
+    """Added to Adam's denominator."""
+    decay: float = 0.1
+    """Weight decay, of matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient, over all parameters and ranks."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """One run."""
+
+    out: str = "runs/run"
+    """Its folder. With checkpoints in it, the run goes on from the newest."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mesh: meshes.Degrees = field(default_factory=meshes.Degrees)
+    steps: int = 1000
+    """Optimizer steps."""
+    batch: int = 16
+    """Samples a step, over all ranks."""
+    micro: int | None = None
+    """Samples a rank takes at once; the step adds up as many as the batch needs (None: all at once)."""
+    balance: float = 0.01
+    """Weight of the experts' balance loss, a layer."""
+    z: float = 0.0
+    """Weight of the router's z-loss, a layer."""
+    bias_rate: float = 1e-3
+    """How fast a balancing bias moves, for the routers that have one."""
+    seed: int = 0
+    """Of parameters, data order and dropout."""
+    backend: Literal["auto", "reference", "fast"] = "auto"
+    """Whose ops (auto: fast on a GPU if it has the model's kernels, else reference)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run (auto: a GPU if there is one)."""
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """bf16: matrix products in bfloat16, everything else and the parameters in float32."""
+    recompute: bool = False
+    """Keep only each block's input and run it again in the backward pass."""
+    evaluate_every: int = 100
+    """Steps between two looks at the validation text; the last step looks at all of it."""
+    evaluate_batches: int = 4
+    """Batches of such a look."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints that stay."""
+    log_every: int = 10
+    """Steps between lines."""
+    patience: int = 10
+    """Steps in a row whose gradients are not finite before the run gives up; each of them is skipped."""
+    report: bool = True
+    """At the end, compare with baselines and print what the model writes (for models of bytes)."""
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch",
+            "evaluate_every",
+            "evaluate_batches",
+            "save_every",
+            "keep",
+            "log_every",
+            "patience",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.micro is not None and (self.micro < 1 or self.batch % self.micro):
+            raise ValueError(f"micro {self.micro} must divide batch {self.batch}")
+        if self.model.vocabulary < corpus.VOCABULARY:
+            raise ValueError(
+                f"the vocabulary is {self.model.vocabulary}; text is read as bytes and needs at least {corpus.VOCABULARY}"
+            )
+
+
+LARGE = Train(
+    data=Data(length=2048),
+    optimizer=Optimizer(rate=3e-4, warmup=500),
+    steps=20000,
+    batch=64,
+    micro=8,
+    precision="bf16",
+    recompute=True,
+    evaluate_every=1000,
+    save_every=1000,
+    report=False,
+)
+PRESETS = {
+    name: (what, replace(LARGE, model=model, out=f"runs/{name}"))
+    for name, (what, model) in SHAPES.items()
+    if name != "tiny"
+}
+PRESETS["tiny"] = (SHAPES["tiny"][0], Train(model=SHAPES["tiny"][1], out="runs/tiny"))
+PRESETS = {"tiny": PRESETS.pop("tiny"), **PRESETS}
+
+
+# ------------------------------------------------------------------------------------- the machine and the ops
+
+
+def device_of(config: Train) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for and no GPU was found; use --device cpu")
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, meshes.local_rank() if name == "cuda" else None)
+
+
+def ops_of(config: Train, device: torch.device):
+    """The backend that was named; `auto` is settled here, once, and said."""
+    from reference.ops import ops as reference
+
+    if config.backend == "reference" or (config.backend == "auto" and device.type == "cpu"):
+        return reference
+    import fast
+    from fast.recurrence import rows
+
+    lsm = config.model.lsm
+    if "L" not in config.model.letters or lsm in rows():
+        return fast.ops
+    if config.backend == "fast":
+        raise ValueError(f"no fast kernel for {lsm!r} (have {', '.join(rows())}); use --backend reference")
+    return reference
+
+
+def precise(config: Train, device: torch.device):
+    """bf16 as autocast: products in bfloat16, while gates, memories, norms and parameters stay float32."""
+    if config.precision != "bf16":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+# -------------------------------------------------------------------------------------------------- the model
+
+
+def model_of(config: Train, ops, mesh, device: torch.device) -> LanguageModel:
+    """Built without memory, sharded, then filled parameter by parameter from (seed, name)."""
+    with torch.device("meta"):
+        model = LanguageModel(config.model, ops)
+    how = starts(model)
+    if config.precision == "float64":
+        model = model.double()
+    if config.recompute:
+        shard.checkpointing(model.blocks)
+    shard.shard(model, mesh, model.blocks)
+    model.to_empty(device=device)
+    initialize(model, config.seed, how)
+    return model
+
+
+def optimizer_of(config: Train, model: LanguageModel, matrices: set[str]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if (bare(n) in matrices) == decays], "weight_decay": decay}
+        for decays, decay in ((True, config.optimizer.decay), (False, 0.0))
+    ]
+    o = config.optimizer
+    if o.name == "sgd":
+        return torch.optim.SGD(groups, lr=o.rate, momentum=o.betas[0])
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[o.name]
+    return kind(groups, lr=o.rate, betas=o.betas, eps=o.eps, foreach=True)
+
+
+def bare(name: str) -> str:
+    """A parameter's name without what the recomputation wrapper adds."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def rate(config: Train, step: int) -> float:
+    """The learning rate of step 0, 1, ...: linear warm-up, then a cosine to its least."""
+    o = config.optimizer
+    if step < o.warmup:
+        return o.rate * (step + 1) / o.warmup
+    along = (step - o.warmup) / max(config.steps - o.warmup, 1)
+    return o.rate * (o.least + (1 - o.least) * 0.5 * (1 + math.cos(math.pi * min(along, 1.0))))
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+
+
+class Feed(NamedTuple):
+    """What a rank takes from each step: `rows` samples at a time, `times` times."""
+
+    rows: int
+    times: int
+    first: int
+
+
+def feed_of(config: Train, mesh) -> Feed:
+    if config.batch % mesh.data_size:
+        raise ValueError(
+            f"{mesh.data_size} data ranks cannot share a batch of {config.batch} samples: the batch must be a multiple"
+        )
+    share = config.batch // mesh.data_size
+    rows = min(config.micro or share, share)
+    if share % rows:
+        raise ValueError(f"micro {rows} must divide the {share} samples a rank has of batch {config.batch}")
+    return Feed(rows, share // rows, mesh.data_rank * share)
+
+
+def micro_batches(config: Train, stream: Stream, feed: Feed, mesh, step: int, device) -> list[Batch]:
+    """This rank's part of a step: its samples by number, and of each micro-batch its segment of the sequence."""
+    first = step * config.batch + feed.first
+    batches = [stream.batch(range(first + i * feed.rows, first + (i + 1) * feed.rows)) for i in range(feed.times)]
+    return [Batch(*(x.to(device) for x in lasp.cut(b, mesh.sequence_size, mesh.sequence_rank))) for b in batches]
+
+
+class Sums(NamedTuple):
+    """What a step adds up, over its micro-batches."""
+
+    loss: Tensor  # of token losses, in nats
+    balance: Tensor  # mean over layers, 1 at perfect balance
+    counts: Tensor  # pairs by layer and expert, over all ranks
+    dropped: Tensor  # of them
+    entropy: Tensor  # of the router, mean over tokens and layers, in nats
+
+
+def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int, step: int) -> Sums:
+    """Forward and backward of one micro-batch. `tokens` counts the labels of the whole step, over all ranks."""
+    key = seed_of(config.seed, "dropout", step) if config.model.dropout else None
+    out = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens, batch.indices, key)
+    total = out.losses.sum()
+    loss = total / tokens
+    zero = total.detach().new_zeros(())
+    if out.loads is None:
+        loss.backward()
+        return Sums(total.detach(), zero, zero, zero, zero)
+    load, k = out.loads, config.model.top_k
+    # One exchange for all layers: counts, drops, entropy and the number of tokens.
+    parts = [load.counts.flatten(), load.dropped.flatten(), load.tokens]
+    everyone = ops.total(torch.cat([torch.cat(parts).double(), load.entropy.double()]))
+    size = load.counts.numel()
+    counts, dropped = (x.view_as(load.counts).long() for x in everyone[: 2 * size].split(size))
+    seen = everyone[2 * size]
+    balance = balance_loss(counts, load.probability, seen.to(loss.dtype), k)
+    loss = loss + (config.balance * balance.sum() + config.z * z_loss(load.z, seen.to(loss.dtype)).sum()) / times
+    loss.backward()
+    entropy = everyone[-len(load.entropy) :].mean() / seen
+    return Sums(total.detach(), ops.total(balance.detach().mean()) / times, counts, dropped, entropy / times)
+
+
+class Result(NamedTuple):
+    """What a step did."""
+
+    loss: float  # nats a token
+    balance: float
+    norm: float
+    finite: bool
+    stop: bool
+    worst: float  # largest violation of balance, over layers
+    dropped: float  # share of pairs
+    entropy: float
+
+
+def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: int, stop: bool) -> Result:
+    """Gradients of all micro-batches, then the parameters' move, unless a gradient is not finite."""
+    device = batches[0].tokens.device
+    mine = sum((b.labels >= 0).sum() for b in batches)
+    everyone = ops.total(torch.stack([mine.double(), torch.tensor(float(stop), device=device, dtype=torch.float64)]))
+    tokens = everyone[0].clamp(min=1).to(torch.float64 if config.precision == "float64" else torch.float32)
+    sums = []
+    for i, batch in enumerate(batches):
+        shard.synchronize(model, i == len(batches) - 1)
+        with precise(config, device):
+            sums.append(backward(config, model, ops, batch, tokens, len(batches), step))
+    loss, balance, counts, dropped, entropy = (sum(xs) for xs in zip(*sums, strict=True))
+    norm = shard.grad_norm(model.parameters())
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        shard.clip_(model.parameters(), norm, config.optimizer.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(config, step)
+        optimizer.step()
+        move_biases(config, model, counts)
+    optimizer.zero_grad(set_to_none=True)
+    total = counts.sum().item() if counts.ndim else 0
+    return Result(
+        loss=(ops.total(loss) / everyone[0]).item(),
+        balance=balance.item(),
+        norm=norm.item(),
+        finite=finite,
+        stop=everyone[1].item() > 0,
+        worst=violation(counts).max().item() if total else 0.0,
+        dropped=dropped.sum().item() / total if total else 0.0,
+        entropy=entropy.item(),
+    )
+
+
+def move_biases(config: Train, model, counts: Tensor) -> None:
+    """Overloaded experts become less attractive, underloaded ones more (2408.15664): once a step, over all ranks."""
+    layers = [m for m in model.modules() if isinstance(m, MoE)]
+    for layer, own in zip(layers, counts if layers else [], strict=True):
+        if layer.bias is not None:
+            layer.bias.copy_(updated_bias(layer.bias, own, config.bias_rate))
+
+
+@torch.no_grad()
+def validate(config: Train, model, ops, mesh, documents, device, batches: int | None = None) -> float:
+    """Bits per byte on the documents (or their first batches). Every rank takes part in every batch."""
+    loss = count = 0.0
+    rows = max(config.batch // mesh.data_size, 1)
+    # Ranks that share a batch see the same rows: parameters are sharded, so all must make the same calls.
+    work = evaluation(documents, config.data.length, rows)
+    for i, batch in enumerate(tqdm(work, desc="validation", disable=mesh.rank > 0 or batches is not None, leave=False)):
+        if batches is not None and i >= batches:
+            break
+        batch = Batch(*(x.to(device) for x in lasp.cut(batch, mesh.sequence_size, mesh.sequence_rank)))
+        with precise(config, device):
+            losses = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens).losses
+        both = ops.total(torch.stack([losses.sum().double(), (batch.labels >= 0).sum().double()]))
+        loss, count = loss + both[0].item() / mesh.data_size, count + both[1].item() / mesh.data_size
+    return loss / max(count, 1) / math.log(2)
+
+
+# ------------------------------------------------------------------------------------------------ the run folder
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak: of the GPU's allocator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def commit() -> str:
+    """The source's git commit, or why there is none."""
+    try:
+        ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no git repository"
+
+
+class Folder:
+    """The files of a run. Only the first rank writes."""
+
+    def __init__(self, config: Train, first: bool):
+        self.path, self.first = Path(config.out), first
+        self.metrics = self.path / "metrics.jsonl"
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out {config.out} is a file; it must be a folder or not exist yet")
+
+    def open(self, config: Train, step: int) -> None:
+        """Who ran what; lines of steps that a crash undid are dropped."""
+        if not self.first:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        command.write(config, self.path / "config.json")
+        shutil.copyfile(__file__, self.path / "train.py")
+        (self.path / "commit.txt").write_text(commit() + "\n")
+        kept = [line for line in self.lines() if line["step"] <= step]
+        half = self.metrics.with_suffix(".tmp")
+        half.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        half.replace(self.metrics)
+
+    def lines(self) -> list[dict]:
+        if not self.metrics.exists():
+            return []
+        whole = self.metrics.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in whole if line.endswith("\n")]
+
+    def log(self, **line) -> None:
+        if self.first:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def plot(self) -> None:
+        """Training and validation loss in bits per byte, over steps."""
+        if not self.first:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for name, label in (("bits", "training"), ("validation", "validation")):
+            points = [(line["step"], line[name]) for line in self.lines() if line.get(name) is not None]
+            axis.plot(
+                *zip(*points, strict=True), label=label, marker="o" if name == "validation" else None
+            ) if points else None
+        axis.set(xlabel="step", ylabel="bits per byte", title=self.path.name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+        figure.savefig(self.path / "loss.png", dpi=120)
+        pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------ the loop
+
+
+class Flag:
+    """Ctrl-C and SIGTERM ask for a stop: the step at hand is finished and saved. Asked twice, the run ends at once."""
+
+    def __init__(self):
+        self.up = False
+        self.former = {name: signal.signal(name, self.raised) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def raised(self, *_):
+        self.up = True
+        self.lower()
+
+    def lower(self):
+        for name, handler in self.former.items():
+            signal.signal(name, handler)
+
+
+def state_of(model, optimizer, step: int, skipped: int) -> dict:
+    return {"model": model, "optimizer": optimizer, "step": step, "skipped": skipped}
+
+
+def train(config: Train) -> None:
+    """The whole run: build, resume, loop, save, report."""
+    with command.mistakes("train.py"):
+        device = device_of(config)
+        mesh = meshes.make(config.mesh, device)
+        folder = Folder(config, mesh.rank == 0)
+        ops = meshes.over(ops_of(config, device), mesh)
+        feed = feed_of(config, mesh)
+        training, validation = corpus.split(corpus.load(config.data.path, config.data.field))
+        stream = Stream(training, config.data.length, config.seed)
+        model = model_of(config, ops, mesh, device)
+        optimizer = optimizer_of(config, model, decayed_names(config, ops))
+        state = state_of(model, optimizer, 0, 0)
+        checkpoint.load(folder.path / "checkpoints", state)
+        step, skipped = state["step"], state["skipped"]
+        folder.open(config, step)
+    say = print if mesh.rank == 0 else (lambda *_: None)
+    introduce(say, config, model, mesh, ops, device, step)
+    flag, bad, start, tokens = Flag(), 0, time.perf_counter(), 0
+    bar = tqdm(total=config.steps, initial=step, disable=mesh.rank > 0, unit="step", dynamic_ncols=True)
+    stopped = False
+    while step < config.steps and not stopped:
+        batches = micro_batches(config, stream, feed, mesh, step, device)
+        result = one_step(config, model, ops, optimizer, batches, step, flag.up)
+        step, stopped, tokens = step + 1, result.stop, tokens + config.batch * config.data.length
+        bar.update()
+        bad = 0 if result.finite else bad + 1
+        skipped += not result.finite
+        last = step == config.steps
+        if step % config.log_every == 0 or last or not result.finite or stopped:
+            line = line_of(config, result, step, skipped, tokens / (time.perf_counter() - start), device)
+            if step % config.evaluate_every == 0 and not last:
+                line["validation"] = validate(config, model, ops, mesh, validation, device, config.evaluate_batches)
+                start, tokens = time.perf_counter(), 0
+            folder.log(**line)
+            bar.write(spoken(line, result)) if mesh.rank == 0 else None
+        if bad >= config.patience:
+            bar.close()
+            command.refuse(
+                "train.py",
+                f"stopped at step {step}: the gradients of {bad} steps in a row were not finite; "
+                f"lower --optimizer.rate (now {config.optimizer.rate}) or look at the data",
+            )
+        if step % config.save_every == 0 or last or stopped:
+            checkpoint.save(folder.path / "checkpoints", step, state_of(model, optimizer, step, skipped), config.keep)
+    bar.close()
+    flag.lower()
+    folder.plot()
+    if stopped and step < config.steps:
+        say(f"stopped at step {step} of {config.steps}; the same command goes on from there")
+    elif config.report:
+        report(say, config, model, ops, mesh, folder, training, validation, device)
+
+
+def decayed_names(config: Train, ops) -> set[str]:
+    with torch.device("meta"):
+        return decayed(LanguageModel(config.model, ops))
+
+
+def line_of(config: Train, result: Result, step: int, skipped: int, speed: float, device) -> dict:
+    return {
+        "step": step,
+        "loss": result.loss,
+        "bits": result.loss / math.log(2),
+        "balance": result.balance,
+        "violation": result.worst,
+        "dropped": result.dropped,
+        "entropy": result.entropy,
+        "norm": result.norm if result.finite else None,
+        "rate": rate(config, step - 1),
+        "skipped": skipped,
+        "tokens_per_second": round(speed),
+        "memory_mib": round(memory_mib(device)),
+    }
+
+
+def spoken(line: dict, result: Result) -> str:
+    text = (
+        f"step {line['step']:5d}  loss {line['loss']:.4f} ({line['bits']:.3f} bits per byte)  "
+        f"balance {line['balance']:.3f}  {line['tokens_per_second']} tokens/s  {line['memory_mib']} MiB"
+    )
+    if line.get("validation") is not None:
+        text += f"  validation {line['validation']:.3f}"
+    return text if result.finite else text + f"  gradients not finite: step skipped ({line['skipped']} so far)"
+
+
+def introduce(say, config: Train, model, mesh, ops, device, step: int) -> None:
+    from reference.model import sizes
+
+    count = sizes(config.model)
+    say(
+        f"{config.model.letters}: {config.model.lsm}, {config.model.router}; "
+        f"{count['total']:,} parameters, {count['active']:,} active"
+    )
+    say(f"backend {ops.name} on {device}, {config.precision}; {mesh}; run folder {config.out}")
+    if config.balance and config.steps != step:
+        say(f"balance loss {config.balance} a layer, z-loss {config.z}")
+    if step:
+        say(f"resumed at step {step} of {config.steps}" + ("; nothing left to train" if step >= config.steps else ""))
+
+
+# ---------------------------------------------------------------------------------------------------- the report
+
+
+def report(say, config: Train, model, ops, mesh, folder: Folder, training, validation, device) -> None:
+    """Bits per byte on all validation text beside what simple models get; then text that the model wrote."""
+    from data import baselines
+    from generate import continuations
+
+    core = corpus.without_tests(validation)
+    rest = [d for d in validation if d not in set(core)]
+    parts = [
+        (sum(len(d.text) for d in ds), validate(config, model, ops, mesh, ds, device)) for ds in (core, rest) if ds
+    ]
+    whole = sum(size * bits for size, bits in parts) / sum(size for size, _ in parts)
+    folder.log(step=config.steps, validation=whole, validation_without_tests=parts[0][1] if core else None)
+    folder.plot()
+    if mesh.rank == 0:
+        say("baselines: byte models of order 2 and 4 with back-off, and zlib ...")
+        table = {}
+        for name, documents in (("validation", validation), ("without tests", core)):
+            if documents:
+                table[name] = [*baselines.ngrams(training, documents).values(), baselines.zlib_bits(documents)]
+        say(f"{'bits per byte':16}{'model':>8}{'order 2':>9}{'order 4':>9}{'zlib -9':>9}")
+        for (name, values), bits in zip(table.items(), (whole, parts[0][1]), strict=False):
+            say(f"{name:16}{bits:8.3f}" + "".join(f"{x:9.3f}" for x in values))
+    if mesh.size == 1:
+        for text in continuations(model, validation, training, device, seed=config.seed):
+            say(text)
+
+
+def main() -> None:
+    config = command.choose(PRESETS, "train.py", __doc__)
+    with command.mistakes("train.py"):
+        meshes.launch()
+    try:
+        train(config)
+    finally:
+        meshes.close()
+
+
+if __name__ == "__main__":
+    main()
