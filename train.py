@@ -139,7 +139,8 @@ class Train:
             raise ValueError(f"micro {self.micro} must divide batch {self.batch}")
         if self.model.vocabulary < corpus.VOCABULARY:
             raise ValueError(
-                f"the vocabulary is {self.model.vocabulary}; text is read as bytes and needs at least {corpus.VOCABULARY}"
+                f"the vocabulary is {self.model.vocabulary}; "
+                f"text is read as bytes and needs at least {corpus.VOCABULARY}"
             )
 
 

@@ -4,6 +4,7 @@ A loss that is a sum over my tokens divided by the number of everybody's has gra
 so no factor of any group's size is anywhere.
 """
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 
@@ -39,6 +40,8 @@ def shard(
     """
     if mesh.shards is None:
         return
+    # It warns of outputs that are views, which must not be changed in place. Nobody does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh.shards, mp_policy=precision)

@@ -78,6 +78,9 @@ class Model:
         for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("convolution", "key_heads", "key_size", "value_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
         if self.heads % (self.key_heads or self.heads):

@@ -92,8 +92,13 @@ def test_one_document_is_split_by_its_text(size, kept):
 
 @pytest.mark.parametrize(
     "documents, side",
-    [([("3.txt", b"x"), ("19.txt", b"y")], "training"), ([("4.txt", b"x"), ("5.txt", b"y")], "validation")]
-    + [([("4.txt", b"x"), ("3.txt", b"")], "validation"), ([("one", b"x")], "training"), ([], "training")],
+    [
+        ([("3.txt", b"x"), ("19.txt", b"y")], "training"),
+        ([("4.txt", b"x"), ("5.txt", b"y")], "validation"),
+        ([("4.txt", b"x"), ("3.txt", b"")], "validation"),
+        ([("one", b"x")], "training"),
+        ([], "training"),
+    ],
 )
 def test_split_with_an_empty_side_raises(documents, side):
     with pytest.raises(ValueError, match=f"no {side} text: {len(documents)} documents") as error:
@@ -431,7 +436,7 @@ def brute_force(sample, training):
 def test_longest_match_equals_brute_force(letters, data):
     """One letter: everything matches; two: runs of about 8; eight: runs of 2 or 3, for the smallest blocks."""
     rng = data.draw(st.randoms(use_true_random=False))
-    draw = lambda n: "".join(rng.choices(letters, k=n)).encode()  # noqa: E731
+    draw = lambda n: "".join(rng.choices(letters, k=n)).encode()
     training, sample = draw(rng.randrange(200)), draw(rng.randrange(40))
     if rng.random() < 0.5:  # something learned by heart
         at = rng.randrange(len(training) + 1)

@@ -5,6 +5,8 @@ all cases; the tests look up their verdicts.
 """
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -440,3 +442,31 @@ def test_a_rank_that_fails_or_hangs_is_named():
         testing.run(2, fails)
     with pytest.raises(AssertionError, match=r"no word from ranks \[0, 1\]"):
         testing.run(2, hangs, seconds=1)
+
+
+def test_the_exit_code_survives_the_hard_way_out(capsys):
+    assert [mesh.code_of(e) for e in (None, SystemExit(), SystemExit(2), SystemExit("no"), ValueError("x"))] == [
+        0,
+        0,
+        2,
+        1,
+        1,
+    ]
+    said = capsys.readouterr().err
+    assert said.startswith("no\n") and "ValueError: x" in said
+
+
+def test_one_file_communicates_by_hand_and_none_reads_the_tables():
+    root = Path(__file__).resolve().parent.parent
+    files = [
+        *root.glob("*.py"),
+        *(f for part in ("reference", "fast", "parallel", "data") for f in (root / part).rglob("*.py")),
+    ]
+    engines = re.compile(r"torch\.distributed(?!\.(device_mesh|fsdp|tensor|checkpoint)\b)[. ]")
+    assert {f.name for f in files if any(engines.search(x) for x in imports(f))} == {"comm.py"}
+    tables = re.compile(r"reference\.(lsm|routers|mixers|presets)|import (fla|triton)")
+    assert not [f for f in (root / "parallel").glob("*.py") if any(tables.search(x) for x in imports(f))]
+
+
+def imports(file) -> list[str]:
+    return [x.strip() for x in file.read_text().splitlines() if x.strip().startswith(("import ", "from "))]

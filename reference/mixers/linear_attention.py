@@ -83,6 +83,8 @@ class Retention(Mixer):
         self.q, self.k = linear(config.width, self.keys), linear(config.width, self.keys)
         self.v, self.gate = linear(config.width, self.values), linear(config.width, self.values)
         self.o, self.norm, self.base = linear(self.values, config.width), head_norm(self.value_size), config.rope_base
+        if self.key_size % 2:
+            raise ValueError(f"a key of {self.key_size} channels cannot rotate: Retention's key_size must be even")
 
     def forward(self, x, side, state: Only | None = None):
         q, k = (rotate(self.split(project(x)), side.positions, self.base) for project in (self.q, self.k))
