@@ -29,6 +29,8 @@ def choose(presets: dict[str, tuple[str, object]], prog: str, description: str):
     """One of the presets by name, each of its fields open to a flag."""
     if len(sys.argv) < 2 or (sys.argv[1].startswith("-") and sys.argv[1] not in ("-h", "--help")):
         refuse(prog, f"a preset comes first; expected one of {', '.join(presets)}")
+    if sys.argv[1] not in (*presets, "-h", "--help"):
+        refuse(prog, f"unknown preset {sys.argv[1]!r}; expected one of {', '.join(presets)}")
     return read(lambda: tyro.extras.overridable_config_cli(presets, prog=prog, description=description), prog)
 
 

@@ -36,7 +36,7 @@ from reference.model import LanguageModel, decayed, initialize, seed_of, starts
 from reference.moe import MoE
 from reference.presets import PRESETS as SHAPES
 from reference.presets import Model
-from reference.routers import balance_loss, updated_bias, violation, z_loss
+from reference.routers import balance_loss, row, updated_bias, violation, z_loss
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -91,8 +91,8 @@ class Train:
     """Samples a step, over all ranks."""
     micro: int | None = None
     """Samples a rank takes at once; the step adds up as many as the batch needs (None: all at once)."""
-    balance: float = 0.01
-    """Weight of the experts' balance loss, a layer."""
+    balance: float | None = None
+    """Weight of the experts' balance loss, a layer (None: 0.01, or 0 for a router that is balanced by its bias)."""
     z: float = 0.0
     """Weight of the router's z-loss, a layer."""
     bias_rate: float = 1e-3
@@ -283,6 +283,12 @@ class Sums(NamedTuple):
     entropy: Tensor  # of the router, mean over tokens and layers, in nats
 
 
+def balance_weight(config: Train) -> float:
+    if config.balance is not None:
+        return config.balance
+    return 0.01 if row(config.model.router).balance == "loss" else 0.0
+
+
 def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int, step: int) -> Sums:
     """Forward and backward of one micro-batch. `tokens` counts the labels of the whole step, over all ranks."""
     key = seed_of(config.seed, "dropout", step) if config.model.dropout else None
@@ -301,7 +307,9 @@ def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int
     counts, dropped = (x.view_as(load.counts).long() for x in everyone[: 2 * size].split(size))
     seen = everyone[2 * size]
     balance = balance_loss(counts, load.probability, seen.to(loss.dtype), k)
-    loss = loss + (config.balance * balance.sum() + config.z * z_loss(load.z, seen.to(loss.dtype)).sum()) / times
+    loss = (
+        loss + (balance_weight(config) * balance.sum() + config.z * z_loss(load.z, seen.to(loss.dtype)).sum()) / times
+    )
     loss.backward()
     entropy = everyone[-len(load.entropy) :].mean() / seen
     return Sums(total.detach(), ops.total(balance.detach().mean()) / times, counts, dropped, entropy / times)
@@ -572,8 +580,9 @@ def introduce(say, config: Train, model, mesh, ops, device, step: int) -> None:
         f"{count['total']:,} parameters, {count['active']:,} active"
     )
     say(f"backend {ops.name} on {device}, {config.precision}; {mesh}; run folder {config.out}")
-    if config.balance and config.steps != step:
-        say(f"balance loss {config.balance} a layer, z-loss {config.z}")
+    if "E" in config.model.letters:
+        rule = row(config.model.router).balance
+        say(f"experts balanced by {rule}; balance loss {balance_weight(config)} a layer, z-loss {config.z}")
     if step:
         say(f"resumed at step {step} of {config.steps}" + ("; nothing left to train" if step >= config.steps else ""))
 

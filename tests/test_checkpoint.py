@@ -291,6 +291,24 @@ def die_at(name: str, folder):
     checkpoint.save(folder, 2, {"model": build()[0], "step": 2}, 1)
 
 
+def die_removing(folder):
+    def half(path):
+        next(path.glob("*.distcp")).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.shutil.rmtree = half
+    checkpoint.save(folder, 2, {"model": build()[0], "step": 2}, 1)
+
+
+def test_half_a_removed_checkpoint_is_not_called_one(tmp_path):
+    checkpoint.save(tmp_path, 1, {"model": build()[0], "step": 1}, 1)
+    child = get_context("fork").Process(target=die_removing, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} == {"step-2", "step-1.old.tmp"}
+
+
 @pytest.mark.parametrize("name", ["prepare", "quietly", "digests_of", "publish", "to_disk", "prune", "discard"])
 def test_killed_between_the_steps_of_a_save(tmp_path, name):
     checkpoint.save(tmp_path, 1, {"model": build()[0], "step": 1}, 1)

@@ -444,6 +444,19 @@ def test_a_rank_that_fails_or_hangs_is_named():
         testing.run(2, hangs, seconds=1)
 
 
+def test_clipping_scales_down_and_never_up():
+    x, idle = torch.zeros(4, requires_grad=True), torch.zeros(2, requires_grad=True)
+    x.grad = torch.full((4,), 3.0)
+    norm = shard.grad_norm([x, idle])
+    assert norm == 6
+    shard.clip_([x, idle], norm, 7.0)
+    assert torch.equal(x.grad, torch.full((4,), 3.0))
+    shard.clip_([x, idle], norm, 2.0)
+    torch.testing.assert_close(x.grad, torch.ones(4))
+    x.grad[1] = torch.nan
+    assert shard.grad_norm([x]).isnan()
+
+
 def test_the_exit_code_survives_the_hard_way_out(capsys):
     assert [mesh.code_of(e) for e in (None, SystemExit(), SystemExit(2), SystemExit("no"), ValueError("x"))] == [
         0,

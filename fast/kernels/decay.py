@@ -37,8 +37,9 @@ and y, once a slice, from the L2 cache.
 Compilers. Triton 3.4 to 3.7.0 on Hopper gives wrong numbers when a dot's result is cast, transposed and fed to another
 dot (flash-linear-attention issue 640): transposed scores are computed as their own product here, and no result of a
 dot is ever transposed. Triton 3.6.0 on Hopper gives wrong numbers, or an illegal access, for the gated sweeps in 16
-bits with num_stages = 1 (found by the tests; 2 and 3 are right): CONFIG has none. 16-bit tensors with odd rows have been miscompiled: the caller pads K and V to multiples of 16.
-Sizes that change from call to call are never specialised, so an argument of 1 builds no different program.
+bits with num_stages = 1 (2 and 3 are right; found by the tests): CONFIG has no such line. 16-bit tensors with odd rows
+have been miscompiled: the caller pads K and V to multiples of 16. Sizes that change from call to call are never
+specialised, so an argument of 1 builds no different program.
 """
 
 import torch
@@ -65,6 +66,8 @@ CONFIG = {
     (128, 4): (32, 4, 1),
     (256, 4): (16, 4, 1),
 }
+# the same for dk and dv in one launch, where K = V: two programs must fit a multiprocessor
+PAIRED = {(16, 4): (16, 4, 1), (32, 4): (32, 4, 1), (64, 2): (32, 4, 2), (128, 2): (64, 4, 2)}
 
 
 @triton.jit
@@ -165,18 +168,28 @@ def decay_sums(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
 def decay_sweep(
-    x, y, z, w, g, sums, borders, entry, out, end, part,
+    x, y, z, w, g, sums, borders, entry, out, end, part, x2, out2,
     tokens, heads, segments, slots, count_rows,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     SX: tl.constexpr, SZ: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
     ENTRY: tl.constexpr, END: tl.constexpr, PART: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    PAIR: tl.constexpr,
 ):  # fmt: skip
     """One slice of `out` over one segment of one head of one sequence; with PART also Σ_z w·out.
 
     Reads x and y (X columns), its slice of z (and w), the gates; writes its slice of out. Products a chunk:
-    C·C·X + C·C·BZ + 2·C·X·BZ multiply-adds. State X × BZ float32 in registers: 32 a thread at 128 × 32 and 4 warps.
+    C·C·X + C·C·BZ + 2·C·X·BZ multiply-adds. State X × BZ float32 in registers: 64 a thread at 128 × 64 and 4 warps.
+    With PAIR (K = V) every second program makes dv where its neighbour makes dk, from the same q and do: a chain of
+    chunks waits more than it computes, and two on one multiprocessor fill each other's gaps.
     """
     pid = tl.program_id(0)
+    second = False
+    if PAIR:
+        second = pid % 2 == 1
+        pid = pid // 2
+        if second:
+            swap = y
+            x, y, z, out = x2, z, swap, out2
     s = pid % SLICES
     segment = (pid // SLICES) % segments
     h = (pid // SLICES // segments) % heads
@@ -190,6 +203,8 @@ def decay_sweep(
     ic = tl.arange(0, C)
     in_x, in_z = ix < X, iz < Z
     cell = ix[:, None] * SX + iz[None, :] * SZ
+    if PAIR:
+        cell = tl.where(second, ix[:, None] * SZ + iz[None, :] * SX, cell)
     in_cell = in_x[:, None] & in_z[None, :]
     nh = (n * heads + h).to(tl.int64)
     if ENTRY:
@@ -197,22 +212,22 @@ def decay_sweep(
     else:
         S = tl.zeros((BX, BZ), tl.float32)
 
+    at_x = ic[:, None] * (heads * X) + ix[None, :]
+    at_z = ic[:, None] * (heads * Z) + iz[None, :]
     chunks = tl.cdiv(stop - first, C)
     for i in range(0, chunks):
         begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
         t = begin + ic
         inside = t < stop
-        rows = (start + t) * heads + h
-        at_x = rows[:, None] * X + ix[None, :]
-        at_z = rows[:, None] * Z + iz[None, :]
+        row = (start + begin) * heads + h  # 64 bits for where a chunk begins, 32 within it
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
-        bx = tl.load(x + at_x, mask=in_rows_x, other=0.0)
-        by = tl.load(y + at_x, mask=in_rows_x, other=0.0)
-        bz = tl.load(z + at_z, mask=in_rows_z, other=0.0)
+        bx = tl.load(x + row * X + at_x, mask=in_rows_x, other=0.0)
+        by = tl.load(y + row * X + at_x, mask=in_rows_x, other=0.0)
+        bz = tl.load(z + row * Z + at_z, mask=in_rows_z, other=0.0)
         # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
         if PART:
-            bw = tl.load(w + at_z, mask=in_rows_z, other=0.0)
+            bw = tl.load(w + row * Z + at_z, mask=in_rows_z & (not second), other=0.0)
         if GATE != 0:
             count = tl.minimum(stop - begin, C)
             hi, lo, after, total = sums_of(
@@ -240,13 +255,17 @@ def decay_sweep(
         o = tl.dot(scores.to(bz.dtype), bz, seen, input_precision=PRECISION)
         S = tl.dot(tl.trans(by), written, S, input_precision=PRECISION)
         if PART:
-            tl.store(part + s.to(tl.int64) * count_rows + line + t, tl.sum(o * bw.to(tl.float32), 1), mask=inside)
+            tl.store(
+                part + s.to(tl.int64) * count_rows + line + t,
+                tl.sum(o * bw.to(tl.float32), 1),
+                mask=inside & (not second),
+            )
             if EXACT:
                 o += own[:, None] * bz.to(tl.float32)
-        tl.store(out + at_z, o, mask=in_rows_z)
+        tl.store(out + row * Z + at_z, o, mask=in_rows_z)
 
     if END:
-        tl.store(end + nh * X * Z + cell, S, mask=in_cell)
+        tl.store(end + nh * X * Z + cell, S, mask=in_cell & second if PAIR else in_cell)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "count_rows"])
@@ -514,10 +533,10 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
     return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
 
 
-def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None) -> dict:
+def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, config=CONFIG) -> dict:
     """The compile-time arguments of a sweep or span whose state is x's columns × z's columns."""
     X, Z = x.shape[-1], z.shape[-1]
-    columns, warps, stages = CONFIG[padded(X), x.element_size()]
+    columns, warps, stages = config[padded(X), x.element_size()]
     columns = min(columns, padded(Z))
     sizes = {
         "X": X,
@@ -557,24 +576,27 @@ def sums_in_chunks(g: Tensor | None, borders: Tensor | None, like: Tensor) -> Te
 
 def sweep(
     x, y, z, g, sums, borders, entry=None, *, slots=1, segments=1, reverse=False, swapped=False, end=None, weight=None,
-    wide=False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`decay_sweep`: (out, part). `swapped`: the state lies transposed in `entry`. `end` receives the last state."""
-    shape = shape_of(x, z, g, borders)
+    wide=False, pair=None,
+) -> tuple:  # fmt: skip
+    """`decay_sweep`: (out, part). `swapped`: the state lies transposed in `entry`. `end` receives the last state.
+
+    `pair`: the x of a second sweep with y and z exchanged, whose output comes as a third result.
+    """
+    shape = shape_of(x, z, g, borders, CONFIG if pair is None else PAIRED)
     out = torch.empty_like(z, dtype=torch.float32 if wide else z.dtype)
-    part = (
-        None
-        if weight is None
-        else z.new_empty(shape["SLICES"], z.shape[2], rows_of(z) // z.shape[2], dtype=torch.float32)
-    )
-    programs = shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders)
+    second = None if pair is None else torch.empty_like(y)
+    part = None
+    if weight is not None:
+        part = z.new_empty(shape["SLICES"], z.shape[2], rows_of(z) // z.shape[2], dtype=torch.float32)
+    programs = shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders) * (1 if pair is None else 2)
     SX, SZ = (1, x.shape[-1]) if swapped else (z.shape[-1], 1)
     launch(
-        decay_sweep, programs, x, y, z, weight, g, sums, borders, entry, out, end, part,
+        decay_sweep, programs, x, y, z, weight, g, sums, borders, entry, out, end, part, pair, second,
         x.shape[1], x.shape[2], segments, slots, rows_of(x),
         **shape, SX=SX, SZ=SZ, REVERSE=reverse, ENTRY=entry is not None, END=end is not None, PART=part is not None,
+        PAIR=pair is not None,
     )  # fmt: skip
-    return out, part
+    return (out, part) if pair is None else (out, part, second)
 
 
 def between(y, z, g, sums, borders, first, segments, reverse=False) -> tuple[Tensor, Tensor]:
@@ -624,16 +646,20 @@ def backward(do, dlast, q, k, v, g, memory, borders, last, states, want_g: bool)
         before, after, end = memory, dlast, dmemory
     each = want_g and g.ndim == 3
     dq, asked = sweep(do, v, k, g, sums, borders, before, swapped=True, weight=q if each else None, **run)
-    dk, answered = sweep(
-        v, do, q, g, sums, borders, after, reverse=True, swapped=True, weight=k if each else None, **run
-    )
-    dv, _ = sweep(k, q, do, g, sums, borders, after, reverse=True, end=end, **run)
+    run |= {"reverse": True}
+    weight = k if each else None
+    if q.shape == v.shape and (padded(q.shape[-1]), q.element_size()) in PAIRED:
+        ends = {"end": end, "pair": k}
+        dk, answered, dv = sweep(v, do, q, g, sums, borders, after, swapped=True, weight=weight, **ends, **run)
+    else:
+        dk, answered = sweep(v, do, q, g, sums, borders, after, swapped=True, weight=weight, **run)
+        dv, _ = sweep(k, q, do, g, sums, borders, after, end=end, **run)
     dg = None
     if each:
         ends = (states[:, :, 1:], after) if cut else (last, dlast)
-        dg = gate_gradient(asked, answered, g, borders, *ends, q, v, **run)
+        dg = gate_gradient(asked, answered, g, borders, *ends, q, v, run["segments"], run["slots"])
     elif want_g:
-        dg = slope_gradient(q, k, v, do, g, borders, before, after, **run)
+        dg = slope_gradient(q, k, v, do, g, borders, before, after, run["segments"], run["slots"])
     return dq, dk, dv, dg, dmemory
 
 
@@ -660,7 +686,8 @@ def slope_gradient(q, k, v, do, g, borders, entry, cotangent, segments, slots) -
         decay_slope, parts.numel(), q, k, v, do, g, borders, entry, cotangent, parts,
         v.shape[1], h, segments, slots,
         K=shape["X"], V=V, BK=shape["BX"], BV=16, SLICES=slices, C=shape["C"], PACKED=borders is not None,
-        ENTRY=entry is not None, ENDS=cotangent is not None, PRECISION="ieee", num_warps=4, num_stages=2 if q.element_size() == 2 else 1,
+        ENTRY=entry is not None, ENDS=cotangent is not None, PRECISION="ieee",
+        num_warps=4, num_stages=2 if q.element_size() == 2 else 1,
     )  # fmt: skip
     return parts.double().sum((0, 2)).float()
 
