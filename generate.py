@@ -5,6 +5,7 @@
 The text streams to standard output; tokens a second and the size of the model's state follow on standard error.
 """
 
+import codecs
 import sys
 import time
 from collections.abc import Iterator
@@ -130,17 +131,15 @@ def main() -> None:
     config = command.read(lambda: tyro.cli(Generate, prog="generate.py", description=__doc__), "generate.py")
     with command.mistakes("generate.py"):
         model = load(config.run, config.backend, config.device)
-    out = sys.stdout.buffer
-    out.write(config.prompt.encode())
+    print(config.prompt, end="", flush=True)
     options = (config.temperature, config.top_k, config.top_p, config.seed, config.chunk)
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
     start, count, size = None, 0, 0
     for token, state in stream(model, config.prompt.encode(), config.tokens, *options):
         start = start or time.perf_counter()
-        out.write(bytes([token]))
-        out.flush()
+        print(text.decode(bytes([token])), end="", flush=True)
         count, size = count + 1, state_bytes(state)
-    out.write(b"\n")
-    out.flush()
+    print(text.decode(b"", final=True), flush=True)
     speed = (count - 1) / max(time.perf_counter() - start, 1e-9)
     print(f"{speed:.0f} tokens/s; the state is {size:,} bytes after {count} tokens", file=sys.stderr)
 

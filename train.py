@@ -161,8 +161,18 @@ PRESETS = {
     for name, (what, model) in SHAPES.items()
     if name != "tiny"
 }
-PRESETS["tiny"] = (SHAPES["tiny"][0], Train(model=SHAPES["tiny"][1], out="runs/tiny"))
-PRESETS = {"tiny": PRESETS.pop("tiny"), **PRESETS}
+TINY = Train(
+    out="runs/tiny",
+    model=SHAPES["tiny"][1],
+    optimizer=Optimizer(rate=4e-3, warmup=50),
+    steps=1000,
+    batch=4,
+    evaluate_every=250,
+    evaluate_batches=16,
+    save_every=250,
+    log_every=25,
+)
+PRESETS = {"tiny": (SHAPES["tiny"][0], TINY), **PRESETS}
 
 
 # ------------------------------------------------------------------------------------- the machine and the ops
@@ -219,7 +229,7 @@ def model_of(config: Train, ops, mesh, device: torch.device) -> LanguageModel:
 
 def optimizer_of(config: Train, model: LanguageModel, matrices: set[str]) -> torch.optim.Optimizer:
     groups = [
-        {"params": [p for n, p in model.named_parameters() if (bare(n) in matrices) == decays], "weight_decay": decay}
+        {"params": [p for n, p in model.named_parameters() if (n in matrices) == decays], "weight_decay": decay}
         for decays, decay in ((True, config.optimizer.decay), (False, 0.0))
     ]
     o = config.optimizer
@@ -227,11 +237,6 @@ def optimizer_of(config: Train, model: LanguageModel, matrices: set[str]) -> tor
         return torch.optim.SGD(groups, lr=o.rate, momentum=o.betas[0])
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[o.name]
     return kind(groups, lr=o.rate, betas=o.betas, eps=o.eps, foreach=True)
-
-
-def bare(name: str) -> str:
-    """A parameter's name without what the recomputation wrapper adds."""
-    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def rate(config: Train, step: int) -> float:

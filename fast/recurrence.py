@@ -41,8 +41,9 @@ def recurrence(
         memory = even(memory.float(), -K % 16).contiguous()
     sequences = x.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     q, k, v = (even(y).contiguous() for y in (x.q, x.k, x.v))
-    segments = kernels.segments_for(q, v, sequences)
-    o, last, _ = decay(q, k, v, gate_of(row, x, constants), memory, cu_seqlens, segments, wide)
+    g = gate_of(row, x, constants)
+    segments = kernels.segments_for(q, v, g, sequences)
+    o, last, _ = decay(q, k, v, g, memory, cu_seqlens, segments, wide)
     return x.finish(o[..., :V]).to(x.q.dtype), last[..., :K, :V]
 
 

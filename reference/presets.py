@@ -99,6 +99,7 @@ class Model:
         return "".join(letter + "E" if short else letter for letter in self.pattern * self.repeat)
 
 
+TINY = Model(pattern="LLLN", lsm="mamba2", key_size=32, value_size=64, experts=8, top_k=2, expert_width=128)
 LINEAR = Model(
     pattern="L",
     lsm="linear_attention",
@@ -113,7 +114,7 @@ A03B = replace(LINEAR, repeat=12, width=1024, heads=8, expert_width=896)
 A1B = replace(LINEAR, repeat=16, width=2048, heads=16, expert_width=1024)
 
 PRESETS: dict[str, tuple[str, Model]] = {
-    "tiny": ("two CPU cores, three minutes", Model()),
+    "tiny": ("two CPU cores, three minutes", TINY),
     "a0.3b-2b": ("Linear-MoE A0.3B-2B, pure linear (2503.05447)", A03B),
     "a0.3b-2b-hybrid": ("Linear-MoE A0.3B-2B, one layer in four softmax", replace(A03B, pattern="LLLN", repeat=3)),
     "a1b-7b": ("Linear-MoE A1B-7B, pure linear (2503.05447)", A1B),

@@ -36,5 +36,7 @@ def pytest_terminal_summary(terminalreporter, config):
             for law, cases in sorted(grid.items()):
                 said = cases[row] or EXEMPT.get(law, "not for this row")
                 terminalreporter.write_line(f"    {law:{width}} {said}")
+
+
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=15, print_blob=True)
 settings.load_profile("ci")

@@ -18,7 +18,7 @@ WRONG = {
         ["tiny", "--model.lsm", "linear_attention_normalized", "--model.feature-map", "identity"],
         "positive features.*elu",
     ),
-    "micro": ("train.py", ["tiny", "--micro", "5"], "micro 5 must divide batch 16"),
+    "micro": ("train.py", ["tiny", "--micro", "5"], "micro 5 must divide batch 4"),
     "steps": ("train.py", ["tiny", "--steps", "0"], "steps is 0; it must be at least 1"),
     "steps no number": ("train.py", ["tiny", "--steps", "many"], "--steps.*many"),
     "vocabulary": ("train.py", ["tiny", "--model.vocabulary", "100"], "vocabulary is 100.*at least 257"),

@@ -76,7 +76,7 @@ def compare(name, dtype=torch.float32, b=1, t=83, h=1, k=20, v=33, cu_seqlens=No
     """fast within the budget: exact is the token loop in float64, plain the worse of loop and chunk form in float32.
 
     Float32 results of 16-bit tokens (memories, gates' gradients) are sums of 16-bit products: they are judged as
-    16-bit numbers. A gate's gradient is a difference of sums: in float32 it may be off by 4 eps of what they add up.
+    16-bit numbers. A gate's gradient is a difference of sums: in float32 it may be off by 8 eps of what they add up.
     """
     row, tokens, constants = make(name, b, t, h, k, v, seed)
     if change is not None:
@@ -99,7 +99,7 @@ def compare(name, dtype=torch.float32, b=1, t=83, h=1, k=20, v=33, cu_seqlens=No
         plain = max(loop[what], chunks[what], key=lambda y: (y.double() - want[what]).abs().max().item())
         judged = x.cpu().to(dtype)
         if what == "dg" and dtype == torch.float32:
-            slack = 4 * torch.finfo(dtype).eps * added_up(row, rounded, weights, want, cu_seqlens)
+            slack = 8 * torch.finfo(dtype).eps * added_up(row, rounded, weights, want, cu_seqlens)
             off = judged - want[what]
             judged = (want[what] + off.sign() * (off.abs() - slack).clamp(min=0)).float()
         if (judged - want[what]).abs().max() < torch.finfo(torch.float32).tiny:
@@ -367,6 +367,14 @@ def test_head_sizes(k, v, dtype):
 def test_many_programs_and_long_sequences(name, dtype):
     compare(name, dtype, b=3, h=23, t=100, k=32, v=64)  # 138 programs: no segments
     compare(name, dtype, b=1, h=1, t=2500, k=64, v=64)  # 4 segments
+
+
+@gpu
+def test_sixteen_bits_over_one_long_segment(monkeypatch):
+    """The gate's gradient sums rounding errors from a segment's end to its start."""
+    cut(monkeypatch, 1)
+    compare("mamba2", torch.bfloat16, t=2048, k=64, v=64)
+    compare("mamba2", torch.bfloat16, t=2048, k=64, v=64, change=lambda tokens, _: tokens["g"].mul_(0.01))
 
 
 @gpu

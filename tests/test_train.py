@@ -168,7 +168,7 @@ def test_recomputation_changes_nothing(corpus, alone, tmp_path):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(corpus, tmp_path):
-    done = run("train.py", *line(corpus, tmp_path / "run", "--optimizer.rate", 1e38, "--patience", 3, steps=50))
+    done = run("train.py", *line(corpus, tmp_path / "run", "--optimizer.rate", 1e30, "--patience", 3, steps=50))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the gradients of 3 steps in a row were not finite" in done.stderr
     assert metrics(tmp_path / "run")[-1]["skipped"] >= 3

@@ -57,7 +57,7 @@ CHUNK = {2: 64, 4: 16}  # tokens a chunk by bytes of a number: float32 products 
 CONFIG = {
     (16, 2): (16, 4, 2),
     (32, 2): (32, 4, 2),
-    (64, 2): (32, 4, 3),
+    (64, 2): (64, 4, 3),
     (128, 2): (64, 4, 3),
     (256, 2): (16, 4, 2),
     (16, 4): (16, 4, 1),
@@ -66,8 +66,10 @@ CONFIG = {
     (128, 4): (32, 4, 1),
     (256, 4): (16, 4, 1),
 }
-# the same for dk and dv in one launch, where K = V: two programs must fit a multiprocessor
-PAIRED = {(16, 4): (16, 4, 1), (32, 4): (32, 4, 1), (64, 2): (32, 4, 2), (128, 2): (64, 4, 2)}
+# where a gate of one number a token needs another line
+GATED = {(64, 2): (32, 4, 2), (128, 2): (32, 4, 2)}
+# dk and dv in one launch, where K = V and the gate is one number a token: two programs must fit a multiprocessor
+PAIRED = {(16, 4): (16, 4, 1), (32, 4): (32, 4, 1), (64, 2): (64, 4, 2), (128, 2): (64, 4, 2)}
 
 
 @triton.jit
@@ -525,37 +527,35 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
-    """In how many segments to cut each sequence: one program a multiprocessor, and at least 512 tokens a segment."""
-    columns = CONFIG[padded(q.shape[-1]), q.element_size()][0]
+def segments_for(q: Tensor, v: Tensor, g: Tensor | None, sequences: int) -> int:
+    """In how many segments to cut each sequence: 64 columns a multiprocessor, and at least 512 tokens a segment."""
+    columns = tile_of(q, g)[0]
     programs = sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns)
-    wanted = multiprocessors(q.device) // max(programs, 1)
+    wanted = multiprocessors(q.device) * 64 // columns // max(programs, 1)
     return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
 
 
-def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, config=CONFIG) -> dict:
+def tile_of(x: Tensor, g: Tensor | None, pair: bool = False) -> tuple[int, int, int]:
+    key = padded(x.shape[-1]), x.element_size()
+    return PAIRED[key] if pair else GATED.get(key, CONFIG[key]) if gate(g) == TOKEN else CONFIG[key]
+
+
+def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, pair: bool = False) -> dict:
     """The compile-time arguments of a sweep or span whose state is x's columns × z's columns."""
     X, Z = x.shape[-1], z.shape[-1]
-    columns, warps, stages = config[padded(X), x.element_size()]
+    columns, warps, stages = tile_of(x, g, pair)
     columns = min(columns, padded(Z))
-    sizes = {
-        "X": X,
-        "Z": Z,
-        "BX": padded(X),
-        "BZ": columns,
-        "SLICES": triton.cdiv(Z, columns),
-        "C": CHUNK[x.element_size()],
-    }
+    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": triton.cdiv(Z, columns)}
     kind = {"GATE": gate(g), "PACKED": borders is not None, "EXACT": x.element_size() == 4, "PRECISION": "ieee"}
-    return {**sizes, **kind, "num_warps": warps, "num_stages": stages}
-
-
-def rows_of(x: Tensor) -> int:
-    return x.shape[0] * x.shape[1] * x.shape[2]
+    return {**sizes, **kind, "C": CHUNK[x.element_size()], "num_warps": warps, "num_stages": stages}
 
 
 def sequences_of(x: Tensor, borders: Tensor | None) -> int:
     return x.shape[0] if borders is None else len(borders) - 1
+
+
+def rows_of(x: Tensor) -> int:
+    return x.shape[0] * x.shape[1] * x.shape[2]
 
 
 def sums_in_chunks(g: Tensor | None, borders: Tensor | None, like: Tensor) -> Tensor | None:
@@ -582,7 +582,7 @@ def sweep(
 
     `pair`: the x of a second sweep with y and z exchanged, whose output comes as a third result.
     """
-    shape = shape_of(x, z, g, borders, CONFIG if pair is None else PAIRED)
+    shape = shape_of(x, z, g, borders, pair is not None)
     out = torch.empty_like(z, dtype=torch.float32 if wide else z.dtype)
     second = None if pair is None else torch.empty_like(y)
     part = None
@@ -648,7 +648,7 @@ def backward(do, dlast, q, k, v, g, memory, borders, last, states, want_g: bool)
     dq, asked = sweep(do, v, k, g, sums, borders, before, swapped=True, weight=q if each else None, **run)
     run |= {"reverse": True}
     weight = k if each else None
-    if q.shape == v.shape and (padded(q.shape[-1]), q.element_size()) in PAIRED:
+    if q.shape == v.shape and gate(g) == TOKEN and (padded(q.shape[-1]), q.element_size()) in PAIRED:
         ends = {"end": end, "pair": k}
         dk, answered, dv = sweep(v, do, q, g, sums, borders, after, swapped=True, weight=weight, **ends, **run)
     else:
