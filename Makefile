@@ -7,6 +7,8 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 # Two cores: tests run in two processes of one thread each, training in one process of two threads.
 export OMP_NUM_THREADS ?= 2
+# Threads that wait for each other spin a little, then sleep: on a busy machine, spinning takes the core the other needs.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: train test lint format mutants docs clean
 

@@ -21,18 +21,19 @@ few programs to fill the GPU the sequence is cut in segments, as over GPUs in se
 does to a memory (`decay_span`), the memories between them (`decay_fold`), then the same sweep from every one of them.
 
 Gates. Any g in [-inf, 0] is right and finite. A gate is raised to FLOOR first, where e^g is 0 in float32 all the
-same; the running sums are taken in float64 (64 numbers a chunk) and split in two float32, so that the difference of
-two sums keeps float32's precision even behind a gate of -inf, which a float32 sum would have lost.
+same. Behind such a gate a difference of two float32 sums is off by 1e-3 at worst. For float32 tokens (EXACT) the sums
+are therefore taken in float64 and split in two float32; for 16-bit tokens the error is below their own rounding.
 
 The gate's gradient needs no memory: with D_t as above, dg_t = <e^{g_t} M_{t-1}, D_t> obeys
-dg_t = dg_{t+1} + q_t·dq_t - k_t·dk_t, and dg_{T+1} = <M_T, dM_T>. The token's own term q_t·k_t v_t·do_t is in both
-products and cancels: it is left out of both, so that what remains is as small as dg is. The products are taken in
-float32, before dq and dk are rounded.
+dg_t = dg_{t+1} + q_t·dq_t - k_t·dk_t, and dg_{T+1} = <M_T, dM_T>. The products are taken in float32, before dq and dk
+are rounded. The token's own term q_t·k_t v_t·do_t is in both and cancels: with EXACT it is left out of both, so that
+what remains is as small as dg is. One number a head has a kernel of its own (`decay_slope`).
 
-Bytes and operations, in U = one b t h d tensor, C = 64, K = V = d: forward 4 U and T·H·(4 d² + 4 C d · slices / 2)
-multiply-adds a batch row; backward dq 4 U, dk 4 U, dv 4 U (each reads three and writes one; a gate's gradient
-reads one more in dq and dk) against a floor of 7 U. The slices of one head are neighbours in the grid and re-read x
-and y, once a slice, from the L2 cache.
+Bytes and operations. In U = one b t h d tensor, K = V = d: the forward sweep moves 4 U and each of the three backward
+ones 4 U (reads three, writes one; where the gate's gradient is wanted dq and dk read a fifth), 12 U against a floor of
+7. Every sweep does slices·C·d + C·d + 2·d² multiply-adds a token and head. The slices of one head are neighbours in
+the grid and find x and y, which each of them reads, in the L2 cache. With a chain of 32 chunks of 64 tokens the time
+is that of one chunk's loads and products, one after the other, more than that of bytes (bench/LOG.md).
 
 Compilers. Triton 3.4 to 3.7.0 on Hopper gives wrong numbers when a dot's result is cast, transposed and fed to another
 dot (flash-linear-attention issue 640): transposed scores are computed as their own product here, and no result of a
