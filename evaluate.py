@@ -1,6 +1,6 @@
 """Loss of a trained model on a text, in bits per byte and as perplexity a byte.
 
-python evaluate.py --run runs/tiny --path README.md
+python evaluate.py --run runs/tiny --data README.md
 """
 
 import math
@@ -22,9 +22,9 @@ class Evaluate:
 
     run: str = "runs/tiny"
     """Folder of a run of train.py."""
-    path: str | None = None
+    data: str | None = None
     """A text file, a folder of them, or .jsonl (None: the validation part of the built-in corpus)."""
-    field: str = "text"
+    text_field: str = "text"
     """Of each .jsonl line."""
     length: int = 256
     """Tokens of context at most."""
@@ -58,8 +58,8 @@ def bits_per_byte(model, documents, length: int, rows: int) -> tuple[float, int]
 def main() -> None:
     config = command.read(lambda: tyro.cli(Evaluate, prog="evaluate.py", description=__doc__), "evaluate.py")
     with command.mistakes("evaluate.py"):
-        documents = corpus.load(config.path, config.field)
-        documents = documents if config.path else corpus.split(documents)[1]
+        documents = corpus.load(config.data, config.text_field)
+        documents = documents if config.data else corpus.split(documents)[1]
         model = generate.load(config.run, config.backend, config.device)
     bits, count = bits_per_byte(model, documents, config.length, config.rows)
     loss = bits * math.log(2)

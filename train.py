@@ -2,7 +2,7 @@
 
     python train.py tiny                                            two CPU cores, three minutes
     python train.py tiny --model.lsm kda --steps 100 --out runs/kda
-    torchrun --nproc-per-node 8 train.py a0.3b-2b --data.path text.jsonl --mesh.sequence 2 --out runs/a
+    torchrun --nproc-per-node 8 train.py a0.3b-2b --data text.jsonl --mesh.sequence 2 --out runs/a
 
 The same folder again resumes where the run stopped, to the bit on one CPU rank: everything random is a function of
 (seed, step, token), so a checkpoint is parameters, optimizer and step. The loss is a sum over tokens divided by the
@@ -42,18 +42,6 @@ from reference.routers import balance_loss, row, updated_bias, violation, z_loss
 
 
 @dataclass(frozen=True)
-class Data:
-    """The text."""
-
-    path: str | None = None
-    """A text file, a folder of them, or .jsonl (None: the source of Python's standard library)."""
-    field: str = "text"
-    """Of each .jsonl line."""
-    length: int = 256
-    """Tokens of one sample."""
-
-
-@dataclass(frozen=True)
 class Optimizer:
     """How parameters move."""
 
@@ -82,7 +70,12 @@ class Train:
     out: str = "runs/run"
     """Its folder. With checkpoints in it, the run goes on from the newest."""
     model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
+    data: str | None = None
+    """A text file, a folder of them, or .jsonl (None: the source of Python's standard library)."""
+    text_field: str = "text"
+    """Of each .jsonl line."""
+    length: int = 256
+    """Tokens of one sample."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     mesh: meshes.Degrees = field(default_factory=meshes.Degrees)
     steps: int = 1000
@@ -108,7 +101,7 @@ class Train:
     recompute: bool = False
     """Keep only each block's input and run it again in the backward pass."""
     evaluate_every: int = 100
-    """Steps between two looks at the validation text; the last step looks at all of it."""
+    """Steps between two looks at the validation text."""
     evaluate_batches: int = 4
     """Batches of such a look."""
     save_every: int = 200
@@ -124,6 +117,7 @@ class Train:
 
     def __post_init__(self):
         for name in (
+            "length",
             "steps",
             "batch",
             "evaluate_every",
@@ -145,7 +139,7 @@ class Train:
 
 
 LARGE = Train(
-    data=Data(length=2048),
+    length=2048,
     optimizer=Optimizer(rate=3e-4, warmup=500),
     steps=20000,
     batch=64,
@@ -251,8 +245,19 @@ def rate(config: Train, step: int) -> float:
 # ---------------------------------------------------------------------------------------------------- one step
 
 
+def refuse_to_cut(config: Train, mesh) -> None:
+    """Tokens that compete for an expert's room must be on one rank."""
+    chosen = row(config.model.router)
+    capacity = chosen.capacity if config.model.capacity_factor is None else config.model.capacity_factor
+    if mesh.sequence_size > 1 and "E" in config.model.letters and capacity < math.inf:
+        raise ValueError(
+            f"router {config.model.router!r} has a capacity ({capacity}), for which the tokens of a sequence compete: "
+            f"they cannot be cut over {mesh.sequence_size} ranks; use --mesh.sequence 1 or --model.capacity-factor inf"
+        )
+
+
 class Feed(NamedTuple):
-    """What a rank takes from each step: `rows` samples at a time, `times` times."""
+    """What a rank takes from each step: `rows` samples at a time, `times` times, from its `first`."""
 
     rows: int
     times: int
@@ -381,7 +386,7 @@ def validate(config: Train, model, ops, mesh, documents, device, batches: int | 
     loss = count = 0.0
     rows = max(config.batch // mesh.data_size, 1)
     # Ranks that share a batch see the same rows: parameters are sharded, so all must make the same calls.
-    work = evaluation(documents, config.data.length, rows)
+    work = evaluation(documents, config.length, rows)
     for i, batch in enumerate(tqdm(work, desc="validation", disable=mesh.rank > 0 or batches is not None, leave=False)):
         if batches is not None and i >= batches:
             break
@@ -498,8 +503,9 @@ def train(config: Train) -> None:
         folder = Folder(config, mesh.rank == 0)
         ops = meshes.over(ops_of(config, device), mesh)
         feed = feed_of(config, mesh)
-        training, validation = corpus.split(corpus.load(config.data.path, config.data.field))
-        stream = Stream(training, config.data.length, config.seed)
+        refuse_to_cut(config, mesh)
+        training, validation = corpus.split(corpus.load(config.data, config.text_field))
+        stream = Stream(training, config.length, config.seed)
         model = model_of(config, ops, mesh, device)
         optimizer = optimizer_of(config, model, decayed_names(config, ops))
         state = state_of(model, optimizer, 0, 0)
@@ -514,14 +520,15 @@ def train(config: Train) -> None:
     while step < config.steps and not stopped:
         batches = micro_batches(config, stream, feed, mesh, step, device)
         result = one_step(config, model, ops, optimizer, batches, step, flag.up)
-        step, stopped, tokens = step + 1, result.stop, tokens + config.batch * config.data.length
+        step, stopped, tokens = step + 1, result.stop, tokens + config.batch * config.length
         bar.update()
         bad = 0 if result.finite else bad + 1
         skipped += not result.finite
         last = step == config.steps
-        if step % config.log_every == 0 or last or not result.finite or stopped:
+        look = step % config.evaluate_every == 0 and not last
+        if step % config.log_every == 0 or look or last or not result.finite or stopped:
             line = line_of(config, result, step, skipped, tokens / (time.perf_counter() - start), device)
-            if step % config.evaluate_every == 0 and not last:
+            if look:
                 line["validation"] = validate(config, model, ops, mesh, validation, device, config.evaluate_batches)
                 start, tokens = time.perf_counter(), 0
             folder.log(**line)

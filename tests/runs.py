@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     *("--model.width", "16", "--model.heads", "2", "--model.pattern", "LN", "--model.lsm", "gla"),
-    *("--model.experts", "4", "--model.expert-width", "8", "--data.length", "24", "--batch", "6"),
+    *("--model.experts", "4", "--model.expert-width", "8", "--length", "24", "--batch", "6"),
     *("--optimizer.warmup", "2", "--evaluate-every", "4", "--evaluate-batches", "1", "--log-every", "1", "--no-report"),
 ]
 

@@ -22,18 +22,20 @@ WRONG = {
     "steps": ("train.py", ["tiny", "--steps", "0"], "steps is 0; it must be at least 1"),
     "steps no number": ("train.py", ["tiny", "--steps", "many"], "--steps.*many"),
     "vocabulary": ("train.py", ["tiny", "--model.vocabulary", "100"], "vocabulary is 100.*at least 257"),
-    "no data": ("train.py", ["tiny", "--data.path", "nowhere"], "nowhere"),
-    "empty data": ("train.py", ["tiny", "--data.path", "{folder}/empty.txt"], "empty.txt.*0 bytes"),
-    "binary data": ("train.py", ["tiny", "--data.path", "{folder}/binary.bin"], "binary.bin.*NUL"),
-    "short data": ("train.py", ["tiny", "--data.path", "{folder}/short.txt"], "shorter than one window"),
+    "no data": ("train.py", ["tiny", "--data", "nowhere"], "nowhere"),
+    "empty data": ("train.py", ["tiny", "--data", "{folder}/empty.txt"], "empty.txt.*0 bytes"),
+    "binary data": ("train.py", ["tiny", "--data", "{folder}/binary.bin"], "binary.bin.*NUL"),
+    "short data": ("train.py", ["tiny", "--data", "{folder}/short.txt"], "shorter than one window"),
     "no gpu": ("train.py", ["tiny", "--device", "cuda"], "no GPU was found"),
     "mesh": ("train.py", ["tiny", "--mesh.data", "2", "--mesh.sequence", "2"], "2.*2.*1"),
+    "empty folder": ("train.py", ["tiny", "--data", "{folder}/nothing"], "nothing"),
+    "not json": ("train.py", ["tiny", "--data", "{folder}/bad.jsonl"], "line 2|:2"),
     "fast without kernel": ("train.py", ["tiny", "--backend", "fast", "--model.lsm", "kda"], "reference"),
     "no run": ("generate.py", ["--run", "nowhere"], "no run at nowhere"),
     "empty prompt": ("generate.py", ["--prompt", ""], "prompt is empty"),
     "temperature": ("generate.py", ["--temperature", "-1"], "temperature"),
-    "no run to evaluate": ("evaluate.py", ["--run", "nowhere", "--path", "README.md"], "no run at nowhere"),
-    "no text to evaluate": ("evaluate.py", ["--path", "nowhere.txt"], "nowhere.txt"),
+    "no run to evaluate": ("evaluate.py", ["--run", "nowhere", "--data", "README.md"], "no run at nowhere"),
+    "no text to evaluate": ("evaluate.py", ["--data", "nowhere.txt"], "nowhere.txt"),
 }
 
 
@@ -52,6 +54,8 @@ def test_a_mistake_gives_one_line(case, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.bin").write_bytes(b"a\0b" * 1000)
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
     out = ["--out", str(tmp_path / "run")] if script == "train.py" and arguments else []
     done = run(script, *(a.format(folder=tmp_path) for a in arguments), *out)
     assert_one_line(done, message)
@@ -59,15 +63,23 @@ def test_a_mistake_gives_one_line(case, tmp_path):
 
 
 def test_more_ranks_than_the_batch_can_feed(tmp_path):
-    arguments = ["tiny", *SMALL, "--out", tmp_path / "run", "--data.path", text(tmp_path), "--batch", "5"]
+    arguments = ["tiny", *SMALL, "--out", tmp_path / "run", "--data", text(tmp_path), "--batch", "5"]
     done = run("train.py", *arguments, ranks=2)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
     assert said == ["train.py: 2 data ranks cannot share a batch of 5 samples: the batch must be a multiple"]
 
 
+def test_a_router_with_a_capacity_and_a_cut_sequence(tmp_path):
+    arguments = ["tiny", *SMALL, "--out", tmp_path / "run", "--data", text(tmp_path), "--mesh.sequence", "2"]
+    done = run("train.py", *arguments, "--model.router", "switch", "--model.top-k", "1", ranks=2)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    assert len(said) == 1 and "'switch' has a capacity (1.25)" in said[0] and "--mesh.sequence 1" in said[0]
+
+
 def test_a_checkpoint_of_another_shape_and_its_folder_stays_as_it_was(tmp_path):
-    arguments = ["tiny", *SMALL, "--out", tmp_path / "run", "--data.path", text(tmp_path), "--steps", "2"]
+    arguments = ["tiny", *SMALL, "--out", tmp_path / "run", "--data", text(tmp_path), "--steps", "2"]
     assert run("train.py", *arguments).returncode == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert_one_line(run("train.py", *arguments, "--model.width", "32"), r"shape|\(")

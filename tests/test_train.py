@@ -18,7 +18,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def line(corpus, out, *more, steps=8) -> list[str]:
-    return ["tiny", *SMALL, "--out", str(out), "--data.path", str(corpus), "--steps", str(steps), *map(str, more)]
+    return ["tiny", *SMALL, "--out", str(out), "--data", str(corpus), "--steps", str(steps), *map(str, more)]
 
 
 def metrics(out: Path) -> list[dict]:
@@ -191,7 +191,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_parameter():
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer = train.optimizer_of(config, model, decayed(model))
     mesh = meshes.make(meshes.Degrees(), torch.device("cpu"))
-    stream = Stream([Document("a", bytes(range(200)) * 9)], config.data.length, 0)
+    stream = Stream([Document("a", bytes(range(200)) * 9)], config.length, 0)
     batches = train.micro_batches(config, stream, train.feed_of(config, mesh), mesh, 0, torch.device("cpu"))
     result = train.one_step(config, model, ops, optimizer, batches, 0, False)
     assert not result.finite
@@ -216,6 +216,6 @@ def test_the_model_writes_and_is_evaluated(whole):
     pieces = run("generate.py", *ask, "--chunk", "2")
     assert pieces.stdout == first.stdout
     path = whole / "train.py"
-    done = run("evaluate.py", "--run", whole, "--path", path, "--length", "24")
+    done = run("evaluate.py", "--run", whole, "--data", path, "--length", "24")
     assert done.returncode == 0, done.stderr
     assert f"{path.stat().st_size:,} bytes" in done.stdout and "bits per byte" in done.stdout
