@@ -31,7 +31,6 @@ from torch import Tensor
 from reference import recurrence as words
 from reference.documents import over_documents
 from reference.recurrence import (
-    TRANSITION,
     Inputs,
     Memory,
     Normal,
@@ -40,7 +39,6 @@ from reference.recurrence import (
     in_full_precision,
     normal,
     prepare,
-    transition,
 )
 
 CHUNK = 64
@@ -62,7 +60,7 @@ def recurrence(
     parts = {name: y for name, y in x._asdict().items() if name in TIMED and y is not None}
 
     def run(parts, memory):
-        return over_chunks(x._replace(**parts), transition(row), memory, chunk)
+        return over_chunks(x._replace(**parts), memory, chunk)
 
     with in_full_precision(memory):
         o, memory = run(parts, memory) if cu_seqlens is None else over_documents(run, parts, memory, cu_seqlens)
@@ -74,15 +72,18 @@ def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=N
     return words.span(row, tokens, constants, cu_seqlens, run=recurrence)
 
 
-def over_chunks(x: Normal, kind: str, M: Memory, chunk: int) -> tuple[Tensor, Memory]:
+def over_chunks(x: Normal, M: Memory, chunk: int) -> tuple[Tensor, Memory]:
     t = x.v.shape[1]
     if t == 0:
         return x.v, M
     chunk = min(chunk, 1 << (t - 1).bit_length())
     x = x._replace(**{name: cut(getattr(x, name), chunk) for name in TIMED})
+    if x.g is not None:  # e^-10000 is 0 in any precision, and sums of finite gates can be matrix products
+        x = x._replace(g=x.g.clamp(min=-1e4))
     inside = chunk_of(x)
-    before, last = fold(kind, *spans(x, inside), M)
-    return rearrange(outputs(x, inside, before), "b n h c v -> b (n c) h v")[:, :t], last
+    before, written, last = fold(inside, M)
+    o = inside.reach @ before + inside.scores @ written
+    return rearrange(o, "b n h c v -> b (n c) h v")[:, :t], last
 
 
 def cut(x: Tensor | None, chunk: int) -> Tensor | None:
@@ -102,7 +103,7 @@ class Chunk(NamedTuple):
     written: Float[Tensor, "b n h c v"]  # V, or U for a delta rule
     erased: Float[Tensor, "b n h c k"] | None  # W for a delta rule
     lasting: Float[Tensor, "b n h c k"]  # k e^{b_C - b}: what is left of each write at the chunk's end
-    total: Tensor | None  # e^{b_C}, by head or by channel
+    total: Float[Tensor, "b n h k"] | None  # e^{b_C}, by channel or one for all (k = 1)
 
 
 def chunk_of(x: Normal) -> Chunk:
@@ -111,7 +112,7 @@ def chunk_of(x: Normal) -> Chunk:
     else:
         g = x.g[..., None] if x.g.ndim == 4 else x.g
         start, end, total = prefix(g).exp(), suffix(g).exp(), g.sum(-2).exp()
-    asked = start if x.u is None else F.pad(start, (0, 0, 1, 0), value=1.0)[..., :-1, :]
+    asked = start if x.u is None else prefix(g, exclusive=True).exp()
     between = tril(x.g, exclusive=x.u is not None)
     scores = between(x.q, x.k)
     if x.u is not None:
@@ -127,44 +128,40 @@ def chunk_of(x: Normal) -> Chunk:
     return Chunk(x.q * asked, scores, U, W, x.k * end, total)
 
 
-def spans(x: Normal, inside: Chunk) -> tuple[Tensor | None, Tensor]:
-    """(A, S) of every chunk; A is None where it is 1."""
-    S = inside.lasting.mT @ inside.written
+def fold(inside: Chunk, M: Memory) -> tuple[Float[Tensor, "b n h k v"], Tensor, Memory]:
+    """The memory before each chunk, what each chunk writes once it knows it (U - W M), and the memory after the last.
+
+    M -> A M + S, chunk after chunk. The A of a delta rule is never formed: its two factors act in turn.
+    """
+    n = inside.written.shape[1]
+    totals = [1.0] * n if inside.total is None else inside.total[..., None].unbind(1)
+    before, written = [], inside.written
     if inside.erased is None:
-        return (None if inside.total is None else inside.total.squeeze(-1) if x.g.ndim == 4 else inside.total), S
-    k = x.k.shape[-1]
-    kept = torch.eye(k, dtype=S.dtype, device=S.device)
-    if inside.total is not None:
-        kept = torch.diag_embed(inside.total.expand(*inside.total.shape[:-1], k))
-    return kept - inside.lasting.mT @ inside.erased, S
-
-
-def fold(kind: str, A: Tensor | None, S: Tensor, M: Memory) -> tuple[Float[Tensor, "b n h k v"], Memory]:
-    """The memory before each chunk, and after the last."""
-    before = []
-    for a, s in zip([None] * S.shape[1] if A is None else A.unbind(1), S.unbind(1), strict=True):
+        for total, S in zip(totals, (inside.lasting.mT @ written).unbind(1), strict=True):
+            before.append(M)
+            M = total * M + S
+        return torch.stack(before, 1), written, M
+    corrected = []
+    for total, U, W, lasting in zip(
+        totals, *(y.unbind(1) for y in (written, inside.erased, inside.lasting.mT)), strict=True
+    ):
         before.append(M)
-        M = (M if a is None else TRANSITION[kind].act(a, M)) + s
-    return torch.stack(before, 1), M
-
-
-def outputs(x: Normal, inside: Chunk, before: Tensor) -> Float[Tensor, "b n h c v"]:
-    written = inside.written if inside.erased is None else inside.written - inside.erased @ before
-    return inside.reach @ before + inside.scores @ written
+        corrected.append(U - W @ M)
+        M = total * M + lasting @ corrected[-1]
+    return torch.stack(before, 1), torch.stack(corrected, 1), M
 
 
 # --------------------------------------------------------------------------------- decays between two tokens
 
 
-def prefix(g: Float[Tensor, "... c k"]) -> Tensor:
-    """b_i: from the chunk's start up to and with token i."""
-    return g.cumsum(-2)
+def prefix(g: Float[Tensor, "... c k"], exclusive: bool = False) -> Tensor:
+    """b_i: from the chunk's start up to and with token i (exclusive: without it). Sums of finite gates."""
+    return g.new_ones(g.shape[-2], g.shape[-2]).tril(-1 if exclusive else 0) @ g
 
 
 def suffix(g: Float[Tensor, "... c k"]) -> Tensor:
     """b_C - b_j without the subtraction: from after token j to the chunk's end."""
-    after = F.pad(g[..., 1:, :], (0, 0, 0, 1))
-    return after.flip(-2).cumsum(-2).flip(-2)
+    return g.new_ones(g.shape[-2], g.shape[-2]).triu(1) @ g
 
 
 def tril(g: Tensor | None, exclusive: bool = False) -> Callable[[Tensor, Tensor], Float[Tensor, "... c c"]]:
@@ -191,10 +188,7 @@ def middles(g: Float[Tensor, "... c k"], exclusive: bool) -> Iterator[tuple[Tens
     token to the middle. All are at most 1."""
     while g.shape[-2] > 1:
         early, late = g.unflatten(-2, (2, g.shape[-2] // 2)).unbind(-3)
-        reach = prefix(late)
-        if exclusive:
-            reach = F.pad(reach, (0, 0, 1, 0))[..., :-1, :]
-        yield reach.exp(), suffix(early).exp()
+        yield prefix(late, exclusive).exp(), suffix(early).exp()
         g = torch.stack([early, late])
 
 
