@@ -460,11 +460,14 @@ class Folder:
         from matplotlib import pyplot
 
         figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        for name, label in (("bits", "training"), ("validation", "validation")):
-            points = [(line["step"], line[name]) for line in self.lines() if line.get(name) is not None]
-            axis.plot(
-                *zip(*points, strict=True), label=label, marker="o" if name == "validation" else None
-            ) if points else None
+        for name, label, style in (
+            ("bits", "training", "-"),
+            ("validation_part", "part of validation", "o-"),
+            ("validation", "validation", "*"),
+        ):
+            points = [(line["step"], line[name]) for line in self.lines() if name in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=label)
         axis.set(xlabel="step", ylabel="bits per byte", title=self.path.name)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -529,7 +532,9 @@ def train(config: Train) -> None:
         if step % config.log_every == 0 or look or last or not result.finite or stopped:
             line = line_of(config, result, step, skipped, tokens / (time.perf_counter() - start), device)
             if look:
-                line["validation"] = validate(config, model, ops, mesh, validation, device, config.evaluate_batches)
+                line["validation_part"] = validate(
+                    config, model, ops, mesh, validation, device, config.evaluate_batches
+                )
                 start, tokens = time.perf_counter(), 0
             folder.log(**line)
             bar.write(spoken(line, result)) if mesh.rank == 0 else None
@@ -578,8 +583,8 @@ def spoken(line: dict, result: Result) -> str:
         f"step {line['step']:5d}  loss {line['loss']:.4f} ({line['bits']:.3f} bits per byte)  "
         f"balance {line['balance']:.3f}  {line['tokens_per_second']} tokens/s  {line['memory_mib']} MiB"
     )
-    if line.get("validation") is not None:
-        text += f"  validation {line['validation']:.3f}"
+    if "validation_part" in line:
+        text += f"  part of validation {line['validation_part']:.3f}"
     return text if result.finite else text + f"  gradients not finite: step skipped ({line['skipped']} so far)"
 
 

@@ -1,7 +1,8 @@
 """Bad input through the real command lines: one line, exit code 2, no traceback, nothing half-written."""
 
 import pytest
-from runs import SMALL, run, text
+
+from processes import SMALL, run, text
 
 WRONG = {
     "no preset": ("train.py", [], "a preset comes first; expected one of tiny"),

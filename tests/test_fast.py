@@ -19,12 +19,12 @@ if not CUDA:
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import assert_within_budget, leaves, make, start
 
 import fast
 import reference
 from fast import recurrence as quick
 from fast.kernels import decay as kernels
+from inputs import assert_within_budget, leaves, make, start
 from reference import chunked
 from reference import recurrence as exact
 from reference.lsm import LSM

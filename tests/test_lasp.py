@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import leaves, make, pieces
 
 from data.stream import Batch
+from inputs import leaves, make, pieces
 from parallel import comm, lasp, mesh, shard, testing
 from reference.lsm import LSM
 from reference.model import LanguageModel, initialize, starts

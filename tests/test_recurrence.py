@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import assert_within_budget, leaves, make, pieces, start
 
+from inputs import assert_within_budget, leaves, make, pieces, start
 from reference import chunked, recurrence
 from reference.lsm import LSM
 from reference.recurrence import TRANSITION, Span, apply, compose, fold, fold_back, transition

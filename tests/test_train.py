@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, checkpoint, run, start, text
+
+from processes import SMALL, checkpoint, run, start, text
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_a_run_leaves_its_folder(whole):
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = metrics(whole)
     assert [x["step"] for x in lines] == list(range(1, 9)) and all(x["loss"] > 0 for x in lines)
-    assert lines[-1]["loss"] < lines[0]["loss"] and lines[3]["validation"] > 0
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[3]["validation_part"] > 0
     assert json.loads((whole / "config.json").read_text())["steps"] == 8
 
 
