@@ -2,7 +2,7 @@
 
 import pytest
 
-from processes import SMALL, run, text
+from processes import ROOT, SMALL, run, text
 
 WRONG = {
     "no preset": ("train.py", [], "a preset comes first; expected one of tiny"),
@@ -90,3 +90,31 @@ def test_a_checkpoint_of_another_shape_and_its_folder_stays_as_it_was(tmp_path):
 def test_help_documents_every_field():
     done = run("train.py", "tiny", "--help")
     assert done.returncode == 0 and "gated_delta_net" in done.stdout and "(undocumented)" not in done.stdout
+
+
+def test_the_readmes_commands_exist():
+    """Every script, option and make target that the README names."""
+    import re
+
+    readme = (ROOT / "README.md").read_text()
+    lines = [line.split("#")[0].split() for line in readme.splitlines() if line.startswith("    ")]
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    known, seen = {}, 0
+    for words in lines:
+        if words[:1] == ["make"]:
+            assert words[1] in targets, words
+        for i, word in enumerate(words):
+            if not word.endswith(".py"):
+                continue
+            assert (ROOT / word).is_file(), words
+            inner = words[i + 1 :]
+            ask = [x for x in inner[:1] if not x.startswith("-")]  # a preset or a subcommand
+            key = (word, *ask)
+            if key not in known:
+                done = run(word, *ask, "--help")
+                assert done.returncode == 0, done.stderr
+                known[key] = done.stdout
+            for option in (x for x in inner if x.startswith("--")):
+                assert re.search(rf"{option}\b", known[key]), (word, option)
+                seen += 1
+    assert seen > 5
