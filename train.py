@@ -312,7 +312,7 @@ def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int
     load, k = out.loads, config.model.top_k
     # One exchange for all layers: counts, drops, entropy and the number of tokens.
     parts = [load.counts.flatten(), load.dropped.flatten(), load.tokens]
-    everyone = ops.total(torch.cat([torch.cat(parts).double(), load.entropy.double()]))
+    everyone = ops.total(torch.cat([*(x.double() for x in parts), load.entropy.double()]))
     size = load.counts.numel()
     counts, dropped = (x.view_as(load.counts).long() for x in everyone[: 2 * size].split(size))
     seen = everyone[2 * size]
@@ -382,10 +382,12 @@ def move_biases(config: Train, model, counts: Tensor) -> None:
 
 @torch.no_grad()
 def validate(config: Train, model, ops, mesh, documents, device, batches: int | None = None) -> float:
-    """Bits per byte on the documents (or their first batches). Every rank takes part in every batch."""
+    """Bits per byte on the documents (or their first batches).
+
+    All ranks share the parameters and so make the same calls; those that differ in data alone see the same rows.
+    """
     loss = count = 0.0
     rows = max(config.batch // mesh.data_size, 1)
-    # Ranks that share a batch see the same rows: parameters are sharded, so all must make the same calls.
     work = evaluation(documents, config.length, rows)
     for i, batch in enumerate(tqdm(work, desc="validation", disable=mesh.rank > 0 or batches is not None, leave=False)):
         if batches is not None and i >= batches:
@@ -434,7 +436,7 @@ class Folder:
         command.write(config, self.path / "config.json")
         shutil.copyfile(__file__, self.path / "train.py")
         (self.path / "commit.txt").write_text(commit() + "\n")
-        kept = [line for line in self.lines() if line["step"] <= step]
+        kept = [line for line in self.lines() if line["step"] <= step and "validation" not in line]  # made anew
         half = self.metrics.with_suffix(".tmp")
         half.write_text("".join(json.dumps(line) + "\n" for line in kept))
         half.replace(self.metrics)
@@ -465,7 +467,7 @@ class Folder:
             ("validation_part", "part of validation", "o-"),
             ("validation", "validation", "*"),
         ):
-            points = [(line["step"], line[name]) for line in self.lines() if name in line]
+            points = [(line["step"], line[name]) for line in self.lines() if line.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label)
         axis.set(xlabel="step", ylabel="bits per byte", title=self.path.name)
@@ -562,7 +564,7 @@ def decayed_names(config: Train, ops) -> set[str]:
 
 
 def line_of(config: Train, result: Result, step: int, skipped: int, speed: float, device) -> dict:
-    return {
+    line = {
         "step": step,
         "loss": result.loss,
         "bits": result.loss / math.log(2),
@@ -570,17 +572,18 @@ def line_of(config: Train, result: Result, step: int, skipped: int, speed: float
         "violation": result.worst,
         "dropped": result.dropped,
         "entropy": result.entropy,
-        "norm": result.norm if result.finite else None,
+        "norm": result.norm,
         "rate": rate(config, step - 1),
         "skipped": skipped,
         "tokens_per_second": round(speed),
         "memory_mib": round(memory_mib(device)),
     }
+    return {name: x if math.isfinite(x) else None for name, x in line.items()}  # JSON knows no NaN
 
 
 def spoken(line: dict, result: Result) -> str:
     text = (
-        f"step {line['step']:5d}  loss {line['loss']:.4f} ({line['bits']:.3f} bits per byte)  "
+        f"step {line['step']:5d}  loss {result.loss:.4f} ({result.loss / math.log(2):.3f} bits per byte)  "
         f"balance {line['balance']:.3f}  {line['tokens_per_second']} tokens/s  {line['memory_mib']} MiB"
     )
     if "validation_part" in line:

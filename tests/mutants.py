@@ -240,10 +240,10 @@ MUTANTS = [
         "tests/test_checkpoint.py",
     ),
     Mutant(
-        "a kernel's last chunk skipped",
+        "a kernel's read does not decay",
         "fast/kernels/decay.py",
-        "for i in range(0, chunks):\n        begin = first + (chunks",
-        "for i in range(0, chunks - 1):\n        begin = first + (chunks",
+        "seen = seen * reading[:, None]",
+        "seen = seen * 1.0",
         "tests/test_fast.py",
     ),
 ]
