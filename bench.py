@@ -78,14 +78,18 @@ def reference(args) -> Iterable[dict]:
         row, tokens, constants = inputs(name, b, t, h, d, torch.float32)
         given = [x.requires_grad_() for x in tokens.values()]
         do = torch.randn(b, t, h, d)
-        seconds = {}
-        for side, f, runs in (("chunked", chunked.recurrence, 11), ("token loop", exact.recurrence, 3)):
+        runs = {}
+        for side, f in (("chunked", chunked.recurrence), ("token loop", exact.recurrence)):
 
             def both(f=f, row=row, tokens=tokens, constants=constants, given=given, do=do):
                 torch.autograd.grad(f(row, tokens, constants)[0], given, do)
 
+            runs[side] = both
             both()
-            seconds[side] = [clock(both) for _ in range(runs)]
+        # in turn, so that a machine whose speed drifts is as fast for one as for the other
+        turns = [(clock(runs["token loop"]), [clock(runs["chunked"]) for _ in range(4)]) for _ in range(5)]
+        seconds = {"chunked": [s for _, many in turns for s in many], "token loop": [s for s, _ in turns]}
+        for side, measured in seconds.items():
             yield {
                 "row": name,
                 "side": side,
@@ -93,8 +97,8 @@ def reference(args) -> Iterable[dict]:
                 "shape": text(shape),
                 "dtype": "float32",
                 "threads": args.threads,
-                "eager_ms": 1e3 * statistics.median(seconds[side]),
-                "spread_ms": [1e3 * min(seconds[side]), 1e3 * max(seconds[side])],
+                "eager_ms": 1e3 * statistics.median(measured),
+                "spread_ms": [1e3 * min(measured), 1e3 * max(measured)],
             }
         ratios.append(statistics.median(seconds["token loop"]) / statistics.median(seconds["chunked"]))
         yield {"row": name, "side": "token loop / chunked", "what": "ratio", "shape": text(shape), "ratio": ratios[-1]}

@@ -92,7 +92,8 @@ def cut(x: Tensor | None, chunk: int) -> Tensor | None:
         return None
     missing = -x.shape[1] % chunk
     x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else x
-    return rearrange(x, "b (n c) h ... -> b n h c ...", c=chunk)
+    # copied here once: every matrix product would copy it for itself
+    return rearrange(x, "b (n c) h ... -> b n h c ...", c=chunk).contiguous()
 
 
 class Chunk(NamedTuple):
