@@ -343,7 +343,7 @@ def facts(args) -> dict:
 
 
 def machine() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}, one thread"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}, {os.cpu_count()} cores"
 
 
 def driver() -> str | None:
