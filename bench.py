@@ -343,7 +343,8 @@ def facts(args) -> dict:
 
 
 def machine() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}, {os.cpu_count()} cores"
+    cpu = f"CPU {platform.machine()}, {os.cpu_count()} cores"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
 
 
 def driver() -> str | None:
