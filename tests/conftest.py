@@ -9,7 +9,30 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-EXEMPT = {"test_extreme_gates": "no gate a token"}  # why a row has no case of a law
+# Why a row has no case of a law. A law that is missing here leaves a hole in the grid.
+EXEMPT = {
+    "test_extreme_gates": "no gate a token",
+    "test_three_steps_on_every_mesh_are_those_of_one_process": "a few rows stand for all: whole trainings are slow",
+    "test_the_bias_chooses_and_never_weighs": "has no balancing bias",
+    "test_groups": "has no groups of experts",
+    "test_qwen2_moe_block": "another block is its oracle",
+    "test_all_experts_without_renormalisation_are_the_dense_mixture": "renormalises, or visits one expert only",
+    "test_errors_are_one_clear_line": "has none of these limits",
+    "test_the_stack_equals_released_models": "no whole model of a released size to compare with; its block is",
+    "test_pieces_equal_the_whole": "not prefix-stable",
+    **dict.fromkeys(
+        (
+            "test_values_and_gradients",
+            "test_steps_are_the_whole",
+            "test_span",
+            "test_sixteen_bits",
+            "test_segments",
+            "test_from_an_empty_memory",
+            "test_documents",
+        ),
+        "no kernel yet",
+    ),
+}
 
 
 def pytest_addoption(parser):
@@ -17,7 +40,7 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """The grid rows × laws: how many cases passed. No cell is empty without its reason."""
+    """The grid rows × laws: how many cases passed. An empty cell has its reason, or is a HOLE."""
     if not config.getoption("--grid"):
         return
     from reference.lsm import LSM
@@ -34,7 +57,7 @@ def pytest_terminal_summary(terminalreporter, config):
         for row in table:
             terminalreporter.write_line(f"\n{row}")
             for law, cases in sorted(grid.items()):
-                said = cases[row] or EXEMPT.get(law, "not for this row")
+                said = cases[row] or EXEMPT.get(law, "HOLE")
                 terminalreporter.write_line(f"    {law:{width}} {said}")
 
 
