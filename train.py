@@ -206,11 +206,14 @@ def precise(config: Train, device: torch.device):
 # -------------------------------------------------------------------------------------------------- the model
 
 
-def model_of(config: Train, ops, mesh, device: torch.device) -> LanguageModel:
-    """Built without memory, sharded, then filled parameter by parameter from (seed, name)."""
+def model_of(config: Train, ops, mesh, device: torch.device) -> tuple[LanguageModel, set[str]]:
+    """Built without memory, sharded, then filled parameter by parameter from (seed, name); and which names decay.
+
+    Sharding replaces the parameters, so both are asked of the model before.
+    """
     with torch.device("meta"):
         model = LanguageModel(config.model, ops)
-    how = starts(model)
+    how, matrices = starts(model), decayed(model)
     if config.precision == "float64":
         model = model.double()
     if config.recompute:
@@ -218,7 +221,7 @@ def model_of(config: Train, ops, mesh, device: torch.device) -> LanguageModel:
     shard.shard(model, mesh, model.blocks)
     model.to_empty(device=device)
     initialize(model, config.seed, how)
-    return model
+    return model, matrices
 
 
 def optimizer_of(config: Train, model: LanguageModel, matrices: set[str]) -> torch.optim.Optimizer:
@@ -511,8 +514,8 @@ def train(config: Train) -> None:
         refuse_to_cut(config, mesh)
         training, validation = corpus.split(corpus.load(config.data, config.text_field))
         stream = Stream(training, config.length, config.seed)
-        model = model_of(config, ops, mesh, device)
-        optimizer = optimizer_of(config, model, decayed_names(config, ops))
+        model, matrices = model_of(config, ops, mesh, device)
+        optimizer = optimizer_of(config, model, matrices)
         state = state_of(model, optimizer, 0, 0)
         checkpoint.load(folder.path / "checkpoints", state)
         step, skipped = state["step"], state["skipped"]
@@ -556,11 +559,6 @@ def train(config: Train) -> None:
         say(f"stopped at step {step} of {config.steps}; the same command goes on from there")
     elif config.report:
         report(say, config, model, ops, mesh, folder, training, validation, device)
-
-
-def decayed_names(config: Train, ops) -> set[str]:
-    with torch.device("meta"):
-        return decayed(LanguageModel(config.model, ops))
 
 
 def line_of(config: Train, result: Result, step: int, skipped: int, speed: float, device) -> dict:
