@@ -35,6 +35,8 @@ class Model:
     """Of linear attention's queries and keys."""
     gate: bool = True
     """Whether linear attention has an output gate (as in Linear-MoE); other models have theirs as published."""
+    negative_eigenvalues: bool = False
+    """Whether the write strength of delta rules reaches 2 instead of 1: a memory may then flip signs (2411.12537)."""
     convolution: int = 4
     """Taps of the short convolutions, in the models that have them."""
     router: Literal[tuple(ROUTER)] = "linear_moe"

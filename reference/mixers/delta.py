@@ -31,6 +31,7 @@ class DeltaNet(Mixer):
         self.v, self.beta = linear(config.width, self.values), linear(config.width, self.heads)
         self.conv = convolution(2 * self.keys + self.values, config.convolution)  # of q, k and v, side by side
         self.o, self.norm = linear(self.values, config.width), head_norm(self.value_size)
+        self.strongest = 2 if config.negative_eigenvalues else 1
 
     def decay(self, x) -> dict[str, Tensor]:
         return {}
@@ -46,7 +47,7 @@ class DeltaNet(Mixer):
             "q": unit(q) * self.key_size**-0.5,
             "k": unit(k),
             "v": v,
-            "beta": wide(self.beta(x)).sigmoid(),
+            "beta": self.strongest * wide(self.beta(x)).sigmoid(),
             **self.decay(x),
         }
         o, memory = self.advance(tokens, {}, state and state.memory, side)
