@@ -20,7 +20,8 @@ from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from matplotlib.textpath import TextPath
 
 from reference.lsm import LSM
-from reference.recurrence import Row, transition
+from reference.recurrence import Row
+from reference.span import transition
 
 ROOT = Path(__file__).resolve().parent.parent
 

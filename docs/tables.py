@@ -23,8 +23,9 @@ import torch
 from reference.lsm import LSM
 from reference.model import sizes, state_bytes
 from reference.presets import PRESETS
-from reference.recurrence import Row, empty, transition
+from reference.recurrence import Row, empty
 from reference.routers import ROUTER, Router
+from reference.span import transition
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- begin: ([\w-]+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)

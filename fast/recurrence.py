@@ -1,6 +1,6 @@
 """`reference.recurrence` on Triton kernels: the same functions, the same rows, the same answers.
 
-A row is brought to its normal form (`reference.recurrence.normal`) and the form says which family of kernels runs it.
+A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it.
 So far one family exists, memories that fade as a whole (`fast/kernels/decay.py`): no gate, one number a head, or one
 number a head and token. Whatever has no kernel raises; nothing falls back.
 
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fast.kernels import decay as kernels
 from reference import recurrence as words
+from reference import span as spans
 from reference.lsm import LSM
-from reference.recurrence import Inputs, Memory, Normal, Row, check, empty, fixed, normal
+from reference.normal import Normal, has_normal, normal
+from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 256  # K and V, the count column of a normalised row included
@@ -33,7 +35,7 @@ def recurrence(
     """
     constants = constants or {}
     checked(row, tokens, constants, memory, cu_seqlens)
-    x = normal(row, {**tokens, **constants})
+    x = form_of(row, {**tokens, **constants})
     supported(row, x, memory)
     wide = row.read is not words.inclusive  # something is still to be computed from o
     K, V = x.k.shape[-1], x.v.shape[-1]
@@ -57,20 +59,20 @@ def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None)
     inputs = [*tokens.values(), *constants.values(), *([] if memory is None else [memory])]
     if torch.is_grad_enabled() and any(y.requires_grad for y in inputs):
         return recurrence(row, tokens, constants, memory)
-    x = normal(row, {**tokens, **constants})
+    x = form_of(row, {**tokens, **constants})
     supported(row, x, memory)
     if x.q.shape[1] != 1:
         raise ValueError(f"{row.title}: step takes one token, got t = {x.q.shape[1]}; use recurrence")
-    memory = empty(row, tokens) if memory is None else memory.float().contiguous()
+    memory = empty(row, tokens, constants) if memory is None else memory.float().contiguous()
     g = gate_of(row, x, constants)
     g = g[:, 0].contiguous() if g is not None and g.ndim == 3 else g
     o = decay_step(*(y[:, 0].contiguous() for y in (x.q, x.k, x.v)), g, memory)[:, None]
     return x.finish(o).to(x.q.dtype), memory
 
 
-def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> words.Span:
-    """`reference.recurrence.span`, with the kernels' run inside."""
-    return words.span(row, tokens, constants, cu_seqlens, run=recurrence)
+def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> spans.Span:
+    """`reference.span.span`, with the kernels' run inside."""
+    return spans.span(row, tokens, constants, cu_seqlens, run=recurrence)
 
 
 # ------------------------------------------------------------------------------------------- what can be computed
@@ -86,8 +88,19 @@ def checked(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> 
     check(row, tokens, constants, memory, cu_seqlens)
 
 
+def form_of(row: Row, x: Inputs) -> Normal:
+    """The row's normal form. NotImplementedError, in one line, if no kernel computes it."""
+    form = normal(row, x) if has_normal(row) and row.features is None else None
+    if form is None or not has_kernel(form):
+        raise NotImplementedError(
+            f"no fast kernel for {row.title!r} (have {', '.join(rows())}); use the backend 'reference'"
+        )
+    return form
+
+
 def has_kernel(x: Normal) -> bool:
-    return x.u is None and x.beta is None and (x.g is None or x.g.ndim == 3)
+    erases = x.beta is not None or x.a is not None
+    return not erases and x.u is None and x.f is None and (x.g is None or x.g.ndim == 3)
 
 
 def rows() -> list[str]:
@@ -97,15 +110,11 @@ def rows() -> list[str]:
         inputs = {**row.tokens, **row.constants}
         return normal(row, {name: torch.empty([1] * len(s.split()), device="meta") for name, s in inputs.items()})
 
-    return [name for name, row in LSM.items() if has_kernel(form(row))]
+    return [name for name, row in LSM.items() if has_normal(row) and row.features is None and has_kernel(form(row))]
 
 
 def supported(row: Row, x: Normal, memory) -> None:
     """One line for what no kernel computes, before any launch."""
-    if not has_kernel(x):
-        raise NotImplementedError(
-            f"no fast kernel for {row.title!r} (have {', '.join(rows())}); use the backend 'reference'"
-        )
     given = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "memory": memory}
     given = {name: y for name, y in given.items() if y is not None}
     dtypes = {name: y.dtype for name, y in given.items() if name in "qkv"}

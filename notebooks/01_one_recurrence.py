@@ -27,7 +27,8 @@ from reference.attention import attention
 from reference.lsm import BETA, LSM, QKV
 from reference.mixers.linear_attention import FEATURE_MAP
 from reference.model import state_bytes
-from reference.recurrence import apply, compose, look, span, transition
+from reference.recurrence import look
+from reference.span import apply, compose, span, transition
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)  # so that equal means equal, up to the last digits

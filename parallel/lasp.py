@@ -27,7 +27,7 @@ from parallel import comm
 from parallel.comm import Group
 from reference.attention import Past
 from reference.ops import Ops
-from reference.recurrence import TRANSITION, Span, fold, fold_back
+from reference.span import TRANSITION, Span, fold, fold_back
 
 # ----------------------------------------------------------------------------------------------- cutting a batch
 
@@ -90,12 +90,13 @@ def _enter_backward(G: Tensor, M: Tensor, As: Tensor, kind: str, group: str) -> 
     spans = [Span(A, None, kind) for A in As[later:]]
     with torch.autocast(G.device.type, enabled=False):
         D = fold_back(spans, Gs[later:], torch.zeros_like(G))[0]
-        return gradient_of_transition(kind, D, M), D.clone()  # an op's output may not be a piece of the buffer
+        dA = gradient_of_transition(kind, As[later - 1], D, M)
+    return dA, D.clone()  # an op's output may not be a piece of the buffer
 
 
-def gradient_of_transition(kind: str, D: Tensor, M: Tensor) -> Tensor:
-    """dA, from D, the cotangent of the memory that leaves my segment, and M, the memory that enters it."""
-    return TRANSITION[kind].gradient(D, M)
+def gradient_of_transition(kind: str, A: Tensor, D: Tensor, M: Tensor) -> Tensor:
+    """dA, from A, D, the cotangent of the memory that leaves my segment, and M, the memory that enters it."""
+    return TRANSITION[kind].gradient(A, D, M)
 
 
 def _enter_shapes(A, S, kind, group):

@@ -8,15 +8,19 @@ Nothing is ever divided by a decay. Every decay between two tokens is the expone
 between them, taken from one end, so it is at most 1 and a gate of -inf is as good as any other.
 
     b batch   n chunks   c tokens of a chunk   h heads   k key size   v value size
-    b_i = g_1 + ... + g_i within the chunk;   ⟨q, k⟩_ij = sum over channels of q_i k_j e^{b_i - b_j}
+    b_i = g_1 + ... + g_i within the chunk, c_i = b_{i-1};   ⟨q, k⟩_ij = sum over channels of q_i k_j e^{b_i - b_j}
 
     additive   O = (Q e^b) M + tril⟨Q, K⟩ V        A = e^{b_C}                     S = (K e^{b_C - b})ᵀ V
     delta      L = diag(beta) stril⟨K, K⟩          [U W] = (I + L)⁻¹ diag(beta) [V  K e^b]
                O = (Q e^b) M + tril⟨Q, K⟩ (U - W M)
                A = diag(e^{b_C}) - (K e^{b_C - b})ᵀ W       S = (K e^{b_C - b})ᵀ U
 
+A delta rule that looks before the decay has a for the first K in L and e^c for e^b beside it. Where what erases goes to
+b and not to k, a token writes twice: V to k, and X to b with X = (I - stril⟨a, b⟩)⁻¹ (stril⟨a, k⟩ V + (a e^c) M).
+
 Sources: GLA (2312.06635, section 4), Mamba2 (2405.21060, section 6), DeltaNet (2406.06484, section 3), Gated DeltaNet
-(2412.06464, section 3.3), KDA (2510.26692, section 3).
+(2412.06464, section 3.3), KDA (2510.26692, section 3), RWKV7 (2503.14456, appendix on its parallel form). Rows whose
+words do not unroll to this have a chunk form of their own in `reference.forms`.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,21 +32,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from reference import recurrence as words
+from reference import span as spans
 from reference.documents import over_documents
-from reference.recurrence import (
-    Inputs,
-    Memory,
-    Normal,
-    Row,
-    check,
-    in_full_precision,
-    normal,
-    prepare,
-)
+from reference.normal import Normal, has_normal, normal
+from reference.recurrence import Inputs, Memory, Row, check, in_full_precision, prepare
 
 CHUNK = 64
-TIMED = ("q", "k", "v", "g", "beta")  # the parts of the normal form with a time axis
+TIMED = ("q", "k", "v", "g", "f", "beta", "a", "b")  # the parts of the normal form with a time axis
 
 
 def recurrence(
@@ -55,34 +51,47 @@ def recurrence(
     constants = constants or {}
     check(row, tokens, constants, memory, cu_seqlens)
     dtype, tokens, constants, memory = prepare(row, tokens, constants, memory, cu_seqlens)
+    run, parts, finish, still = unrolled(row, tokens, constants, chunk)
+    with in_full_precision(memory):
+        o, memory = run(parts, memory) if cu_seqlens is None else over_documents(run, parts, memory, cu_seqlens, still)
+    return finish(o).to(dtype), memory
 
+
+def unrolled(row: Row, tokens: Inputs, constants: Inputs, chunk: int):
+    """(run, parts, finish, still): run(parts, memory) is the row over whole sequences, parts have a time axis.
+
+    still: tokens of zeros leave the memory as it is, so that sequences may be padded with them.
+    """
+    if not has_normal(row):
+        from reference import forms  # which stand on this file
+
+        form = forms.of(row)
+        return lambda parts, M: form.run(row, parts, constants, M, chunk), tokens, lambda o: o, form.still
     x = normal(row, {**tokens, **constants})
     parts = {name: y for name, y in x._asdict().items() if name in TIMED and y is not None}
-
-    def run(parts, memory):
-        return over_chunks(x._replace(**parts), memory, chunk)
-
-    with in_full_precision(memory):
-        o, memory = run(parts, memory) if cu_seqlens is None else over_documents(run, parts, memory, cu_seqlens)
-    return x.finish(o).to(dtype), memory
+    return lambda parts, M: over_chunks(x._replace(**parts), M, chunk), parts, x.finish, True
 
 
-def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> words.Span:
-    """`recurrence.span`, with the chunked run inside."""
-    return words.span(row, tokens, constants, cu_seqlens, run=recurrence)
+def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> spans.Span:
+    """`span.span`, with the chunked run inside."""
+    return spans.span(row, tokens, constants, cu_seqlens, run=recurrence)
 
 
-def over_chunks(x: Normal, M: Memory, chunk: int) -> tuple[Tensor, Memory]:
+def over_chunks(x: Normal, M: Memory, chunk: int = CHUNK) -> tuple[Tensor, Memory]:
     t = x.v.shape[1]
     if t == 0:
         return x.v, M
     chunk = min(chunk, 1 << (t - 1).bit_length())
     x = x._replace(**{name: cut(getattr(x, name), chunk) for name in TIMED})
-    if x.g is not None:  # e^-10000 is 0 in any precision, and sums of finite gates can be matrix products
-        x = x._replace(g=x.g.clamp(min=-1e4))
+    # e^-10000 is 0 in any precision, and sums of finite gates can be matrix products
+    x = x._replace(**{n: getattr(x, n).clamp(min=-1e4) for n in "gf" if getattr(x, n) is not None})
     inside = chunk_of(x)
     before, written, last = fold(inside, M)
-    o = inside.reach @ before + inside.scores @ written
+    o = inside.reach @ before
+    if x.f is None:
+        o = o + inside.scores @ written
+    else:
+        o = prefix(x.f).exp() * o + spread(inside.scores, written, list(middles(x.f, exclusive=False)))
     return rearrange(o, "b n h c v -> b (n c) h v")[:, :t], last
 
 
@@ -97,14 +106,15 @@ def cut(x: Tensor | None, chunk: int) -> Tensor | None:
 
 
 class Chunk(NamedTuple):
-    """What is known of each chunk before any memory is."""
+    """What is known of each chunk before any memory is. A token writes once, or twice (w = c or 2 c writes)."""
 
     reach: Float[Tensor, "b n h c k"]  # q e^b: what each token sees of the memory that comes in
-    scores: Float[Tensor, "b n h c c"]  # ⟨q, k⟩, masked
-    written: Float[Tensor, "b n h c v"]  # V, or U for a delta rule
-    erased: Float[Tensor, "b n h c k"] | None  # W for a delta rule
-    lasting: Float[Tensor, "b n h c k"]  # k e^{b_C - b}: what is left of each write at the chunk's end
-    total: Float[Tensor, "b n h k"] | None  # e^{b_C}, by channel or one for all (k = 1)
+    scores: Float[Tensor, "b n h c w"]  # ⟨q, k⟩, masked
+    written: Float[Tensor, "b n h w v"]  # V, or U for a delta rule
+    erased: Float[Tensor, "b n h w k"] | None  # W for a delta rule: written is U - W M once M is known
+    lasting: Float[Tensor, "b n h w k"]  # k e^{b_C - b}: what is left of each write at the chunk's end
+    total: Tensor | None  # what is left of the memory: e^{b_C} for each row and column, b n h k v or 1 for either
+    fading: Float[Tensor, "b n h c v"] | None = None  # e^{f_C - f}: what is left of a write's columns
 
 
 def chunk_of(x: Normal) -> Chunk:
@@ -112,43 +122,62 @@ def chunk_of(x: Normal) -> Chunk:
         start, end, total = x.k.new_ones(()), x.k.new_ones(()), None
     else:
         g = x.g[..., None] if x.g.ndim == 4 else x.g
-        start, end, total = prefix(g).exp(), suffix(g).exp(), g.sum(-2).exp()
-    asked = start if x.u is None else prefix(g, exclusive=True).exp()
-    between = tril(x.g, exclusive=x.u is not None)
-    scores = between(x.q, x.k)
+        start, end, total = prefix(g).exp(), suffix(g).exp(), g.sum(-2).exp()[..., None]
+    fading = None
+    if x.f is not None:
+        fading, columns = suffix(x.f).exp(), x.f.sum(-2).exp()[..., None, :]
+        total = columns if total is None else total * columns
+    earlier = start if x.u is None and x.a is None else prefix(g, exclusive=True).exp() if x.g is not None else start
+    inclusive = tril(x.g)
+    exclusive = inclusive if x.u is None and x.a is None else tril(x.g, exclusive=True)
     if x.u is not None:
-        scores = scores.tril(-1) + torch.diag_embed((x.q * x.u[:, None] * x.k).sum(-1))
-    if x.beta is None:
-        return Chunk(x.q * asked, scores, x.v, None, x.k * end, total)
-    L = x.beta[..., None] * between(x.k, x.k).tril(-1)
-    right = x.beta[..., None] * torch.cat([x.v, x.k * start], -1)
-    # unitriangular: the solver takes the ones on the diagonal as given and never reads it
-    U, W = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True).split(
-        [x.v.shape[-1], x.k.shape[-1]], -1
-    )
-    return Chunk(x.q * asked, scores, U, W, x.k * end, total)
+        scores = exclusive(x.q, x.k).tril(-1) + torch.diag_embed((x.q * x.u[:, None] * x.k).sum(-1))
+        return Chunk(x.q * earlier, scores, x.v, None, x.k * end, total, fading)
+    asked, lasting = x.q * start, x.k * end
+    scores = inclusive(x.q, x.k)
+    if x.a is None and x.beta is None:
+        return Chunk(asked, scores, x.v, None, lasting, total, fading)
+    a = x.k if x.a is None else x.a
+    if x.b is None:
+        L = x.beta[..., None] * exclusive(a, x.k).tril(-1)
+        U, W = solved(L, x.beta[..., None] * x.v, x.beta[..., None] * a * earlier)
+        return Chunk(asked, scores, U, W, lasting, total)
+    U, W = solved(-exclusive(a, x.b).tril(-1), exclusive(a, x.k).tril(-1) @ x.v, -a * earlier)
+    scores = torch.cat([inclusive(x.q, x.b), scores], -1)
+    nothing = torch.zeros_like(W)
+    return Chunk(asked, scores, stacked(U, x.v), stacked(W, nothing), stacked(x.b * end, lasting), total)
 
 
-def fold(inside: Chunk, M: Memory) -> tuple[Float[Tensor, "b n h k v"], Tensor, Memory]:
+def stacked(erasing: Tensor, new: Tensor) -> Tensor:
+    """The two writes of each token of a chunk: first all that erase, then all that add."""
+    return torch.cat([erasing, new], -2)
+
+
+def solved(L: Float[Tensor, "... c c"], v: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """(I + L)⁻¹ of both, L strictly lower triangular: the solver takes the ones for given and never reads them."""
+    both = torch.linalg.solve_triangular(L, torch.cat([v, k], -1), upper=False, unitriangular=True)
+    return both.split([v.shape[-1], k.shape[-1]], -1)
+
+
+def fold(inside: Chunk, M: Memory, act: Callable = torch.mul) -> tuple[Float[Tensor, "b n h k v"], Tensor, Memory]:
     """The memory before each chunk, what each chunk writes once it knows it (U - W M), and the memory after the last.
 
-    M -> A M + S, chunk after chunk. The A of a delta rule is never formed: its two factors act in turn.
+    M -> act(total, M) + S, chunk after chunk. The A of a delta rule is never formed: its two factors act in turn.
     """
     n = inside.written.shape[1]
-    totals = [1.0] * n if inside.total is None else inside.total[..., None].unbind(1)
-    before, written = [], inside.written
+    totals = [M.new_ones(())] * n if inside.total is None else inside.total.unbind(1)
+    before, written, lasting = [], inside.written, inside.lasting.mT
     if inside.erased is None:
-        for total, S in zip(totals, (inside.lasting.mT @ written).unbind(1), strict=True):
+        S = lasting @ (written if inside.fading is None else written * inside.fading)
+        for total, new in zip(totals, S.unbind(1), strict=True):
             before.append(M)
-            M = total * M + S
+            M = act(total, M) + new
         return torch.stack(before, 1), written, M
     corrected = []
-    for total, U, W, lasting in zip(
-        totals, *(y.unbind(1) for y in (written, inside.erased, inside.lasting.mT)), strict=True
-    ):
+    for total, U, W, left in zip(totals, *(y.unbind(1) for y in (written, inside.erased, lasting)), strict=True):
         before.append(M)
         corrected.append(U - W @ M)
-        M = total * M + lasting @ corrected[-1]
+        M = act(total, M) + left @ corrected[-1]
     return torch.stack(before, 1), torch.stack(corrected, 1), M
 
 
@@ -170,7 +199,7 @@ def tril(g: Tensor | None, exclusive: bool = False) -> Callable[[Tensor, Tensor]
     if g is None:
         return lambda q, k: (q @ k.mT).tril()
     if g.ndim == 4:
-        decay = decays(g)
+        decay = F.pad(decays(g)[..., :-1, :], (0, 0, 1, 0)) if exclusive else decays(g)
         return lambda q, k: (q @ k.mT) * decay
     to_middle = list(middles(g, exclusive))
     return lambda q, k: halves(q, k, to_middle)
@@ -207,3 +236,17 @@ def halves(q: Tensor, k: Tensor, to_middle: list[tuple[Tensor, Tensor]]) -> Floa
     corner = (q2 * reach) @ (k1 * rest).mT
     quarters = halves(torch.stack([q1, q2]), torch.stack([k1, k2]), to_middle[1:])
     return torch.cat([F.pad(quarters[0], (0, c // 2)), torch.cat([corner, quarters[1]], -1)], -2)
+
+
+def spread(
+    scores: Float[Tensor, "... c c"], v: Float[Tensor, "... c v"], to_middle: list[tuple[Tensor, Tensor]]
+) -> Float[Tensor, "... c v"]:
+    """scores @ v with decays that differ by column: as in `halves`, earlier values are decayed to the middle."""
+    if not to_middle:
+        return scores * v
+    c = v.shape[-2]
+    early, late = v.unflatten(-2, (2, c // 2)).unbind(-3)
+    reach, rest = to_middle[0]
+    above, below = scores[..., : c // 2, : c // 2], scores[..., c // 2 :, c // 2 :]
+    own = spread(torch.stack([above, below]), torch.stack([early, late]), to_middle[1:])
+    return torch.cat([own[0], own[1] + reach * (scores[..., c // 2 :, : c // 2] @ (early * rest))], -2)

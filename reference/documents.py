@@ -23,15 +23,16 @@ def position_in_document(cu_seqlens: Int[Tensor, " n1"], t: int) -> Int[Tensor, 
     return token - cu_seqlens[document_of(cu_seqlens, t)]
 
 
-def batches(cu_seqlens: Int[Tensor, " n1"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Documents grouped by length, so that padding at most doubles the work, whatever the lengths.
+def batches(cu_seqlens: Int[Tensor, " n1"], padded: bool = True) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Documents grouped by length, so that padding at most doubles the work, whatever the lengths (or none is needed).
 
     Yields (documents : n, token : n l, valid : n l): which documents, where each of their tokens stands in the row
     (0 where there is none), and whether there is one. Empty documents are left out.
     """
     borders = cu_seqlens.long()
     start, length = borders[:-1], borders.diff()
-    group = torch.where(length > 0, length.clamp(min=1).float().log2().ceil(), -1.0)
+    group = length.clamp(min=1).float().log2().ceil() if padded else length.float()
+    group = torch.where(length > 0, group, -1.0)
     for value in group.unique().tolist():
         if value < 0:
             continue
@@ -41,13 +42,14 @@ def batches(cu_seqlens: Int[Tensor, " n1"]) -> Iterator[tuple[Tensor, Tensor, Te
         yield documents, torch.where(valid, start[documents, None] + offset, 0), valid
 
 
-def over_documents(run: Callable, tokens: dict[str, Tensor], memory: Tensor, cu_seqlens: Tensor):
+def over_documents(run: Callable, tokens: dict[str, Tensor], memory: Tensor, cu_seqlens: Tensor, padded: bool = True):
     """`run(tokens, memory) -> (o, memory)`, a function of whole sequences, for each document of a packed row.
 
-    Padding is zeros: for a recurrence that is a token that neither decays, writes nor is read.
+    Padding is zeros: for most recurrences a token that neither decays, writes nor is read. Where it is not (padded
+    False), only documents of the same length go together.
     """
     order, outputs, memories = [], [], memory.clone()
-    for documents, token, valid in batches(cu_seqlens):
+    for documents, token, valid in batches(cu_seqlens, padded):
         padded = {name: gather(x[0], token, valid) for name, x in tokens.items()}
         o, last = run(padded, memory[documents])
         outputs.append(o[valid])

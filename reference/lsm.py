@@ -24,10 +24,18 @@ ONE = {"g": "b t h"}  # log decay, a number a head
 EACH = {"g": "b t h k"}  # log decay, a number a key channel
 BETA = {"beta": "b t h"}
 SLOPES = {"g": "h"}
+STACKED = "2*k v"  # two memories above each other, or a complex one
 
 LSM: dict[str, Row] = {
     "linear_attention": Row(
-        keep, outer, inclusive, QKV, {}, "linear_attention:LinearAttention", "Linear attention", "2006.16236"
+        keep,
+        outer,
+        inclusive,
+        QKV,
+        {},
+        "linear_attention:LinearAttention",
+        "Linear attention",
+        "2006.16236",
     ),
     "linear_attention_normalized": Row(
         keep,
@@ -38,9 +46,17 @@ LSM: dict[str, Row] = {
         "linear_attention:NormalizedLinearAttention",
         "Linear attention with normaliser",
         "2006.16236",
+        "k v+1",
     ),
     "lightning": Row(
-        fixed, outer, inclusive, QKV, SLOPES, "linear_attention:Lightning", "Lightning Attention", "2501.08313"
+        fixed,
+        outer,
+        inclusive,
+        QKV,
+        SLOPES,
+        "linear_attention:Lightning",
+        "Lightning Attention",
+        "2501.08313",
     ),
     "retention": Row(fixed, outer, inclusive, QKV, SLOPES, "linear_attention:Retention", "Retention", "2307.08621"),
     "mamba2": Row(scalar, outer, inclusive, QKV | ONE, {}, "mamba2:Mamba2", "Mamba2", "2405.21060"),
@@ -58,9 +74,25 @@ LSM: dict[str, Row] = {
     "rwkv6": Row(channel, outer, bonus, QKV | EACH, {"u": "h k"}, "rwkv:RWKV6", "RWKV6", "2404.05892"),
     "delta_net": Row(keep, delta, inclusive, QKV | BETA, {}, "delta:DeltaNet", "DeltaNet", "2406.06484"),
     "gated_delta_net": Row(
-        scalar, delta, inclusive, QKV | ONE | BETA, {}, "delta:GatedDeltaNet", "Gated DeltaNet", "2412.06464"
+        scalar,
+        delta,
+        inclusive,
+        QKV | ONE | BETA,
+        {},
+        "delta:GatedDeltaNet",
+        "Gated DeltaNet",
+        "2412.06464",
     ),
-    "kda": Row(channel, delta, inclusive, QKV | EACH | BETA, {}, "delta:KDA", "Kimi Delta Attention", "2510.26692"),
+    "kda": Row(
+        channel,
+        delta,
+        inclusive,
+        QKV | EACH | BETA,
+        {},
+        "delta:KDA",
+        "Kimi Delta Attention",
+        "2510.26692",
+    ),
 }
 
 

@@ -8,7 +8,7 @@ knows neither the backend nor the number of ranks.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from reference import chunked, recurrence
+from reference import chunked, recurrence, span
 from reference.attention import attention
 from reference.head import token_losses
 from reference.local import norm, short_convolution, token_shift
@@ -47,4 +47,4 @@ ops = Ops(
 )
 
 # The definition itself, token by token: slow, and what everything else is compared with.
-exact = ops._replace(name="exact", recurrence=recurrence.recurrence, span=recurrence.span)
+exact = ops._replace(name="exact", recurrence=recurrence.recurrence, span=span.span)

@@ -3,18 +3,22 @@
     M_t = update(decay(M_{t-1}, x_t), M_{t-1}, x_t)        memory   M : b h k v
     o_t = read(M_t, M_{t-1}, x_t)                          output   o : b h v
 
-A model is a row of three words: how its memory decays, what is written, how it is read. The words come first, then
-the loop, then the algebra of spans: what a run of tokens does to the memory, M -> A ⋄ M + S, and how runs compose.
+A model is a row of three words: how its memory decays, what is written, how it is read. Here are the words and the
+loop; `reference.span` has the algebra of spans: what a run of tokens does to the memory, M -> A ⋄ M + S.
 
-    b batch   t time   h heads   k key size   v value size   n documents
+    b batch   t time   h heads   k key size   v value size   m slots   n documents
     q query   k key    v value   g log decay (natural log, -inf <= g <= 0)   beta write strength   u bonus
 
+Some rows have two memories. They stand in one matrix, above each other (a complex memory: the real part above the
+imaginary part) or side by side, so that everything that handles a memory handles one tensor.
+
 `tokens` are the inputs with a time axis (b t ...), `constants` those without one (slopes, u). The memory and all
-arithmetic are float32 (float64 if the inputs are), outputs come back in the queries' dtype. Packed documents: b = 1
+arithmetic are float32 (float64 if the inputs are), outputs come back in the values' dtype. Packed documents: b = 1
 and `cu_seqlens` holds their borders (int32, n + 1 entries, equal neighbours are empty documents); memories then have
 n in place of b.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -29,7 +33,7 @@ Memory = Float[Tensor, "b h k v"]
 
 
 class Row(NamedTuple):
-    """One model of the table: three words, the shapes of its inputs, where it comes from."""
+    """One model of the table: three words, the shapes of its inputs and its memory, where it comes from."""
 
     decay: Callable[[Memory, Inputs], Memory]
     update: Callable[[Memory, Memory, Inputs], Memory]
@@ -39,6 +43,8 @@ class Row(NamedTuple):
     mixer: str  # the published layer around the row, "file:Class" below reference/mixers
     title: str
     paper: str
+    memory: str = "k v"  # rows and columns of one head's memory, in the letters of the inputs
+    features: Callable[[Tensor], Tensor] | None = None  # what queries and keys become before they meet the memory
 
 
 # ---------------------------------------------------------------------------------------------------- the words
@@ -52,14 +58,22 @@ def write(M: Memory, k: Float[Tensor, "b h k"], v: Float[Tensor, "b h v"]) -> Me
     return M + einsum(k, v, "b h k, b h v -> b h k v")
 
 
-def with_one(v: Tensor) -> Tensor:
-    """v and a column of ones, which counts: the same recurrence then sums the weights (a normaliser)."""
-    return F.pad(v, (0, 1), value=1.0)
+def with_one(x: Tensor) -> Tensor:
+    """x and a one. To values it adds a column that counts: the same recurrence then sums the weights (a normaliser).
+    To keys it adds a row for a bias."""
+    return F.pad(x, (0, 1), value=1.0)
 
 
 def over_count(o: Tensor) -> Tensor:
     """The weighted sum over the sum of the weights. The weights must be positive."""
     return o[..., :-1] / (o[..., -1:] + 1e-10)
+
+
+def turn(M: Memory, g: Tensor, theta: Tensor) -> Memory:
+    """e^{g + i theta} M of a complex memory: its real part's rows above those of its imaginary part."""
+    real, imaginary = M.chunk(2, -2)
+    c, s = g.exp() * theta.cos(), g.exp() * theta.sin()
+    return torch.cat([c * real - s * imaginary, s * real + c * imaginary], -2)
 
 
 # decay: what the memory forgets
@@ -79,6 +93,42 @@ def channel(M, x):  # one number a key channel and token
     return x["g"].exp()[..., None] * M
 
 
+def cross(M, x):  # one number a key channel, times one a value channel
+    return x["g"].exp()[..., None] * M * x["f"].exp()[..., None, :]
+
+
+def element(M, x):  # one number an element, in factors: a rate of its own times a time step for the value channel
+    return (x["A"] * x["dt"][..., None, :]).exp() * M
+
+
+def rotating(M, x):  # a complex number a key channel
+    return turn(M, x["g"][..., None], x["theta"][..., None])
+
+
+def spiral(M, x):  # a complex number an element, the same for every token
+    return turn(M, x["g"], x["theta"])
+
+
+def slowing(M, x):  # the memory above fades, and so does its momentum below
+    memory, momentum = M.chunk(2, -2)
+    return torch.cat([x["g"].exp()[..., None, None] * memory, x["f"].exp()[..., None, None] * momentum], -2)
+
+
+def restart(M, x):  # the memory below is the one above as it was when a mini-batch began
+    memory, start = M.chunk(2, -2)
+    return torch.cat([memory, torch.where(begins(x), memory, start)], -2)
+
+
+def commit(M, x):  # when a mini-batch begins, what was learned below goes into the weights above
+    weights, learned = M.chunk(2, -2)
+    weights = torch.where(begins(x), weights - x["last"][:, None, None] * learned, weights)
+    return torch.cat([weights, torch.where(begins(x), 0.0, learned)], -2)
+
+
+def begins(x: Inputs) -> Tensor:
+    return (x["place"] == 0)[..., None, None, None]
+
+
 # update: what the memory learns
 def outer(M, before, x):
     return write(M, x["k"], x["v"])
@@ -92,8 +142,67 @@ def tied(M, before, x):  # what is forgotten makes room for what is written
     return write(M, -torch.expm1(x["g"]), x["v"])
 
 
+def slots(M, before, x):  # tied, with keys and values side by side in every slot
+    return write(M, -torch.expm1(x["g"]), torch.cat([x["k"], x["v"]], -1))
+
+
+def paired(M, before, x):  # keys among themselves, beside keys with values
+    return write(M, x["beta"][..., None] * x["k"], torch.cat([x["k"], x["v"]], -1))
+
+
+def real(M, before, x):  # a complex memory, a real key
+    return write(M, F.pad(x["k"], (0, x["k"].shape[-1])), x["v"])
+
+
+def level(M, before, x):  # a complex memory, every row the same
+    above, below = M.chunk(2, -2)
+    return torch.cat([above + x["v"][..., None, :], below], -2)
+
+
 def delta(M, before, x):  # write the difference to what the key already finds
     return write(M, x["k"], x["beta"][..., None] * (x["v"] - look(M, x["k"])))
+
+
+def foresight(M, before, x):  # the difference to what a key of its own finds before the decay
+    return write(M, x["k"], x["beta"][..., None] * (x["v"] - look(before, x["a"])))
+
+
+def replace(M, before, x):  # what one key finds before the decay moves to another, with a sign of its own; then write
+    return write(write(M, x["b"], look(before, x["a"])), x["k"], x["v"])
+
+
+def momentum(M, before, x):  # the memory follows a momentum, which follows the gradient of |kM - v|^2
+    memory, speed = M.chunk(2, -2)
+    surprise = x["v"] - look(before.chunk(2, -2)[0], x["k"])
+    speed = write(speed, 2 * x["beta"][..., None] * x["k"], surprise)
+    return torch.cat([memory + speed, speed], -2)
+
+
+def gradient(M, before, x):  # the delta rule, its difference taken where the mini-batch began
+    memory, start = M.chunk(2, -2)
+    return torch.cat([write(memory, x["k"], x["beta"][..., None] * (x["v"] - look(start, x["k"]))), start], -2)
+
+
+def inner(M, before, x):  # the gradient of |LN(kW) - (v - k)|^2 / 2, taken where the mini-batch began
+    weights, learned = M.chunk(2, -2)
+    k = with_one(x["k"])
+    slope = inner_slope(look(x["W"] + weights, k), x["v"] - x["k"], x["scale"], x["shift"])
+    return torch.cat([weights, write(learned, k, x["beta"][..., None] * slope)], -2)
+
+
+def standard(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z with mean 0 and variance 1 over its last axis, and the deviation it had."""
+    z = z - z.mean(-1, keepdim=True)
+    deviation = (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return z / deviation, deviation
+
+
+def inner_slope(z: Tensor, target: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The gradient of |scale · standard(z) + shift - target|² / 2 for z."""
+    normal, deviation = standard(z)
+    y = scale * (scale * normal + shift - target)
+    along = (y * normal).mean(-1, keepdim=True)
+    return (y - y.mean(-1, keepdim=True) - normal * along) / deviation
 
 
 # read: what the query finds
@@ -109,57 +218,48 @@ def bonus(M, before, x):  # the memory before this token, and this token by its 
     return look(write(before, x["u"] * x["k"], x["v"]), x["q"])
 
 
-# ------------------------------------------------------------------------------------------- the words, unrolled
-# What each word contributes when many tokens are taken at once: the row's normal form. The chunk form, the spans
-# and the kernels start from here, so that a new row needs nothing but its three words.
+def above(M, before, x):  # the first of two memories, or the real part of a complex one
+    return look(M.chunk(2, -2)[0], x["q"])
 
 
-class Normal(NamedTuple):
-    """M_t = e^g M̂ + k^T v, or with beta M̂ = e^g M, M_t = M̂ + beta k^T (v - k M̂); o = finish(q M_t).
-
-    With u the read is exclusive: o = q M_{t-1} + (q u . k) v.
-    """
-
-    q: Float[Tensor, "b t h k"]
-    k: Float[Tensor, "b t h k"]
-    v: Float[Tensor, "b t h v"]
-    g: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None
-    beta: Float[Tensor, "b t h"] | None
-    u: Float[Tensor, "h k"] | None
-    finish: Callable[[Tensor], Tensor]
+def real_part(M, before, x):  # Re(q M), each value channel with a complex query of its own
+    parts = M.unflatten(-2, (2, -1))
+    return 2 * (x["q"] * parts[..., 0, :, :] - x["p"] * parts[..., 1, :, :]).sum(-2)
 
 
-LOG_DECAY = {
-    keep: lambda x: None,
-    fixed: lambda x: x["g"].expand(x["v"].shape[:3]),
-    scalar: lambda x: x["g"],
-    channel: lambda x: x["g"],
-}
-WRITTEN = {
-    outer: lambda x: (x["k"], x["v"], None),
-    counted: lambda x: (x["k"], with_one(x["v"]), None),
-    tied: lambda x: (-torch.expm1(x["g"]), x["v"], None),
-    delta: lambda x: (x["k"], x["v"], x["beta"]),
-}
-ASKED = {
-    inclusive: lambda x: (None, lambda o: o),
-    ratio: lambda x: (None, over_count),
-    bonus: lambda x: (x["u"], lambda o: o),
-}
+def attended(M, before, x):  # softmax attention over slots, each with a key and a value
+    keys, values = M.split([x["k"].shape[-1], x["v"].shape[-1]], -1)
+    return look(values, look(keys.mT, x["q"]).softmax(-1))
 
 
-def normal(row: Row, x: Inputs) -> Normal:
-    """The row's tokens (and constants, all in x) in normal form."""
-    k, v, beta = WRITTEN[row.update](x)
-    u, finish = ASKED[row.read](x)
-    return Normal(x["q"], k, v, LOG_DECAY[row.decay](x), beta, u, finish)
+def solved(M, before, x):  # q (G + Λ)⁻¹ M, G the keys among themselves: the least squares that M's writes ask for
+    G, values = M.split([x["k"].shape[-1], x["v"].shape[-1]], -1)
+    return look(values, torch.linalg.solve(G + torch.diag_embed(x["ridge"]), x["q"]))
 
 
-def transition(row: Row) -> str:
-    """The class of the row's A in M -> A ⋄ M + S, a key of `TRANSITION`."""
-    if row.update is delta:
-        return "matrix"
-    return "channel" if row.decay is channel else "scalar"
+def inner_read(M, before, x):  # the inner model at the query: q + LN(qW)
+    weights, learned = M.chunk(2, -2)
+    z = look(x["W"] + weights - x["reach"][..., None, None, None] * learned, with_one(x["q"]))
+    return x["q"] + x["scale"] * standard(z)[0] + x["shift"]
+
+
+# features: what queries and keys become before they meet the memory
+def taylor(x: Float[Tensor, "... d"]) -> Float[Tensor, "... f"]:
+    """taylor(q)·taylor(k) = 1 + s + s²/2, s = q·k / √d: e^s to the second order in 1 + d + d(d+1)/2 numbers (Based
+    2402.18668, equation 3; equal products i, j and j, i stand once)."""
+    d = x.shape[-1]
+    return torch.cat([torch.ones_like(x[..., :1]), x * d**-0.25, products(x) * (2 * d) ** -0.5], -1)
+
+
+def squares(x: Float[Tensor, "... d"]) -> Float[Tensor, "... f"]:
+    """squares(q)·squares(k) = (q·k)² / d in d(d+1)/2 numbers (ReBased 2402.10644)."""
+    return products(x) * x.shape[-1] ** -0.5
+
+
+def products(x: Float[Tensor, "... d"]) -> Float[Tensor, "... f"]:
+    """products(q)·products(k) = (q·k)²: x_i² and, for i < j, √2 x_i x_j."""
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    return x[..., i] * x[..., j] * torch.where(i == j, 1.0, 2**0.5).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
@@ -192,13 +292,20 @@ def in_full_precision(x: Tensor):
 
 def loop(row: Row, tokens: Inputs, constants: Inputs, M: Memory) -> tuple[Tensor, Memory]:
     """The loop itself, without checks or conversions."""
-    o = []
+    o, tokens = [], featured(row, tokens)
     for values in zip(*(x.unbind(1) for x in tokens.values()), strict=True):
         x = {**dict(zip(tokens, values, strict=True)), **constants}
         before, M = M, row.update(row.decay(M, x), M, x)
         o.append(row.read(M, before, x))
     v = tokens["v"]
     return torch.stack(o, 1) if o else v.new_zeros(v.shape), M
+
+
+def featured(row: Row, tokens: Inputs) -> Inputs:
+    """The tokens with the row's features of queries and keys in their place."""
+    if row.features is None:
+        return tokens
+    return {name: row.features(x) if name in ("q", "k") else x for name, x in tokens.items()}
 
 
 def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None) -> tuple[Tensor, Memory]:
@@ -209,23 +316,35 @@ def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None)
     return o.to(dtype), memory
 
 
-def empty(row: Row, tokens: Inputs, n: int | None = None) -> Memory:
+def empty(row: Row, tokens: Inputs, constants: Inputs | None = None, n: int | None = None) -> Memory:
     """The memory before the first token: zeros of the row's size, for n sequences (b if None)."""
-    first = {name: x[:, :1] for name, x in tokens.items()}
-    k, v, _ = WRITTEN[row.update](first)
-    b, _, h, size = k.shape
+    first = featured(row, {name: tokens[name][:, :1] for name in row.tokens})
+    sizes: dict[str, int] = {}
+    for shapes, given in ((row.tokens, first), (row.constants, constants or {})):
+        for name in shapes.keys() & given.keys():
+            sizes |= zip(shapes[name].split(), given[name].shape, strict=True)
+    v = tokens["v"]
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return v.new_zeros(b if n is None else n, h, size, v.shape[-1], dtype=dtype)
+    return v.new_zeros(v.shape[0] if n is None else n, *measured(f"h {row.memory}", sizes), dtype=dtype)
+
+
+def measured(shape: str, sizes: Mapping[str, int]) -> list[int]:
+    """The numbers of a shape such as "h 2*k v+1"."""
+
+    def factor(part: str) -> int:
+        return int(part) if part.isdigit() else sizes[part]
+
+    return [sum(math.prod(map(factor, term.split("*"))) for term in part.split("+")) for part in shape.split()]
 
 
 def prepare(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens):
-    """The dtype rule, once: returns the queries' dtype and everything in float32 (float64 if the queries are)."""
-    dtype = tokens["q"].dtype
+    """The dtype rule, once: returns the values' dtype and everything in float32 (float64 if the values are)."""
+    dtype = tokens["v"].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tokens = {name: tokens[name].to(wide) for name in row.tokens}
     constants = {name: constants[name].to(wide) for name in row.constants}
     if memory is None:
-        memory = empty(row, tokens, None if cu_seqlens is None else len(cu_seqlens) - 1)
+        memory = empty(row, tokens, constants, None if cu_seqlens is None else len(cu_seqlens) - 1)
     return dtype, tokens, constants, memory.to(wide)
 
 
@@ -240,7 +359,7 @@ def check(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> No
     if cu_seqlens is not None:
         check_borders(cu_seqlens, sizes["b"], sizes["t"])
     if memory is not None:
-        wanted = empty(row, tokens, None if cu_seqlens is None else len(cu_seqlens) - 1).shape
+        wanted = empty(row, tokens, constants, None if cu_seqlens is None else len(cu_seqlens) - 1).shape
         if memory.shape != wanted:
             raise ValueError(f"{row.title}: memory has shape {tuple(memory.shape)}, expected {tuple(wanted)}")
 
@@ -264,110 +383,3 @@ def check_borders(cu_seqlens: Int[Tensor, " n1"], b: int, t: int) -> None:
         )
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != t or (cu_seqlens.diff() < 0).any():
         raise ValueError(f"cu_seqlens must rise from 0 to t = {t}, got {cu_seqlens.tolist()}")
-
-
-# ----------------------------------------------------------------------------------------- the algebra of spans
-
-
-class Transition(NamedTuple):
-    """One class of A: how it acts on a memory, its adjoint, its product, and its gradient."""
-
-    shape: str
-    act: Callable[[Tensor, Memory], Memory]  # A ⋄ M
-    adjoint: Callable[[Tensor, Memory], Memory]  # Aᵀ ⋄ D
-    product: Callable[[Tensor, Tensor], Tensor]  # A₂ A₁: first A₁, then A₂
-    gradient: Callable[[Memory, Memory], Tensor]  # from D, the cotangent of A ⋄ M, and M
-
-
-TRANSITION = {
-    "scalar": Transition(
-        "b h",
-        lambda A, M: A[..., None, None] * M,
-        lambda A, D: A[..., None, None] * D,
-        lambda later, earlier: later * earlier,
-        lambda D, M: einsum(D, M, "b h k v, b h k v -> b h"),
-    ),
-    "channel": Transition(
-        "b h k",
-        lambda A, M: A[..., None] * M,
-        lambda A, D: A[..., None] * D,
-        lambda later, earlier: later * earlier,
-        lambda D, M: einsum(D, M, "b h k v, b h k v -> b h k"),
-    ),
-    "matrix": Transition(
-        "b h k k",
-        lambda A, M: A @ M,
-        lambda A, D: A.mT @ D,
-        lambda later, earlier: later @ earlier,
-        lambda D, M: D @ M.mT,
-    ),
-}
-
-
-class Span(NamedTuple):
-    """What a run of tokens does to a memory: M -> A ⋄ M + S. Float32 (float64 if the inputs are).
-
-    A has the shape of its class: b h (scalar), b h k (channel) or b h k k (matrix). S : b h k v.
-    A border of documents inside the run, or before its first token, makes A zero: nothing before it remains.
-    """
-
-    A: Tensor
-    S: Memory
-    kind: str
-
-
-def apply(span: Span, M: Memory) -> Memory:
-    """A ⋄ M + S."""
-    return TRANSITION[span.kind].act(span.A, M) + span.S
-
-
-def compose(later: Span, earlier: Span) -> Span:
-    """The span of both: (A₂ A₁, A₂ ⋄ S₁ + S₂). Associative, not commutative."""
-    return Span(TRANSITION[later.kind].product(later.A, earlier.A), apply(later, earlier.S), later.kind)
-
-
-def fold(spans: list[Span], M: Memory) -> list[Memory]:
-    """The memories before each span, and after the last: M, A₁ ⋄ M + S₁, ... (one more than there are spans)."""
-    memories = [M]
-    for span in spans:
-        memories.append(apply(span, memories[-1]))
-    return memories
-
-
-def fold_back(spans: list[Span], G: list[Memory], D: Memory) -> list[Memory]:
-    """The cotangents of `fold`'s memories, from G, what each memory receives from its own span's outputs, and D,
-    what the last memory receives: D_i = G_i + A_iᵀ ⋄ D_{i+1} (one more than there are spans)."""
-    cotangents = [D]
-    for span, own in zip(reversed(spans), reversed(G), strict=True):
-        cotangents.append(own + TRANSITION[span.kind].adjoint(span.A, cotangents[-1]))
-    return cotangents[::-1]
-
-
-def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None, run=recurrence) -> Span:
-    """What these tokens do to a memory. S is the run from an empty memory; A never depends on v.
-
-    Decays multiply: A = exp(sum of g). A delta rule's A is found by the same run: from the memory [I 0] with values
-    [0 v] it ends at [A S]. With several documents only the last one counts, and A = 0.
-    """
-    constants = constants or {}
-    check(row, tokens, constants, None, cu_seqlens)
-    if cu_seqlens is not None and len(cu_seqlens) > 2:
-        start = int(cu_seqlens[-2])
-        last = span(row, {name: x[:, start:] for name, x in tokens.items()}, constants, run=run)
-        return last._replace(A=torch.zeros_like(last.A))
-    kind = transition(row)
-    if kind == "matrix":
-        return Span(*span_of_matrix(row, tokens, constants, run), kind)
-    S = run(row, tokens, constants)[1]
-    g = LOG_DECAY[row.decay]({**tokens, **constants})
-    A = S.new_ones(S.shape[:2]) if g is None else g.to(S.dtype).sum(1).exp()
-    return Span(A, S, kind)
-
-
-def span_of_matrix(row: Row, tokens: Inputs, constants: Inputs, run) -> tuple[Tensor, Memory]:
-    M = empty(row, tokens)
-    b, h, k, _ = M.shape
-    eye = torch.eye(k, dtype=M.dtype, device=M.device).expand(b, h, k, k)
-    v = F.pad(tokens["v"], (k, 0))
-    A, S = run(row, {**tokens, "v": v}, constants, torch.cat([eye, M], -1))[1].split([k, M.shape[-1]], -1)
-    return A, S

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from reference.lsm import LSM
-from reference.recurrence import counted, empty
+from reference.recurrence import counted, empty, momentum
 
 
 def make(name, b=2, t=13, h=2, k=4, v=5, seed=0, dtype=torch.float64, strength=1.0):
     """(row, tokens, constants): unit keys, log-sigmoid gates times `strength`, write strengths in (0, 2)."""
     row, rng = LSM[name], torch.Generator().manual_seed(seed)
-    sizes = {"b": b, "t": t, "h": h, "k": k, "v": v}
+    sizes = {"b": b, "t": t, "h": h, "k": k, "v": v, "m": 3, "r": k + 1}
 
     def draw(letters):
         return torch.randn([sizes[letter] for letter in letters.split()], generator=rng, dtype=torch.float64)
@@ -18,18 +18,31 @@ def make(name, b=2, t=13, h=2, k=4, v=5, seed=0, dtype=torch.float64, strength=1
     shape = {
         "k": lambda x: F.normalize(x, dim=-1),
         "g": lambda x: F.logsigmoid(x) * strength,
+        "f": lambda x: F.logsigmoid(x) * strength,
         "beta": lambda x: 2 * x.sigmoid(),
+        "dt": lambda x: F.softplus(x) * strength,
+        "A": lambda x: -x.exp(),
+        "a": lambda x: -0.7 * F.normalize(x, dim=-1),
+        "b": lambda x: 0.7 * F.normalize(x, dim=-1),
+        "ridge": lambda x: x.exp(),
+        "place": lambda x: (torch.arange(x.shape[1]) + 3 * torch.arange(1, 1 + len(x))[:, None]) % 7,
     }
-    tokens = {n: shape.get(n, lambda x: x)(draw(s)).to(dtype) for n, s in row.tokens.items()}
-    constants = {n: shape.get(n, lambda x: x)(draw(s)).to(dtype) for n, s in row.constants.items()}
+
+    def drawn(shapes):
+        made = {n: shape.get(n, lambda x: x)(draw(s)) for n, s in shapes.items()}
+        return {n: x.to(dtype) if x.is_floating_point() else x for n, x in made.items()}
+
+    tokens, constants = drawn(row.tokens), drawn(row.constants)
+    if row.update is momentum:  # whose step is twice beta, again and again
+        tokens["beta"] = tokens["beta"] / 8
     if row.update is counted:  # a normaliser divides by the sum of the weights: they must be positive
         tokens |= {n: tokens[n].abs() + 0.1 for n in ("q", "k")}
     return row, tokens, constants
 
 
-def start(name, row, tokens, seed=1, n=None):
+def start(name, row, tokens, constants, seed=1, n=None):
     """A memory to start from."""
-    zeros = empty(row, tokens, n)
+    zeros = empty(row, tokens, constants, n)
     M = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(zeros.dtype)
     return M.abs() if row.update is counted else M
 
@@ -40,6 +53,8 @@ def leaves(*groups):
     for group in groups:
         if isinstance(group, dict):
             for name, x in group.items():
+                if not x.is_floating_point():  # a place in a mini-batch
+                    continue
                 group[name] = x.detach().clone().requires_grad_()
                 out.append(group[name])
     return out

@@ -11,6 +11,7 @@ from reference import recurrence
 from reference.lsm import LSM
 from reference.presets import PRESETS
 from reference.routers import ROUTER
+from reference.span import KIND, transition
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -103,7 +104,7 @@ def test_tables_hold_every_row(readme):
     for line, row in zip(found, LSM.values(), strict=True):
         assert line[0] == f"[{row.title}](https://arxiv.org/abs/{row.paper})"
         assert line[2:5] == [f"`{word.__name__}`" for word in row[:3]]
-        assert line[5] == recurrence.transition(row)
+        assert line[5] == transition(row)
     found = rows(text, "routers")
     assert [line[1] for line in found] == [f"`{name}`" for name in ROUTER]
     for line, row in zip(found, ROUTER.values(), strict=True):
@@ -194,7 +195,7 @@ def test_every_model_stands_in_its_cell():
     for row in LSM.values():
         chips = placed[row.decay.__name__, row.update.__name__]
         (chip,) = [chip for chip in chips if " ".join(chip.lines) == row.title]
-        assert chip.kind == recurrence.transition(row)
+        assert chip.kind == transition(row)
         assert bool(chip.sign) == (row.read is not recurrence.inclusive)
 
 
@@ -202,6 +203,7 @@ def test_words_and_rows_to_come_have_a_place(monkeypatch, tmp_path):
     def halve(M, x):
         return M / 2
 
+    monkeypatch.setitem(KIND, halve, "scalar")
     for i in range(4):
         row = LSM["rwkv6"]._replace(title=f"A model with quite a long name {i}", decay=halve)
         monkeypatch.setitem(LSM, f"new{i}", row)

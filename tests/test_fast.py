@@ -25,7 +25,7 @@ import reference
 from fast import recurrence as quick
 from fast.kernels import decay as kernels
 from inputs import assert_within_budget, leaves, make, start
-from reference import chunked
+from reference import chunked, span
 from reference import recurrence as exact
 from reference.lsm import LSM
 
@@ -83,7 +83,7 @@ def compare(name, dtype=torch.float32, b=1, t=83, h=1, k=20, v=33, cu_seqlens=No
         change(tokens, constants)
     n = None if cu_seqlens is None else len(cu_seqlens) - 1
     rng = torch.Generator().manual_seed(seed)
-    memory = start(name, row, tokens, n=n)
+    memory = start(name, row, tokens, constants, n=n)
     weights = [torch.randn(s, generator=rng) for s in ((b, t, h, v), memory.shape)]
     inputs = (tokens, constants, {} if bare else {"memory": memory})
     rounded = tuple(
@@ -257,16 +257,16 @@ def test_the_operator_keeps_torchs_rules():
 @pytest.mark.parametrize("name", ROWS)
 def test_span(name):
     row, tokens, constants = some(name)
-    M = start(name, row, tokens).to(DEVICE)
+    M = start(name, row, tokens, constants).to(DEVICE)
     _, want = chunked.recurrence(row, tokens, constants, M)
-    got = exact.apply(quick.span(row, tokens, constants), M)
+    got = span.apply(quick.span(row, tokens, constants), M)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_steps_are_the_whole(name, launched):
     row, tokens, constants = some(name, b=2, t=5, k=20, v=33)
-    M = start(name, row, tokens).to(DEVICE)
+    M = start(name, row, tokens, constants).to(DEVICE)
     want, last = chunked.recurrence(row, tokens, constants, M)
     memory, o = M.clone(), []
     for i in range(5):
@@ -279,8 +279,8 @@ def test_steps_are_the_whole(name, launched):
 
 
 def test_a_step_with_gradients_overwrites_nothing(launched):
-    row, tokens, _ = some("mamba2", t=1)
-    M = start("mamba2", row, tokens).to(DEVICE)
+    row, tokens, constants = some("mamba2", t=1)
+    M = start("mamba2", row, tokens, constants).to(DEVICE)
     before = M.clone()
     tokens["k"].requires_grad_()
     quick.step(row, tokens, None, M)[0].sum().backward()
