@@ -36,7 +36,7 @@ from reference.model import LanguageModel, decayed, initialize, seed_of, starts
 from reference.moe import MoE
 from reference.presets import PRESETS as SHAPES
 from reference.presets import Model
-from reference.routers import balance_loss, row, updated_bias, violation, z_loss
+from reference.routers import Load, balance_loss, row, updated_bias, violation, z_loss
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -86,6 +86,8 @@ class Train:
     """Samples a rank takes at once; the step adds up as many as the batch needs (None: all at once)."""
     balance: float | None = None
     """Weight of the experts' balance loss, a layer (None: 0.01, or 0 for a router that is balanced by its bias)."""
+    memory_balance: float = 0.01
+    """Weight of the balance loss of a mixture of memories, a layer."""
     z: float = 0.0
     """Weight of the router's z-loss, a layer."""
     bias_rate: float = 1e-3
@@ -309,23 +311,32 @@ def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int
     total = out.losses.sum()
     loss = total / tokens
     zero = total.detach().new_zeros(())
-    if out.loads is None:
-        loss.backward()
-        return Sums(total.detach(), zero, zero, zero, zero)
-    load, k = out.loads, config.model.top_k
-    # One exchange for all layers: counts, drops, entropy and the number of tokens.
+    sums = Sums(total.detach(), zero, zero, zero, zero)
+    if out.memory_loads is not None:
+        balance = balanced(ops, out.memory_loads, config.model.memories_kept, loss.dtype)[0]
+        loss = loss + config.memory_balance * balance.sum() / times
+    if out.loads is not None:
+        balance, counts, dropped, entropy, seen = balanced(ops, out.loads, config.model.top_k, loss.dtype)
+        z = z_loss(out.loads.z, seen).sum()
+        loss = loss + (balance_weight(config) * balance.sum() + config.z * z) / times
+        mean = ops.total(balance.detach().mean())
+        sums = Sums(total.detach(), mean / times, counts, dropped, entropy / times)
+    loss.backward()
+    return sums
+
+
+def balanced(ops, load: Load, k: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(this rank's share of the balance loss, counts, drops, mean entropy, tokens), by layer, but for the last two.
+
+    One exchange for all layers.
+    """
     parts = [load.counts.flatten(), load.dropped.flatten(), load.tokens]
     everyone = ops.total(torch.cat([*(x.double() for x in parts), load.entropy.double()]))
     size = load.counts.numel()
     counts, dropped = (x.view_as(load.counts).long() for x in everyone[: 2 * size].split(size))
     seen = everyone[2 * size]
-    balance = balance_loss(counts, load.probability, seen.to(loss.dtype), k)
-    loss = (
-        loss + (balance_weight(config) * balance.sum() + config.z * z_loss(load.z, seen.to(loss.dtype)).sum()) / times
-    )
-    loss.backward()
-    entropy = everyone[-len(load.entropy) :].mean() / seen
-    return Sums(total.detach(), ops.total(balance.detach().mean()) / times, counts, dropped, entropy / times)
+    balance = balance_loss(counts, load.probability, seen.to(dtype), k)
+    return balance, counts, dropped, everyone[-len(load.entropy) :].mean() / seen, seen.to(dtype)
 
 
 class Result(NamedTuple):

@@ -93,6 +93,16 @@ LSM: dict[str, Row] = {
         "Kimi Delta Attention",
         "2510.26692",
     ),
+    "mom_gla": Row(
+        channel,
+        outer,
+        inclusive,
+        QKV | EACH,
+        {},
+        "mom:GLAMemories",
+        "Mixture-of-Memories, GLA",
+        "2502.13685",
+    ),
 }
 
 

@@ -50,6 +50,7 @@ class Output(NamedTuple):
     logits: Float[Tensor, "b t vocabulary"] | None
     state: State | None
     loads: Load | None  # every field stacked over the expert layers, in order
+    memory_loads: Load | None = None  # the same of the layers that mix memories
 
 
 class Sublayer(nn.Module):
@@ -68,7 +69,8 @@ class Sublayer(nn.Module):
         elif isinstance(self.inner, Dense):
             y = self.inner(y, side)
         else:
-            y, state = self.inner(y, side, state)
+            y, state, *routed = self.inner(y, side, state)
+            load = routed[0] if routed else None
         if side.key is not None and self.dropout:
             y = dropout(y, self.dropout, side.key + self.number, side.index)
         return x + y, state, load
@@ -82,11 +84,15 @@ class Block(nn.Module):
         self.sublayers = nn.ModuleList(sublayers)
 
     def forward(self, x, side: Side, state=None):
-        """(x, side, state, loads of the expert layers). Nothing is accumulated inside: recomputing is safe."""
-        loads = []
+        """(x, side, state, loads). Nothing is accumulated inside: recomputing is safe.
+
+        loads: a list for the expert layers, and one for the mixers that route among memories.
+        """
+        loads = ([], [])
         for sublayer in self.sublayers:
             x, state, load = sublayer(x, side, state)
-            loads += [] if load is None else [load]
+            if load is not None:
+                loads[not isinstance(sublayer.inner, MoE)].append(load)
         return x, side, state, loads
 
 
@@ -123,11 +129,12 @@ class LanguageModel(nn.Module):
         """
         side = self.side(tokens, positions, cu_seqlens, index, key, state)
         x = nn.functional.embedding(tokens, self.embedding)
-        states, loads = [], []
+        states, loads, memory_loads = [], [], []
         for i, block in enumerate(self.blocks):
             x, side, after, load = block(x, side, None if state is None else state.mixers[i])
             states.append(after)
-            loads += load
+            loads += load[0]
+            memory_loads += load[1]
         x = self.ops.norm(x, self.norm, self.config.eps)
         head = self.embedding if self.config.tied else self.head
         losses = logits = None
@@ -136,7 +143,7 @@ class LanguageModel(nn.Module):
         else:
             losses = self.ops.token_losses(x.flatten(0, 1), head, labels.flatten()).view(labels.shape)
         after = State(reached(side, state, tokens), tuple(states)) if keep_state else None
-        return Output(losses, logits, after, Load(*map(torch.stack, zip(*loads, strict=True))) if loads else None)
+        return Output(losses, logits, after, stacked(loads), stacked(memory_loads))
 
     def side(self, tokens, positions, cu_seqlens, index, key, state) -> Side:
         if key is not None and index is None:
@@ -157,6 +164,10 @@ class LanguageModel(nn.Module):
         low, high = (int(f(tokens)) if tokens.numel() else 0 for f in (torch.min, torch.max))
         if low < 0 or high >= self.config.vocabulary:
             raise ValueError(f"tokens are {low} ... {high}; the vocabulary is 0 ... {self.config.vocabulary - 1}")
+
+
+def stacked(loads: list[Load]) -> Load | None:
+    return Load(*map(torch.stack, zip(*loads, strict=True))) if loads else None
 
 
 def reached(side: Side, state: State | None, tokens: Tensor) -> Int[Tensor, " b"]:

@@ -39,6 +39,10 @@ class Model:
     """Whether the write strength of delta rules reaches 2 instead of 1: a memory may then flip signs (2411.12537)."""
     convolution: int = 4
     """Taps of the short convolutions, in the models that have them."""
+    memories: int = 4
+    """Of a mixture of memories, besides the one that all tokens share."""
+    memories_kept: int = 2
+    """Memories of a mixture that a token writes to."""
     router: Literal[tuple(ROUTER)] = "linear_moe"
     """Which experts a token visits."""
     experts: int = 8

@@ -290,7 +290,7 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool):
 
 
 MESHES = [(mesh.Degrees(sequence=3), False), (mesh.Degrees(sequence=3), True), (mesh.Degrees(data=3), False)]
-TRAINED = ("rwkv6", "gated_delta_net", "mamba2", "retention")
+TRAINED = ("rwkv6", "gated_delta_net", "mamba2", "retention", "mom_gla")
 
 
 def train_all():

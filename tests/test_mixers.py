@@ -51,7 +51,7 @@ class Layer(torch.nn.Module):
             lengths = cu_seqlens.diff().tolist()
             starts = [0] * len(lengths) if at is None else at.tolist()
             places = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])[None]
-        return self.inner(x, Side(places, cu_seqlens, common=dict(self.common.items())), state)
+        return self.inner(x, Side(places, cu_seqlens, common=dict(self.common.items())), state)[:2]
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from reference.mixers.parts import Mixer, Only, constant, head_norm, linear, par
 class GLA(Mixer):
     """Gated linear attention (2312.06635): g = log sigmoid(W₂ W₁ x + b) / 16, half-width keys, SiLU gate."""
 
+    own = ("k", "v", "decay")
+
     def __init__(self, config, layer, layers, ops):
         super().__init__(config, ops, config.width // config.heads // 2, config.width // config.heads)
         self.q, self.k = linear(config.width, self.keys), linear(config.width, self.keys)
@@ -17,15 +19,17 @@ class GLA(Mixer):
         self.decay = nn.Sequential(linear(config.width, 16), linear(16, self.keys, bias=True))
         self.o, self.norm = linear(self.values, config.width), head_norm(self.value_size)
 
-    def forward(self, x, side, state: Only | None = None):
+    def inputs(self, x, side, state):
         tokens = {
             "q": self.split(self.q(x)) * self.key_size**-0.5,
             "k": self.split(self.k(x)),
             "v": self.split(self.v(x)),
             "g": self.split(F.logsigmoid(wide(self.decay(x))) / 16),
         }
-        o, memory = self.advance(tokens, {}, state and state.memory, side)
-        return self.o(self.ops.norm(o, self.norm, self.eps, self.split(self.gate(x))).flatten(-2)), Only(memory)
+        return tokens, {}, ()
+
+    def output(self, o, x):
+        return self.o(self.ops.norm(o, self.norm, self.eps, self.split(self.gate(x))).flatten(-2))
 
 
 class HGRN2(Mixer):

@@ -77,7 +77,14 @@ class Only(NamedTuple):
 
 
 class Mixer(nn.Module):
-    """A layer around the row `config.lsm`. `key_size` and `value_size` of the configuration go before the defaults."""
+    """A layer around the row `config.lsm`. `key_size` and `value_size` of the configuration go before the defaults.
+
+    Most layers are three steps, `inputs(x, side, state) -> (tokens, constants, carried)`, the row, and
+    `output(o, x) -> y`; `carried` is what their `state` has besides the memory.
+    """
+
+    state = Only
+    own: tuple[str, ...] = ()  # the submodules that each memory of a mixture of this layer has for itself
 
     def __init__(self, config, ops, key_size: int, value_size: int):
         super().__init__()
@@ -90,6 +97,11 @@ class Mixer(nn.Module):
     def common(cls, config, layers: int) -> dict[str, nn.Parameter]:
         """Parameters that all layers of this kind share; they come back in `side.common`."""
         return {}
+
+    def forward(self, x: Float[Tensor, "b t d"], side, state=None):
+        tokens, constants, carried = self.inputs(x, side, state)
+        o, memory = self.advance(tokens, constants, state and state.memory, side)
+        return self.output(o, x), self.state(memory, *carried)
 
     def split(self, x: Float[Tensor, "b t hd"]) -> Float[Tensor, "b t h d"]:
         return x.unflatten(-1, (self.heads, -1))
