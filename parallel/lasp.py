@@ -26,6 +26,7 @@ from torch import Tensor
 from parallel import comm
 from parallel.comm import Group
 from reference.attention import Past
+from reference.cache import fresh, recent
 from reference.ops import Ops
 from reference.span import TRANSITION, Span, fold, fold_back
 
@@ -237,10 +238,11 @@ def attention(ops: Ops, group: Group) -> Callable:
 
     Segments are padded to the longest, whose length takes a first, tiny gather. Received are (W - 1)(16 + bytes of the
     padded k and v) forward; backward (W - 1) times their gradient in float32, in which the ranks' shares are summed.
-    No cache comes back: decoding does not run on a cut sequence.
+    A window shortens what is attended to, not what is gathered. No cache comes back: decoding does not run on a cut
+    sequence.
     """
 
-    def run(q, k, v, past=None, cu_seqlens=None):
+    def run(q, k, v, past=None, cu_seqlens=None, window=None, scale=None):
         refuse("attention", past)
         layout = layout_of(k, cu_seqlens, group)
         own = torch.cat([k, v], -1)
@@ -248,7 +250,8 @@ def attention(ops: Ops, group: Group) -> Callable:
         everyone = torch.ops.linear_moe.gather_tokens(padded, group.group_name)
         earlier = [x[:, :length] for x, length in zip(everyone, layout.lengths, strict=True)][: comm.rank(group)]
         before = torch.cat([own[:, :0], *earlier], 1)[:, layout.opened :]
-        o = continued(ops, q, k, v, before.split([k.shape[-1], v.shape[-1]], -1), layout.first, cu_seqlens)
+        before = before.split([k.shape[-1], v.shape[-1]], -1)
+        o = continued(ops, q, k, v, before, layout.first, cu_seqlens, {"window": window, "scale": scale})
         return attached(o, everyone, [q, k, v]), None
 
     return run
@@ -275,14 +278,15 @@ def layout_of(x: Float[Tensor, "b t ..."], cu_seqlens, group: Group) -> Layout:
     return Layout(lengths, opened, t if single else int(cu_seqlens[1]))
 
 
-def continued(ops: Ops, q, k, v, before: tuple[Tensor, Tensor], first: int, cu_seqlens) -> Float[Tensor, "b t h d"]:
+def continued(
+    ops: Ops, q, k, v, before: tuple[Tensor, Tensor], first: int, cu_seqlens, how: dict
+) -> Float[Tensor, "b t h e"]:
     """Attention over my tokens: the first document (where nothing is packed, all rows) has a past, the others none."""
-    b, seen = before[0].shape[:2]
-    past = Past(*before, torch.full((b,), seen, device=q.device)) if seen else None
-    o = ops.attention(q[:, :first], k[:, :first], v[:, :first], past)[0]
+    past = recent(fresh(Past, *before), how["window"]) if before[0].shape[1] else None
+    o = ops.attention(q[:, :first], k[:, :first], v[:, :first], past, **how)[0]
     if first == q.shape[1]:
         return o
-    rest = ops.attention(q[:, first:], k[:, first:], v[:, first:], None, cu_seqlens[1:] - first)[0]
+    rest = ops.attention(q[:, first:], k[:, first:], v[:, first:], None, cu_seqlens[1:] - first, **how)[0]
     return torch.cat([o, rest], 1)
 
 

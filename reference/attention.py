@@ -1,14 +1,14 @@
-"""Softmax attention, the N of a hybrid, with rotary positions and a cache of keys and values."""
+"""Softmax attention, the N of a hybrid, with sliding windows, rotary positions and a cache of keys and values."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reference.cache import by_document, fresh, joined, recent, stacked
 from reference.recurrence import check_borders
 
 
@@ -16,84 +16,82 @@ class Past(NamedTuple):
     """Keys and values of the tokens so far. Sequence i has `length[i]` of them; the rest of its row is padding."""
 
     k: Float[Tensor, "b s g d"]
-    v: Float[Tensor, "b s g d"]
+    v: Float[Tensor, "b s g e"]
     length: Int[Tensor, " b"]
 
 
 def attention(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b t g d"],
-    v: Float[Tensor, "b t g d"],
+    v: Float[Tensor, "b t g e"],
     past: Past | None = None,
     cu_seqlens=None,
-) -> tuple[Float[Tensor, "b t h d"], Past]:
-    """o_i = sum over j <= i of softmax(q_i · k_j / sqrt(d)) v_j; h query heads share g key heads (2305.13245).
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "b t h e"], Past]:
+    """o_i = Σ softmax(scale q_i · k_j) v_j over i - window < j <= i; h query heads share g key heads (2305.13245).
 
-    Earlier tokens come from `past`. Positions must be in q and k already (`rotate`). Documents do not see each other.
+    `window` counts the token itself, as in Mistral (2310.06825); None: all j <= i. `scale` is 1 / sqrt(d) if None.
+    Earlier tokens come from `past`; the new one has those that a later token can see, window - 1 at most. Positions
+    must be in q and k already (`rotate`). Documents do not see each other. ValueError: h is no multiple of g, window
+    below 1, wrong borders.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads: the first must be a multiple")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, the token itself, or None for all tokens")
     if cu_seqlens is not None:
         check_borders(cu_seqlens, *q.shape[:2])
-        return over_packed(q, k, v, past, cu_seqlens)
-    if past is None:
-        length = torch.full((q.shape[0],), q.shape[1], dtype=torch.int64, device=q.device)
-        return product(q, k, v, None), Past(k, v, length)
-    now = appended(past, k, v)
-    return product(q, now.k, now.v, visible(past.length, q.shape[1], now.k.shape[1])), now
+        texts = [
+            attention(*(x[:, start:stop] for x in (q, k, v)), own, None, window, scale)
+            for start, stop, own in by_document(past, cu_seqlens)
+        ]
+        return torch.cat([o for o, _ in texts], 1), stacked([own for _, own in texts])
+    now, t = joined(past, fresh(Past, k, v)), q.shape[1]
+    plain = past is None and (window is None or t <= window)
+    mask = None if plain else visible(now.length - t, t, now.k.shape[1], window)
+    return product(q, now.k, now.v, mask, scale), recent(now, window)
 
 
-def appended(past: Past, k: Tensor, v: Tensor) -> Past:
-    """The new keys and values behind each sequence's own last one."""
-    b, t = k.shape[:2]
-    length = past.length + t
-    room = int(length.max()) - past.k.shape[1]
-    at = past.length[:, None] + torch.arange(t, device=k.device)
-    row = torch.arange(b, device=k.device)[:, None]
-    grown = [F.pad(x, (0, 0, 0, 0, 0, max(room, 0))).index_put((row, at), new) for x, new in ((past.k, k), (past.v, v))]
-    return Past(*grown, length)
+def visible(before: Int[Tensor, " b"], t: int, s: int, window: int | None = None) -> Bool[Tensor, "b 1 t s"]:
+    """Which of s cached positions each of t new tokens may see."""
+    own = (before[:, None] + torch.arange(t, device=before.device))[..., None]
+    place = torch.arange(s, device=before.device)
+    seen = place <= own
+    return (seen if window is None else seen & (place > own - window))[:, None]
 
 
-def visible(before: Int[Tensor, " b"], t: int, s: int) -> Tensor:
-    """Which of s cached positions each of t new tokens may see: b 1 t s."""
-    own = before[:, None] + torch.arange(t, device=before.device)
-    return (torch.arange(s, device=before.device) <= own[..., None])[:, None]
-
-
-def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Float[Tensor, "b t h d"]:
+def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Float[Tensor, "b t h e"]:
     if not q.shape[1]:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
     o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return rearrange(o, "b h t d -> b t h d")
 
 
-def over_packed(q: Tensor, k: Tensor, v: Tensor, past: Past | None, cu_seqlens) -> tuple[Tensor, Past]:
-    """Each document on its own. Their pasts are padded to the longest."""
-    borders, o, pasts = cu_seqlens.tolist(), [], []
-    for i, (start, stop) in enumerate(pairwise(borders)):
-        own = None if past is None else Past(*(x[i : i + 1] for x in past))
-        y, own = attention(*(x[:, start:stop] for x in (q, k, v)), own)
-        o.append(y)
-        pasts.append(own)
-    room = max(own.k.shape[1] for own in pasts)
-    held = (
-        torch.cat([F.pad(x, (0, 0, 0, 0, 0, room - x.shape[1])) for x in xs])
-        for xs in zip(*(p[:2] for p in pasts), strict=True)
-    )
-    return torch.cat(o, 1), Past(*held, torch.cat([own.length for own in pasts]))
+def rotate(
+    x: Float[Tensor, "b t h d"],
+    positions: Int[Tensor, "b t"],
+    base: float = 10000.0,
+    channels: int | None = None,
+) -> Float[Tensor, "b t h d"]:
+    """RoPE (2104.09864) of a head's first c channels (None: all): i and i + c/2 turn by position · base^(-2i/c).
 
-
-def rotate(x: Float[Tensor, "b t h d"], positions: Int[Tensor, "b t"], base: float = 10000.0) -> Tensor:
-    """RoPE (2104.09864): channels i and i + d/2 turn by position · base^(-2i/d). d must be even."""
-    if x.shape[-1] % 2:
-        raise ValueError(f"heads of {x.shape[-1]} channels cannot rotate: channels turn in pairs, use an even size")
+    The other channels pass, as in released models with a `partial_rotary_factor`. ValueError if c is odd or above d.
+    """
+    c = x.shape[-1] if channels is None else channels
+    if c % 2:
+        raise ValueError(f"heads of {c} channels cannot rotate: channels turn in pairs, use an even size")
+    if not 0 <= c <= x.shape[-1]:
+        raise ValueError(f"{c} channels cannot rotate in heads of {x.shape[-1]}: use 0 to {x.shape[-1]}")
+    if not c:
+        return x
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    half = x.shape[-1] // 2
-    speed = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    speed = base ** (-torch.arange(c // 2, device=x.device, dtype=torch.float64) / (c // 2))
     angle = (positions[..., None].double() * speed)[:, :, None]  # as float32 it is off by 0.004 at position 100,000
     cos, sin = angle.cos().to(wide), angle.sin().to(wide)
-    a, b = x.to(wide).split(half, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    a, b = x[..., :c].to(wide).chunk(2, -1)
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return torch.cat([turned, x[..., c:]], -1) if c < x.shape[-1] else turned

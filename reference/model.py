@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reference import mixers
 from reference.documents import document_of, position_in_document
 from reference.mixers.parts import constant, head_norm, normal, parameter
-from reference.mixers.softmax import Softmax
+from reference.mixers.softmax import ATTENTION
 from reference.moe import Dense, Experts, MoE
 from reference.ops import Ops
 from reference.presets import Model as Config
@@ -197,7 +197,7 @@ def blocks(config: Config, letters: str, count: int, ops: Ops) -> Iterator[Block
 
 INNER = {
     "L": mixers.build,
-    "N": lambda config, layer, layers, ops: Softmax(config, ops),
+    "N": lambda config, layer, layers, ops: ATTENTION[config.attention](config, ops),
     "E": lambda config, layer, layers, ops: MoE(experts_of(config), ops),
     "D": lambda config, layer, layers, ops: Dense(config.width, config.dense_width),
 }
@@ -298,7 +298,7 @@ def sizes(config: Config) -> dict[str, int]:
         "total": sum(count.values()),
         "active": sum(count.values()) - routed + routed * config.top_k // config.experts,
         "embeddings": sum(n for name, n in count.items() if name in ("embedding", "head")),
-        "norms": sum(n for name, n in count.items() if name.split(".")[-1] == "norm"),
+        "norms": sum(n for name, n in count.items() if name.endswith("norm")),
     }
 
 

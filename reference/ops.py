@@ -24,7 +24,7 @@ class Ops(NamedTuple):
     step: Callable  # (row, tokens of t = 1, constants, memory) -> (o, memory); may reuse the memory
     short_convolution: Callable  # (x : b t c, weight : c w, bias, activation, taps, cu_seqlens) -> (y, taps)
     token_shift: Callable  # (x : b t d, last : b d, cu_seqlens) -> (the token before each, last)
-    attention: Callable  # (q : b t h d, k : b t g d, v, past, cu_seqlens) -> (o, past)
+    attention: Callable  # (q : b t h d, k : b t g d, v : b t g e, past, cu_seqlens, window, scale) -> (o, past)
     experts: Callable  # (x : n d, routing, w13 : e 2f d, w2 : e d f) -> y : n d
     norm: Callable  # (x, weight, eps, gate, activation) -> RMS norm over the last axis
     token_losses: Callable  # (x : n d, head : vocabulary d, labels : n) -> cross entropy of each token, 0 where -100

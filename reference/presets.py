@@ -4,8 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from reference.lsm import LSM
+from reference.mixers.softmax import ATTENTION
 from reference.routers import ROUTER
 
+LATENT_SIZES = ("latent_rank", "query_rank", "nope_size", "latent_value_size")
 LETTERS = {"L": "linear", "N": "softmax attention", "E": "experts", "D": "dense"}
 
 
@@ -25,8 +27,28 @@ class Model:
     """Of the residual stream."""
     heads: int = 4
     """Of L and of N."""
+    attention: Literal[tuple(ATTENTION)] = "grouped"
+    """The softmax attention of every N: heads of keys and values, or a latent from which all heads read theirs."""
+    window: int | None = None
+    """Tokens that a token of N sees, itself included (None: all before it)."""
+    head_size: int | None = None
+    """Of one head of N (None: width / heads)."""
     key_heads: int | None = None
-    """Key and value heads of N that the query heads share (None: as many as heads)."""
+    """Key and value heads of grouped attention that the query heads share (None: as many as heads)."""
+    qk_norm: bool = False
+    """Whether grouped attention has an RMS norm on each head's query and key."""
+    attention_gate: bool = False
+    """Whether a sigmoid gates the output of N, channel by channel."""
+    latent_rank: int | None = None
+    """Of latent attention's keys and values: what is kept of a token (None: four heads, as published)."""
+    query_rank: int | None = None
+    """Of latent attention's queries (None: full)."""
+    nope_size: int | None = None
+    """Of one head's key in latent attention that has no position (None: a head)."""
+    rope_size: int | None = None
+    """Of the key that latent attention's heads share and that turns with the position (None: half a head)."""
+    latent_value_size: int | None = None
+    """Of one head's value in latent attention (None: a head)."""
     key_size: int | None = None
     """Of one head of L (None: as published for the model)."""
     value_size: int | None = None
@@ -65,6 +87,8 @@ class Model:
     """Hidden channels of a D."""
     rope_base: float = 10000.0
     """Longest wavelength of the rotary positions, over 2 pi."""
+    rope_share: float = 1.0
+    """Part of a head of N (in latent attention: of its shared key) that turns with the position (0: none, NoPE)."""
     tied: bool = False
     """Whether the output head is the embedding."""
     dropout: float = 0.0
@@ -81,22 +105,36 @@ class Model:
             raise ValueError(f"unknown linear sequence model {self.lsm!r}; expected one of {', '.join(LSM)}")
         if self.router not in ROUTER:
             raise ValueError(f"unknown router {self.router!r}; expected one of {', '.join(ROUTER)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"unknown attention {self.attention!r}; expected one of {', '.join(ATTENTION)}")
         for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("convolution", "key_heads", "key_size", "value_size"):
+        for name in ("convolution", "key_heads", "key_size", "value_size", "window", "head_size", *LATENT_SIZES):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.width % self.heads:
+        if self.rope_size is not None and self.rope_size < 0:
+            raise ValueError(f"rope_size is {self.rope_size}; it must be at least 0")
+        if self.width % self.heads and (self.head_size is None or "L" in self.pattern):
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
         if self.heads % (self.key_heads or self.heads):
             raise ValueError(f"{self.heads} heads cannot share {self.key_heads} key_heads: heads must be a multiple")
-        if "N" in self.pattern and self.width // self.heads % 2:
-            raise ValueError(f"a head of {self.width // self.heads} channels cannot rotate: width / heads must be even")
+        if not 0 <= self.rope_share <= 1:
+            raise ValueError(f"rope_share is {self.rope_share}; it must be at least 0 and at most 1")
+        if "N" in self.pattern:
+            self.check_turning()
         if self.top_k > self.experts and "E" in self.letters:
             raise ValueError(f"top_k {self.top_k} needs at least as many experts, got {self.experts}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def check_turning(self) -> None:
+        """Channels turn in pairs; a share above 0 must turn one at least, if there is anything to turn."""
+        kind = ATTENTION[self.attention]
+        size, turning = kind.may_turn(self), kind.turning(self)
+        if turning % 2 or (size and self.rope_share and not turning):
+            asked = f"rope_share {self.rope_share} of a head of {size}"
+            raise ValueError(f"{asked}: {turning} channels cannot rotate, they turn in pairs, use an even number")
 
     @property
     def letters(self) -> str:

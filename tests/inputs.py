@@ -64,6 +64,14 @@ def pieces(x, start, stop):
     return {name: y[:, start:stop] for name, y in x.items()}
 
 
+def unpadded(state):
+    """The tensors of a mixer's state. The rows of a cache end at their length: behind it there is padding."""
+    if "length" not in getattr(state, "_fields", ()):
+        return () if state is None else tuple(state)
+    lengths = state.length.tolist()
+    return (state.length, *(row[:n] for part in state[:-1] for row, n in zip(part, lengths, strict=True)))
+
+
 def assert_within_budget(got, plain, exact, what=""):
     """`got` may be twice as far from `exact` (float64) as `plain`, the reference in the same dtype, plus a rounding."""
 

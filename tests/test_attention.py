@@ -1,4 +1,4 @@
-"""Softmax attention, its cache and its rotary positions against formulas written out."""
+"""Softmax attention, its window, its cache and its rotary positions against formulas written out."""
 
 import math
 from itertools import pairwise
@@ -17,43 +17,75 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def qkv(b, t, h=2, g=2, d=4, seed=0):
-    return draw(b, t, h, d, seed=seed), draw(b, t, g, d, seed=seed + 1), draw(b, t, g, d, seed=seed + 2)
+def qkv(b, t, h=2, g=2, d=4, seed=0, e=None):
+    return draw(b, t, h, d, seed=seed), draw(b, t, g, d, seed=seed + 1), draw(b, t, g, e or d, seed=seed + 2)
 
 
-def naive(q, k, v):
-    """One sequence whose queries are the last of its tokens: t h d, s g d, s g d -> t h d."""
+def naive(q, k, v, window=None, scale=None):
+    """One sequence whose queries are the last of its tokens: t h d, s g d, s g e -> t h e."""
     t, h, d = q.shape
-    s, g, _ = k.shape
-    o = torch.zeros_like(q)
+    s, g, e = v.shape
+    o = q.new_zeros(t, h, e)
     for i in range(t):
+        last = s - t + i
+        seen = range(0 if window is None else max(0, last - window + 1), last + 1)
         for head in range(h):
             shared = head // (h // g)  # neighbours share
-            weights = [math.exp(sum(q[i, head] * k[j, shared]) / math.sqrt(d)) for j in range(s - t + i + 1)]
-            for j, weight in enumerate(weights):
+            weights = [math.exp(sum(q[i, head] * k[j, shared]) * (scale or d**-0.5)) for j in seen]
+            for j, weight in zip(seen, weights, strict=True):
                 o[i, head] += weight / sum(weights) * v[j, shared]
     return o
 
 
-@given(t=st.integers(0, 6), g=st.integers(1, 2), share=st.integers(1, 3), d=st.integers(1, 4), seed=st.integers(0, 99))
-def test_attention_is_its_formula(t, g, share, d, seed):
-    q, k, v = qkv(2, t, g * share, g, d, seed)
-    o, past = attention(q, k, v)
+def kept(n, window):
+    """How many of n tokens a later one can see."""
+    return n if window is None else min(n, window - 1)
+
+
+WINDOW = st.sampled_from([None, None, 1, 2, 3, 5])
+SCALE = st.sampled_from([None, 0.3])
+
+
+@given(
+    t=st.integers(0, 6),
+    g=st.integers(1, 2),
+    share=st.integers(1, 3),
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    window=WINDOW,
+    scale=SCALE,
+    seed=st.integers(0, 99),
+)
+def test_attention_is_its_formula(t, g, share, sizes, window, scale, seed):
+    q, k, v = qkv(2, t, g * share, g, sizes[0], seed, sizes[1])
+    o, past = attention(q, k, v, window=window, scale=scale)
     for i in range(2):
-        torch.testing.assert_close(o[i], naive(q[i], k[i], v[i]), **close)
-    assert torch.equal(past.k, k) and torch.equal(past.v, v) and past.length.tolist() == [t, t]
+        torch.testing.assert_close(o[i], naive(q[i], k[i], v[i], window, scale), **close)
+    first = t - kept(t, window)
+    assert torch.equal(past.k, k[:, first:]) and torch.equal(past.v, v[:, first:])
+    assert past.length.tolist() == [t - first] * 2
 
 
-@given(lengths=st.lists(st.sampled_from([0, 1, 1, 3, 6]), min_size=1, max_size=5), g=st.sampled_from([1, 2, 4]))
-def test_pieces_equal_the_whole(lengths, g):
-    q, k, v = qkv(2, sum(lengths), 4, g)
-    whole, wanted = attention(q, k, v)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 1, 3, 6]), min_size=1, max_size=5),
+    g=st.sampled_from([1, 2, 4]),
+    window=WINDOW,
+)
+def test_pieces_equal_the_whole(lengths, g, window):
+    q, k, v = qkv(2, sum(lengths), 4, g, e=3)
+    whole, wanted = attention(q, k, v, window=window)
     o, past = [], None
     for a, b in pairwise([0, *torch.tensor(lengths).cumsum(0).tolist()]):
-        y, past = attention(q[:, a:b], k[:, a:b], v[:, a:b], past)
+        y, past = attention(q[:, a:b], k[:, a:b], v[:, a:b], past, window=window)
         o.append(y)
+        assert past.k.shape[1] == past.v.shape[1] == kept(b, window)
     torch.testing.assert_close(torch.cat(o, 1), whole, **close)
     assert all(torch.equal(a, b) for a, b in zip(past, wanted, strict=True))
+
+
+def test_what_a_window_forgets_takes_no_memory():
+    """The cache after a long text is a copy of its end, not a view of it."""
+    _, past = attention(*qkv(1, 100), window=4)
+    assert past.k.untyped_storage().nbytes() == past.v.untyped_storage().nbytes() == 3 * 2 * 4 * 8
 
 
 def padded(parts, fill):
@@ -67,18 +99,21 @@ def padded(parts, fill):
 @given(
     before=st.lists(st.sampled_from([0, 1, 2, 5, 9]), min_size=1, max_size=4),
     t=st.sampled_from([0, 1, 1, 2, 7]),
+    window=WINDOW,
     seed=st.integers(0, 99),
 )
-def test_rows_with_uneven_pasts(before, t, seed):
+def test_rows_with_uneven_pasts(before, t, window, seed):
     b = len(before)
     parts = [tuple(draw(n, 1, 4, seed=seed + i) for i in (10, 11)) for n in before]
     q, k, v = qkv(b, t, 2, 1, seed=seed)
-    o, past = attention(q, k, v, padded(parts, 50.0))
-    assert past.length.tolist() == [n + t for n in before]
+    o, past = attention(q, k, v, padded(parts, 50.0), window=window)
+    assert past.length.tolist() == [kept(n + t, window) for n in before]
     for i, (old_k, old_v) in enumerate(parts):
         all_k, all_v = torch.cat([old_k, k[i]]), torch.cat([old_v, v[i]])
-        torch.testing.assert_close(o[i], naive(q[i], all_k, all_v), **close)
-        assert torch.equal(past.k[i, : len(all_k)], all_k) and torch.equal(past.v[i, : len(all_v)], all_v)
+        torch.testing.assert_close(o[i], naive(q[i], all_k, all_v, window), **close)
+        last = kept(len(all_k), window)
+        for got, wanted in ((past.k, all_k), (past.v, all_v)):
+            assert torch.equal(got[i, :last], wanted[len(wanted) - last :])
 
 
 @st.composite
@@ -87,15 +122,15 @@ def borders(draw, n):
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-@given(data=st.data(), n=st.integers(1, 4), seed=st.integers(0, 99))
-def test_packed_documents_with_pasts_equal_each_alone(data, n, seed):
+@given(data=st.data(), n=st.integers(1, 4), window=WINDOW, scale=SCALE, seed=st.integers(0, 99))
+def test_packed_documents_with_pasts_equal_each_alone(data, n, window, scale, seed):
     state, alone = None, [None] * n
     for turn in range(3):
         cu_seqlens = data.draw(borders(n))
         q, k, v = qkv(1, int(cu_seqlens[-1]), 2, 1, seed=seed + turn)
-        o, state = attention(q, k, v, state, cu_seqlens)
+        o, state = attention(q, k, v, state, cu_seqlens, window, scale)
         for i, (a, b) in enumerate(pairwise(cu_seqlens.tolist())):
-            own, alone[i] = attention(q[:, a:b], k[:, a:b], v[:, a:b], alone[i])
+            own, alone[i] = attention(q[:, a:b], k[:, a:b], v[:, a:b], alone[i], None, window, scale)
             torch.testing.assert_close(o[:, a:b], own, **close)
             end = int(alone[i].length)
             assert int(state.length[i]) == end
@@ -104,12 +139,15 @@ def test_packed_documents_with_pasts_equal_each_alone(data, n, seed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients(packed):
-    inputs = [*qkv(1, 5, 2, 1, 2), draw(1, 3, 1, 2, seed=7), draw(1, 3, 1, 2, seed=8)]
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients(packed, window):
+    """Of the outputs and of the cache, from the inputs and the past."""
+    inputs = [*qkv(1, 5, 2, 1, 2, e=3), draw(1, 3, 1, 2, seed=7), draw(1, 3, 1, 3, seed=8)]
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32) if packed else None
 
     def run(q, k, v, old_k, old_v):
-        return attention(q, k, v, Past(old_k, old_v, torch.tensor([2])), cu_seqlens)[0]
+        o, past = attention(q, k, v, Past(old_k, old_v, torch.tensor([2])), cu_seqlens, window)
+        return o, past.k, past.v
 
     assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs])
 
@@ -124,9 +162,17 @@ def test_bad_inputs_give_one_line():
         attention(q, k[:, :, :2], v[:, :, :2], cu_seqlens=packed)
     with pytest.raises(ValueError, match="must rise from 0 to t = 5"):
         attention(q[:1], k[:1, :, :2], v[:1, :, :2], cu_seqlens=packed - 1)
-    with pytest.raises(ValueError, match="heads of 5 channels cannot rotate") as caught:
-        rotate(draw(1, 2, 2, 5), torch.arange(2)[None])
-    assert "\n" not in str(caught.value)
+    for channels, message in (
+        (None, "heads of 5 channels cannot rotate"),
+        (6, "6 channels cannot rotate in heads of 5"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            rotate(draw(1, 2, 2, 5), torch.arange(2)[None], channels=channels)
+        assert "\n" not in str(caught.value)
+    for window in (0, -1):
+        with pytest.raises(ValueError, match=f"window is {window}; it must be at least 1") as caught:
+            attention(q[:, :, :3], k, v, window=window)
+        assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------- positions
@@ -143,6 +189,14 @@ def test_rotation_is_a_complex_product(half, base, seed):
         turned = z[..., i] * torch.exp(1j * positions.double() * base ** (-2 * i / (2 * half)))[..., None]
         torch.testing.assert_close(y[..., i], turned.real, **close)
         torch.testing.assert_close(y[..., i + half], turned.imag, **close)
+
+
+@given(c=st.sampled_from([0, 2, 4, 6]), seed=st.integers(0, 99))
+def test_the_first_channels_rotate_as_a_head_of_their_own(c, seed):
+    x, positions = draw(2, 3, 2, 6, seed=seed), torch.arange(6).view(2, 3)
+    y = rotate(x, positions, channels=c)
+    assert torch.equal(y[..., :c], rotate(x[..., :c], positions)) and torch.equal(y[..., c:], x[..., c:])
+    assert (y[:, 1:, :, :c] != x[:, 1:, :, :c]).all()
 
 
 @given(

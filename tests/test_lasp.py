@@ -69,11 +69,11 @@ def call_shift():
     return call, lambda b, t: ({"x": draw(b, t, 4)}, {})
 
 
-def call_attention():
+def call_attention(window=None, scale=None, value=3):
     def call(ops, x, cu_seqlens):
-        return ops.attention(x["q"], x["k"], x["v"], None, cu_seqlens)[0]
+        return ops.attention(x["q"], x["k"], x["v"], None, cu_seqlens, window, scale)[0]
 
-    return call, lambda b, t: ({"q": draw(b, t, 4, 3), "k": draw(b, t, 2, 3), "v": draw(b, t, 2, 3)}, {})
+    return call, lambda b, t: ({"q": draw(b, t, 4, 3), "k": draw(b, t, 2, 3), "v": draw(b, t, 2, value, seed=1)}, {})
 
 
 def draw(*shape, seed=0):
@@ -83,7 +83,15 @@ def draw(*shape, seed=0):
 AFFINE = [name for name in LSM if transition(LSM[name]) is not None]
 CALLS = {name: call_row(name) for name in AFFINE}
 CALLS |= {f"convolution {w}": call_convolution(w) for w in (1, 2, 4)}
-CALLS |= {"token_shift": call_shift(), "attention": call_attention()}
+CALLS |= {"token_shift": call_shift()}
+ATTENTION = {
+    "attention": {},
+    "attention, window 1": {"window": 1},
+    "attention, window 4": {"window": 4},
+    "attention, window 8": {"window": 8, "value": 5},
+    "attention, latent": {"scale": 0.3, "value": 5},
+}
+CALLS |= {name: call_attention(**how) for name, how in ATTENTION.items()}
 CASES = list(itertools.product(CALLS, SEGMENTS, PACKED))
 
 
@@ -216,7 +224,7 @@ def numbers(what: str) -> tuple[int, int]:
     return 2 * reach * reach, 2 * reach * 4
 
 
-@pytest.mark.parametrize("what", [name for name in CALLS if name not in ("attention", "convolution 1")])
+@pytest.mark.parametrize("what", [name for name in CALLS if name not in (*ATTENTION, "convolution 1")])
 def test_one_gather_each_way_of_a_size_that_does_not_know_the_length(what, counters):
     A, S = numbers(what)
     for rank, t in itertools.product(counters, (6, 12)):
@@ -226,11 +234,12 @@ def test_one_gather_each_way_of_a_size_that_does_not_know_the_length(what, count
         assert backward.received["gather"] == (W - 1) * S * 8
 
 
-def test_attention_receives_keys_and_values_once_each_way(counters):
+@pytest.mark.parametrize("what", ATTENTION)
+def test_attention_receives_keys_and_values_once_each_way(what, counters):
     for rank, t in itertools.product(counters, (6, 12)):
-        forward, backward = rank["attention", t]
+        forward, backward = rank[what, t]
         assert dict(forward.calls) == {"gather": 2} and dict(backward.calls) == {"scatter": 1}
-        tokens = 2 * t * 2 * (3 + 3) * 8
+        tokens = 2 * t * 2 * (3 + ATTENTION[what].get("value", 3)) * 8
         assert forward.received["gather"] == (W - 1) * (tokens + 16)
         assert backward.received["scatter"] == (W - 1) * tokens
 
@@ -260,9 +269,8 @@ BATCHES = [batch_of((7, 1, 13)), batch_of((4, 9)), batch_of((2,))]  # two tokens
 def train(lsm: str, degrees: mesh.Degrees, recompute: bool):
     """Three steps; the losses, the norms, and the parameters after them."""
     place = mesh.make(degrees, torch.device("cpu"))
-    config = Model(
-        pattern="LNE", lsm=lsm, width=8, heads=2, vocabulary=11, experts=4, expert_width=4, dropout=0.1, dense_width=8
-    )
+    sizes = {"width": 8, "heads": 2, "vocabulary": 11, "experts": 4, "expert_width": 4, "dense_width": 8}
+    config = Model(pattern="LNE", lsm=lsm, dropout=0.1, **sizes | TRAINED[lsm])
     model = LanguageModel(config, mesh.over(ops, place)).double()
     how = starts(model)
     if recompute:
@@ -290,7 +298,13 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool):
 
 
 MESHES = [(mesh.Degrees(sequence=3), False), (mesh.Degrees(sequence=3), True), (mesh.Degrees(data=3), False)]
-TRAINED = ("rwkv6", "gated_delta_net", "mamba2", "retention", "mom_gla")
+TRAINED = {  # with the softmax attention beside them
+    "rwkv6": {},
+    "gated_delta_net": {"window": 3, "qk_norm": True, "attention_gate": True, "rope_share": 0.5},
+    "mamba2": {"attention": "latent", "query_rank": 3},
+    "retention": {"attention": "latent", "window": 3},
+    "mom_gla": {},
+}
 
 
 def train_all():

@@ -11,17 +11,25 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from inputs import unpadded
 from oracles import ORACLES
 from oracles.common import Heads, draw, rms, silu
 from oracles.linear_attention import elu_features
 from reference import mixers, ops
-from reference.attention import Past
 from reference.lsm import LSM
-from reference.mixers.softmax import Softmax
+from reference.mixers.softmax import ATTENTION, Latents
 from reference.model import Side, state_bytes
 from reference.presets import Model
 
-MIXERS = [*LSM, "softmax"]
+SOFTMAX = {
+    "softmax": {},
+    "window": {"window": 4},
+    "partial": {"rope_share": 0.5, "head_size": 8, "qk_norm": True, "attention_gate": True},
+    "nope": {"rope_share": 0.0},
+    "latent": {"attention": "latent", "latent_value_size": 5},
+    "latent, window": {"attention": "latent", "query_rank": 7, "window": 5},
+}
+MIXERS = {name: {"lsm": name} for name in LSM} | SOFTMAX
 every = pytest.mark.parametrize("name", MIXERS)
 
 
@@ -31,9 +39,9 @@ class Layer(torch.nn.Module):
     def __init__(self, name, number=1, layers=3, seed=0, dtype=torch.float64, ops=ops, **sizes):
         super().__init__()
         sizes = {"width": 12, "heads": 2, "key_size": 4, "value_size": 6, "key_heads": 1} | sizes
-        config = Model(lsm="gla" if name == "softmax" else name, **sizes)
-        if name == "softmax":
-            self.inner, common = Softmax(config, ops), {}
+        config = Model(**MIXERS[name] | sizes)
+        if name in SOFTMAX:
+            self.inner, common = ATTENTION[config.attention](config, ops), {}
         else:
             self.inner, common = mixers.build(config, number, layers, ops), mixers.kind(name).common(config, layers)
         self.common = torch.nn.ParameterDict(common)
@@ -63,12 +71,12 @@ def no_kernels_behind_the_oracle(monkeypatch):
 
 
 def test_every_mixer_has_an_oracle():
-    assert {oracle.lsm for oracle in ORACLES.values()} == set(MIXERS)
+    assert {oracle.mixer for oracle in ORACLES.values()} == set(MIXERS)
 
 
 @pytest.mark.parametrize("oracle", ORACLES.values(), ids=ORACLES)
 def test_layers_equal_their_oracles(oracle):
-    layer = Layer(oracle.lsm, dtype=oracle.dtype, **oracle.layer)
+    layer = Layer(oracle.mixer, dtype=oracle.dtype, **oracle.layer)
     run = oracle.make()
     x = draw(2, oracle.t, oracle.layer["width"], seed=1, dtype=oracle.dtype)
     weights = dict(layer.named_parameters())
@@ -100,13 +108,7 @@ close = {"rtol": 1e-8, "atol": 1e-9}
 
 def same_state(got, wanted):
     assert type(got) is type(wanted)
-    if isinstance(got, Past):  # behind a sequence's length there is padding
-        assert torch.equal(got.length, wanted.length)
-        for i, n in enumerate(got.length.tolist()):
-            torch.testing.assert_close(got.k[i, :n], wanted.k[i, :n], **close)
-            torch.testing.assert_close(got.v[i, :n], wanted.v[i, :n], **close)
-        return
-    for a, b in zip(got, wanted, strict=True):
+    for a, b in zip(unpadded(got), unpadded(wanted), strict=True):
         torch.testing.assert_close(a, b, **close)
 
 
@@ -167,7 +169,8 @@ def test_no_token_sees_a_later_one_or_another_row(name):
     layer, x = Layer(name), draw(3, 11, 12).requires_grad_()
     gradient = torch.autograd.grad(layer(x)[0][1, 6].sum(), x)[0].abs().amax(-1)
     assert gradient[0].max() == gradient[2].max() == gradient[1, 7:].max() == 0
-    assert gradient[1, :7].min() > 0
+    first = max(7 - MIXERS[name].get("window", 7), 0)
+    assert gradient[1, first:7].min() > 0 and not gradient[1, :first].any()
 
 
 @every
@@ -181,11 +184,11 @@ def test_no_packed_token_sees_another_document(name):
 
 @every
 @torch.no_grad()
-def test_only_softmax_attention_keeps_the_text(name):
+def test_only_softmax_attention_without_a_window_keeps_the_text(name):
     layer = Layer(name)
-    few, many = (state_bytes(layer(draw(2, t, 12))[1]) for t in (3, 40))
+    few, many = (state_bytes(layer(draw(2, t, 12))[1]) for t in (5, 40))
     assert few > 0
-    assert many > few if name == "softmax" else many == few
+    assert many > few if name in SOFTMAX and "window" not in MIXERS[name] else many == few
 
 
 @every
@@ -202,9 +205,63 @@ def test_half_precision_layers_keep_a_wide_memory(name):
     x = draw(2, 20, 12, dtype=torch.bfloat16)
     y, state = half(x)
     assert y.dtype == torch.bfloat16
-    assert name == "softmax" or state.memory.dtype == torch.float32
+    assert name in SOFTMAX or state.memory.dtype == torch.float32
     wanted = exact(x.double())[0]
     assert (y - wanted).norm() < 0.03 * wanted.norm()
+
+
+# ------------------------------------------------------------------------------------------- latent attention
+
+
+@given(
+    before=st.lists(st.sampled_from([0, 1, 2, 6]), min_size=1, max_size=3),
+    heads=st.integers(1, 3),
+    sizes=st.tuples(*[st.integers(1, 5)] * 3),
+    shared=st.sampled_from([0, 2, 4]),
+    window=st.sampled_from([None, 1, 3]),
+    seed=st.integers(0, 99),
+)
+def test_one_token_is_answered_in_the_latent_space(before, heads, sizes, shared, window, seed):
+    """Without a key or value of any head, and equal to attention over all of them: outputs, caches and gradients."""
+    names = ("latent_rank", "nope_size", "latent_value_size")
+    how = dict(zip(names, sizes, strict=True)) | {"heads": heads, "rope_size": shared, "window": window}
+    layer = Layer("latent", seed=seed, **how).inner
+    b, c = len(before), sizes[0] + shared
+    past, x = draw(b, max(before), c, seed=seed).requires_grad_(), draw(b, 1, 12, seed=seed + 1).requires_grad_()
+    state, at = Latents(past, torch.tensor(before)), Side(torch.tensor(before)[:, None])
+    asked = layer.queries(x, at), layer.latents(x, at), state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "keys_and_values", None)
+        o, own = layer.absorbed(*asked)
+        assert torch.equal(layer(x, at, state)[0], layer.output(o, x))
+    wanted, kept = layer.expanded(*asked)
+    push, leaves = draw(*o.shape, seed=seed + 2), [past, x, layer.up.weight, layer.q.weight, layer.down.weight]
+    again = {"materialize_grads": True, "retain_graph": True}  # queries and latents are common to both
+    pairs = [torch.autograd.grad((y * push).sum(), leaves, **again) for y in (o, wanted)]
+    for got, exact in zip((o, *pairs[0]), (wanted, *pairs[1]), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(p, q) for p, q in zip(unpadded(own), unpadded(kept), strict=True))
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_latents_take_the_same_memory_whatever_the_heads(heads):
+    layer = Layer("latent", heads=heads, head_size=6, latent_rank=8, rope_size=4)
+    assert state_bytes(layer(draw(3, 7, 12))[1]) == 3 * 7 * (8 + 4) * 8 + 3 * 8
+
+
+@torch.no_grad()
+def test_attention_knows_positions_by_their_distance_or_not_at_all():
+    """NoPE layers give the same whatever the positions; the others the same if all move, another if they stretch."""
+    x, places = draw(2, 9, 12), torch.arange(9).expand(2, 9)
+    for name, how in [*SOFTMAX.items(), ("latent", {"rope_share": 0.0}), ("latent", {"rope_size": 0})]:
+        turns = how.get("rope_share") != 0 and how.get("rope_size") != 0
+        layer = Layer(name, **how).inner
+        y, moved, stretched = (layer(x, Side(at))[0] for at in (places, places + 1000, 3 * places))
+        torch.testing.assert_close(moved, y, **close)
+        assert torch.equal(stretched, y) != turns, name
+
+
+# ------------------------------------------------------------------------------------------- single models
 
 
 @pytest.mark.parametrize("peak", [0, 1, 2])

@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from inputs import unpadded
 from reference import exact, ops
-from reference.attention import Past
 from reference.lsm import LSM
 from reference.model import LanguageModel, decayed, dropout, initialize, noise, starts, state_bytes
 from reference.presets import Model
@@ -55,13 +55,6 @@ def same_state(got, wanted):
             torch.testing.assert_close(x, y, **close)
 
 
-def unpadded(mixer):
-    """A cache's rows end at their length."""
-    if isinstance(mixer, Past):
-        return [row[:n] for part in mixer[:2] for row, n in zip(part, mixer.length.tolist(), strict=True)]
-    return () if mixer is None else mixer
-
-
 def part_of(state, i):
     """The state of sequence (document) i alone."""
     rows = [None if m is None else type(m)(*(x[i : i + 1] for x in m)) for m in state.mixers]
@@ -71,6 +64,7 @@ def part_of(state, i):
 # ----------------------------------------------------------------------------------------- texts and their pieces
 
 CASES = [{"pattern": p} for p in PATTERNS] + [{"pattern": "NL", "lsm": name} for name in LSM]
+CASES += [{"pattern": "NL", "window": 3}, {"pattern": "NL", "attention": "latent"}]
 CASES += [{"pattern": "LN", "router": name, "groups": 1} for name in ROUTER]
 stable = [c for c in CASES if ROUTER[c.get("router", "linear_moe")].prefix_stable]
 
@@ -447,10 +441,16 @@ def test_a_model_made_without_memory_begins_the_same():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("lsm", LSM)
-def test_starts_and_decay_know_every_parameter(lsm):
+KINDS = [{"lsm": name} for name in LSM] + [
+    {"qk_norm": True, "attention_gate": True},
+    {"attention": "latent", "query_rank": 4, "attention_gate": True},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=names(KINDS))
+def test_starts_and_decay_know_every_parameter(kind):
     """Weight decay is for the matrices that multiply activations; what starts at a value of its own is left alone."""
-    model = make(lsm=lsm, pattern="LDNE", shared_width=4, shared_gate=True)
+    model = make(**kind, pattern="LDNE", shared_width=4, shared_gate=True)
     weights = dict(model.named_parameters())
     assert set(starts(model)) == set(weights)
     falls = decayed(model)
@@ -463,13 +463,13 @@ def test_starts_and_decay_know_every_parameter(lsm):
             assert name in falls, name
 
 
-@pytest.mark.parametrize("lsm", LSM)
-def test_parameters_begin_where_they_should(lsm):
-    model = make(lsm=lsm, pattern="LLN", width=64, heads=4, shared_width=8, router="deepseek_v3")
+@pytest.mark.parametrize("kind", KINDS, ids=names(KINDS))
+def test_parameters_begin_where_they_should(kind):
+    model = make(**kind, pattern="LLN", width=64, heads=4, shared_width=8, router="deepseek_v3")
     initialize(model, 0)
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         last, x = name.split(".")[-1], weight.detach()
-        if last == "norm":
+        if last.endswith("norm"):
             assert (x == 1).all(), name
         elif name in decayed(model):
             assert abs(x.std() - 0.02) < 0.02 * 5 / math.sqrt(2 * x.numel()) and abs(x.mean()) < 0.1 / math.sqrt(
@@ -479,7 +479,7 @@ def test_parameters_begin_where_they_should(lsm):
             step = nn.functional.softplus(x)
             assert step.min() > 0.99e-3 and step.max() < 0.101
         elif last == "A_log":
-            assert x.exp().max() <= 16 and x.exp().min() >= (1e-4 if lsm == "gated_delta_net" else 1)
+            assert x.exp().max() <= 16 and x.exp().min() >= (1e-4 if model.config.lsm == "gated_delta_net" else 1)
         elif last == "conv":
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± w^-1/2
         elif last == "D":

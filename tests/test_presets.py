@@ -113,7 +113,20 @@ BAD = {
     },
     "divide": ({"width": 130, "heads": 4}, "width 130 does not divide into 4 heads"),
     "share": ({"heads": 4, "key_heads": 3}, "4 heads cannot share 3 key_heads"),
-    "odd": ({"width": 12, "heads": 4}, "3 channels cannot rotate: width / heads must be even"),
+    **{
+        name: ({name: 0}, f"{name} is 0; it must be at least 1")
+        for name in ("window", "head_size", "latent_rank", "query_rank", "nope_size", "latent_value_size")
+    },
+    "rope_size": ({"rope_size": -1}, "rope_size is -1; it must be at least 0"),
+    "attention": ({"attention": "sparse"}, "unknown attention 'sparse'; expected one of grouped, latent"),
+    "told heads": ({"width": 130, "heads": 4, "head_size": 32}, "width 130 does not divide into 4 heads"),
+    "odd": ({"width": 12, "heads": 4}, "share 1.0 of a head of 3: 3 channels cannot rotate, they turn in pairs"),
+    "odd told": ({"head_size": 5}, "share 1.0 of a head of 5: 5 channels cannot rotate"),
+    "odd share": ({"rope_share": 0.1}, "share 0.1 of a head of 32: 3 channels cannot rotate"),
+    "lost share": ({"rope_share": 0.01}, "share 0.01 of a head of 32: 0 channels cannot rotate"),
+    "odd latent": ({"attention": "latent", "rope_size": 3}, "share 1.0 of a head of 3: 3 channels cannot rotate"),
+    "share above": ({"rope_share": 1.5}, "rope_share is 1.5; it must be at least 0 and at most 1"),
+    "share below": ({"rope_share": -0.5}, "rope_share is -0.5; it must be at least 0 and at most 1"),
     "top_k": ({"top_k": 9}, "top_k 9 needs at least as many experts, got 8"),
     "dropout 1": ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
     "dropout below": ({"dropout": -0.1}, "dropout is -0.1; it must be at least 0 and below 1"),
@@ -131,6 +144,10 @@ def test_what_cannot_be_built_gives_one_line(case):
 def test_rules_only_bind_what_the_model_has():
     Model(pattern="LD", top_k=9)  # no experts
     Model(pattern="L", width=12, heads=4)  # nothing that rotates
+    Model(width=12, heads=4, rope_share=0.0)
+    Model(attention="latent", rope_size=0)
+    Model(attention="latent", width=12, heads=4)  # what turns is half a head, made even
+    Model(pattern="N", width=130, heads=4, head_size=32)  # heads that the width does not know
     Model(dropout=0.0)
 
 

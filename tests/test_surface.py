@@ -11,6 +11,7 @@ import pytest
 
 import reference
 from reference.lsm import LSM
+from reference.mixers.softmax import ATTENTION
 from reference.ops import Ops
 from reference.routers import ROUTER
 
@@ -159,7 +160,7 @@ def test_comparisons_are_found_in_every_form():
     assert compared(ast.parse(code)) == set("xyzuvws")
 
 
-TABLE = {"reference/lsm.py": LSM, "reference/routers.py": ROUTER}
+TABLE = {"reference/lsm.py": LSM, "reference/routers.py": ROUTER, "reference/mixers/softmax.py": ATTENTION}
 
 
 def test_no_file_compares_the_name_of_a_model_or_router():

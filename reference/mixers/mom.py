@@ -77,6 +77,8 @@ class MixtureOfMemories(nn.Module):
         own = side._replace(positions=side.positions.flatten()[who][None], cu_seqlens=borders)
         tokens, constants, carried = memory.inputs(x[who][None], own, state)
         o, M = self.ops.recurrence(memory.row, tokens, constants, state and state.memory, borders)
+        if not len(who):  # a memory that nobody visits gets a gradient of zeros, not none: optimizers tell them apart
+            o = o + 0 * sum(y.sum() for y in tokens.values())
         return o[0], memory.state(M, *carried)
 
     def stepped(self, memory: Mixer, x: Float[Tensor, "b d"], who: Int[Tensor, " p"], cu_seqlens, side, state):

@@ -92,7 +92,7 @@ def sequence(step, memories):
 
 
 class Oracle(NamedTuple):
-    lsm: str
+    mixer: str  # of the names in tests/test_mixers.py
     make: Callable  # () -> the oracle as a function of our weights and x : b t d
     layer: dict  # our layer's configuration
     t: int = 131
