@@ -1,30 +1,17 @@
 """Inputs for every row of the table in a stable range, and the error budget by which paths are compared."""
 
 import torch
-import torch.nn.functional as F
 
+from reference import example
 from reference.lsm import LSM
 from reference.recurrence import counted, empty
 
 
 def make(name, b=2, t=13, h=2, k=4, v=5, seed=0, dtype=torch.float64, strength=1.0):
     """(row, tokens, constants): unit keys, log-sigmoid gates times `strength`, write strengths in (0, 2)."""
-    row, rng = LSM[name], torch.Generator().manual_seed(seed)
+    gates = {n: lambda x, n=n: example.DRAWN[n](x) * strength for n in example.GATES}
     sizes = {"b": b, "t": t, "h": h, "k": k, "v": v}
-
-    def draw(letters):
-        return torch.randn([sizes[letter] for letter in letters.split()], generator=rng, dtype=torch.float64)
-
-    shape = {
-        "k": lambda x: F.normalize(x, dim=-1),
-        "g": lambda x: F.logsigmoid(x) * strength,
-        "beta": lambda x: 2 * x.sigmoid(),
-    }
-    tokens = {n: shape.get(n, lambda x: x)(draw(s)).to(dtype) for n, s in row.tokens.items()}
-    constants = {n: shape.get(n, lambda x: x)(draw(s)).to(dtype) for n, s in row.constants.items()}
-    if row.update is counted:  # a normaliser divides by the sum of the weights: they must be positive
-        tokens |= {n: tokens[n].abs() + 0.1 for n in ("q", "k")}
-    return row, tokens, constants
+    return LSM[name], *example.inputs(LSM[name], sizes, seed, dtype, {**example.DRAWN, **gates})
 
 
 def start(name, row, tokens, seed=1, n=None):
@@ -51,11 +38,7 @@ def pieces(x, start, stop):
 
 def assert_within_budget(got, plain, exact, what=""):
     """`got` may be twice as far from `exact` (float64) as `plain`, the reference in the same dtype, plus a rounding."""
-
-    def error(y):
-        return (y.double() - exact).abs().max().item() if exact.numel() else 0.0
-
-    scale = exact.abs().max().item() if exact.numel() else 0.0
-    budget = 2 * error(plain) + torch.finfo(got.dtype).eps * scale
+    budget = example.allowed(plain, exact, torch.finfo(got.dtype).eps)
     assert torch.isfinite(got).all(), f"{what}: not finite"
-    assert error(got) <= budget, f"{what}: error {error(got):.1e} > budget {budget:.1e}"
+    error = example.error(got, exact)
+    assert error <= budget, f"{what}: error {error:.1e} > budget {budget:.1e}"
