@@ -24,6 +24,7 @@ def test_the_reference_is_measured_at_every_length(tmp_path, capsys, monkeypatch
     assert said == sides | {("decode step", "forward", None)}
     assert all(x["eager_ms"] > 0 and x["peak_mib"] > 0 for x in found if "eager_ms" in x)
     (mean,) = (x for x in found if x["side"] == "geometric mean")
+    assert mean["row"] == "1 of 1 rows"
     (ratio,) = (x for x in found if x["side"] == "token loop / chunked" and x["tokens"] == 128)
     assert abs(mean["ratio"] / ratio["ratio"] - 1) < 1e-9
     table = capsys.readouterr().out.splitlines()[-2:]
