@@ -1,14 +1,22 @@
 """Every speed in the README comes from here: one JSON line a measurement, and a table.
 
-    python bench.py reference --out bench/results/reference.jsonl                       CPU, two threads, a minute
-    python bench.py kernels --commit $(git rev-parse --short HEAD) --out FILE           needs a GPU
-    python bench.py kernels --rows mamba2 --peer fla --commit HASH --out FILE           beside flash-linear-attention
+    python bench.py reference --out FILE                                       every row on a CPU, half a minute a row
+    python bench.py reference --device cuda --budget 2 --out FILE              the same on a GPU
+    python bench.py drift --out FILE                                           errors over 65,536 tokens
+    python bench.py kernels --commit $(git rev-parse --short HEAD) --out FILE  needs a GPU
+    python bench.py kernels --rows mamba2 --peer fla --commit HASH --out FILE  beside flash-linear-attention
 
-Times are medians over many runs, with the 20th and 80th percentile, of random data; `eager` includes what the host
-needs to launch, `graph` replays a CUDA graph. The floor is each input read once and each output written once at the
-copy bandwidth measured in the same run: forward q k v -> o (4 tensors), forward and backward 11 (the gradient reads
-q k v do and writes dq dk dv), gates included. Before anything is timed both sides must pass the error budget against
-the token loop in float64, with the same inputs. Peers that cannot run are listed as unavailable, with the reason.
+`reference` times the chunk form, the token loop and a decode step in plain PyTorch, and measures their peak memory as
+`reference/peak.py` does. `--budget` bounds the seconds of one run and of its repetitions; a length at which one run
+would take longer, by the time of the length before, is skipped, and a line says so. `drift` compares the chunk form in
+float32 with the token loop in float64 over a long sequence: in all, and in its first, middle and last eighth.
+
+`kernels`: times are medians over many runs, with the 20th and 80th percentile, of random data; `eager` includes what
+the host needs to launch, `graph` replays a CUDA graph. The floor is each input read once and each output written once
+at the copy bandwidth measured in the same run: forward q k v -> o (4 tensors), forward and backward 11 (the gradient
+reads q k v do and writes dq dk dv), gates included. Before anything is timed both sides must pass the error budget
+against the token loop in float64, with the same inputs. Peers that cannot run are listed as unavailable, with the
+reason.
 """
 
 import argparse
@@ -28,24 +36,33 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from reference import chunked
+from reference import chunked, example
 from reference import recurrence as exact
 from reference.lsm import LSM
+from reference.peak import peak as held
 from reference.recurrence import counted
 
 SHAPES = ("8x2048x8x128", "1x16384x8x128", "2x16384x16x128")
 CHECKED = (1, 512, 2)  # b t h of the inputs for the error budget: the token loop in float64 is slow
 TENSORS = {"forward": 4, "forward+backward": 11}
+SIDES = {"token loop": exact.recurrence, "chunked": chunked.recurrence}
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+AVERAGED = 2048  # tokens at which the geometric mean over the rows is taken
 
 
-def main() -> None:
-    args = parser().parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"bench.py {args.command} needs a CUDA GPU; on a CPU there is `bench.py reference`")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    everywhere = facts(args)
+    everywhere, lines = facts(args), []
     with Path(args.out).open("a") as file:  # line by line: what was measured stays when a run is cut off
         for line in COMMANDS[args.command](args):
             print(json.dumps({**everywhere, **line}), file=file, flush=True)
             print(as_text(line), flush=True)
+            lines.append(line)
+    if args.command in TABLES:
+        print("\n" + TABLES[args.command](lines))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,59 +73,252 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--rows", nargs="+", choices=list(LSM), default=None, help="rows of the table (all there are)")
         sub.add_argument("--commit", default=commit(), help="of the code measured")
         sub.add_argument("--out", required=True, help="file of JSON lines, appended to")
-        if name == "reference":
-            sub.add_argument("--threads", type=int, default=2, help="of the CPU")
         if name == "kernels":
+            sub.set_defaults(device="cuda")
             sub.add_argument("--peer", nargs="*", choices=list(PEERS), default=[], help="measure these beside ours")
             sub.add_argument("--shapes", nargs="+", default=list(SHAPES), help="b x t x h x d")
             sub.add_argument("--peer-shapes", nargs="+", default=None, help="shapes for peers that tune (all)")
             sub.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+            continue
+        sub.add_argument("--threads", type=int, default=2, help="of the CPU")
+        if name == "reference":
+            sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+            sub.add_argument("--tokens", nargs="+", type=int, default=list(LENGTHS), help="lengths to measure at")
+            sub.add_argument("--budget", type=float, default=2.0, help="seconds: a run that needs more is skipped")
+        if name == "drift":
+            sub.set_defaults(device="cpu")
+            sub.add_argument("--tokens", type=int, default=65536, help="length of the sequence")
+            sub.add_argument("--size", type=int, default=16, help="of keys and values")
     return top
 
 
-# ------------------------------------------------------------------------------------------------ on the processor
+# ------------------------------------------------------------------------------------------------ in plain PyTorch
 
 
 def reference(args) -> Iterable[dict]:
-    """The chunk form beside the token loop in plain PyTorch: forward and backward, on CPU threads."""
+    """The chunk form beside the token loop and one decode step in plain PyTorch: times and peak memory."""
     torch.set_num_threads(args.threads)
-    b, t, h, d = shape = (1, 2048, 4, 64)
-    ratios = []
-    for name in progress(args.rows or list(LSM)):
-        row, tokens, constants = inputs(name, b, t, h, d, torch.float32)
-        given = [x.requires_grad_() for x in tokens.values()]
-        do = torch.randn(b, t, h, d)
-        runs = {}
-        for side, f in (("chunked", chunked.recurrence), ("token loop", exact.recurrence)):
-
-            def both(f=f, row=row, tokens=tokens, constants=constants, given=given, do=do):
-                torch.autograd.grad(f(row, tokens, constants)[0], given, do)
-
-            runs[side] = both
-            both()
-        # in turn, so that a machine whose speed drifts is as fast for one as for the other
-        turns = [(clock(runs["token loop"]), [clock(runs["chunked"]) for _ in range(4)]) for _ in range(5)]
-        seconds = {"chunked": [s for _, many in turns for s in many], "token loop": [s for s, _ in turns]}
-        for side, measured in seconds.items():
-            yield {
-                "row": name,
-                "side": side,
-                "what": "forward+backward",
-                "shape": text(shape),
-                "dtype": "float32",
-                "threads": args.threads,
-                "eager_ms": 1e3 * statistics.median(measured),
-                "spread_ms": [1e3 * min(measured), 1e3 * max(measured)],
-            }
-        ratios.append(statistics.median(seconds["token loop"]) / statistics.median(seconds["chunked"]))
-        yield {"row": name, "side": "token loop / chunked", "what": "ratio", "shape": text(shape), "ratio": ratios[-1]}
-    yield {"row": "all", "side": "geometric mean", "what": "ratio", "ratio": statistics.geometric_mean(ratios)}
+    ratios, names = [], args.rows or list(LSM)
+    for name in progress(names):
+        try:
+            for line in measured(name, args):
+                yield {"row": name, **line, "dtype": "float32", "device": args.device, "threads": args.threads}
+                ratios += [line["ratio"]] if line.get("tokens") == AVERAGED and "ratio" in line else []
+        except Exception as error:  # a row that cannot run must not take the others with it
+            yield {"row": name, "side": "all", "what": "unavailable", "reason": reason(error)}
+    if ratios:
+        mean, rows = statistics.geometric_mean(ratios), f"{len(ratios)} of {len(names)} rows"
+        yield {"row": rows, "side": "geometric mean", "what": "ratio", "tokens": AVERAGED, "ratio": mean}
 
 
-def clock(f: Callable) -> float:
+def measured(name: str, args) -> Iterable[dict]:
+    """One row: its decode step, then each length, shortest first, forward and with backward."""
+    yield decode(name, args)
+    expected: dict[tuple, float] = {}  # seconds a token of (side, what), from the length before
+    for t in sorted(args.tokens):
+        for what in TENSORS:
+            yield from at_length(name, t, what, args, expected)
+
+
+def at_length(name: str, t: int, what: str, args, expected: dict) -> Iterable[dict]:
+    """Chunk form and token loop in turn, so that a machine whose speed drifts is as fast for one as for the other."""
+    b, _, h, d = shape = (1, t, 4, 64)
+    common = {"what": what, "shape": text(shape), "tokens": t}
+    row, tokens, constants = on(args.device, inputs(name, b, t, h, d, torch.float32))
+    runs, memory = {}, {}
+    for side, f in SIDES.items():
+        ahead = t * expected.get((side, what), 0.0)
+        if ahead > args.budget:
+            said = f"one run would take {ahead:.1f} s, more than the budget of {args.budget:g} s"
+            yield {"side": side, **common, "what": "skipped", "of": what, "reason": said}
+            continue
+        run = job(f, row, tokens, constants, what)
+        try:
+            memory[side] = held(run, args.device).bytes / 2**20  # the first run: it warms up, too
+        except NotImplementedError as error:
+            yield {"side": side, **common, "what": "unavailable", "of": what, "reason": reason(error)}
+            continue
+        runs[side] = run
+    seconds = {side: [clock(run, args.device)] for side, run in runs.items()}
+    often = {side: 4 if side == "chunked" and len(runs) > 1 else 1 for side in runs}
+    turn = sum(often[side] * found[0] for side, found in seconds.items())
+    for _ in range(min(5, int(args.budget / turn)) if runs else 0):
+        for side, run in runs.items():
+            seconds[side] += [clock(run, args.device) for _ in range(often[side])]
+    expected |= {(side, what): min(found) / t for side, found in seconds.items()}
+    for side, found in seconds.items():
+        yield {"side": side, **common, **spread(found), "peak_mib": memory[side]}
+    if what == "forward+backward" and len(runs) > 1:
+        ratio = statistics.median(seconds["token loop"]) / statistics.median(seconds["chunked"])
+        yield {"side": "token loop / chunked", **common, "what": "ratio", "ratio": ratio}
+
+
+def job(f: Callable, row, tokens, constants, what: str) -> Callable:
+    """`f` as it is measured: alone and without gradients, or with the gradient of every input with a time axis."""
+    if what == "forward":
+        return torch.no_grad()(lambda: f(row, tokens, constants)[0])
+    given = [x.requires_grad_() for x in tokens.values() if x.is_floating_point()]
+
+    def both():
+        o = f(row, tokens, constants)[0]
+        return torch.autograd.grad(o, given, torch.ones_like(o), allow_unused=True)
+
+    return both
+
+
+def decode(name: str, args) -> dict:
+    """One token after the other through `recurrence.step`: seconds a token, and what one step holds at most."""
+    many, (b, h, d) = 64, (1, 4, 64)
+    row, tokens, constants = on(args.device, inputs(name, b, many, h, d, torch.float32))
+    each = [{n: x[:, i : i + 1] for n, x in tokens.items()} for i in range(many)]
+    memory = exact.recurrence(row, tokens, constants)[1]
+
+    @torch.no_grad()
+    def steps(each=each, M=memory):
+        for x in each:
+            o, M = exact.step(row, x, constants, M)
+        return o, M
+
+    peak_mib = held(lambda: steps(each[:1]), args.device).bytes / 2**20
+    steps()
+    found = [clock(steps, args.device) / many for _ in range(9)]
+    return {
+        "side": "decode step",
+        "what": "forward",
+        "shape": text((b, 1, h, d)),
+        **spread(found),
+        "peak_mib": peak_mib,
+    }
+
+
+def on(device: str, made: tuple) -> tuple:
+    row, *groups = made
+    return row, *({n: x.to(device) for n, x in group.items()} for group in groups)
+
+
+def clock(f: Callable, device: str = "cpu") -> float:
+    """Seconds of one call, until the device is done."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     begin = time.perf_counter()
     f()
+    wait()
     return time.perf_counter() - begin
+
+
+def spread(seconds: list[float]) -> dict:
+    return {
+        "eager_ms": 1e3 * statistics.median(seconds),
+        "spread_ms": [1e3 * min(seconds), 1e3 * max(seconds)],
+        "runs": len(seconds),
+    }
+
+
+def summary(lines: list[dict]) -> str:
+    """A line for each row and length: milliseconds forward, forward with backward, and the latter's peak memory."""
+    kinds = [(side, what) for side in ("chunked", "token loop") for what in TENSORS]
+    titles = "".join(f"{side + ', ms':>16}{'with backward':>16}{'its MiB':>10}" for side in ("chunked", "token loop"))
+    said = [f"{'':28}{'T':>7}{titles}{'a step, ms':>12}"]
+    step = {line["row"]: line["eager_ms"] for line in lines if line["side"] == "decode step"}
+    cells: dict[tuple, dict] = {}
+    for line in lines:
+        if "tokens" in line and line["what"] != "ratio":  # measured, skipped or unavailable
+            cells.setdefault((line["row"], line["tokens"]), {})[line["side"], line.get("of", line["what"])] = line
+    for (name, t), found in cells.items():
+        said.append(f"{name:28}{t:7}")
+        for kind in kinds:
+            line = found.get(kind, {"what": "-"})
+            said[-1] += f"{line['eager_ms']:16.2f}" if "eager_ms" in line else f"{line['what']:>16}"
+            if kind[1] == "forward+backward":
+                said[-1] += f"{line['peak_mib']:10.1f}" if "peak_mib" in line else f"{'-':>10}"
+        said[-1] += f"{step[name]:12.3f}"
+    return "\n".join(said)
+
+
+# ----------------------------------------------------------------------------------------------------------- drift
+
+# How gates are made of ordinary ones (a new row's gates are named in `example.GATES`).
+SETTINGS = {
+    "ordinary": lambda g: g,
+    "lasting": lambda g: 1e-4 * g,  # a memory of ten thousand tokens
+    "extreme": lambda g: example.extreme(g, share=0.5),
+    "rarely extreme": lambda g: example.extreme(1e-4 * g, share=1 / 64),  # about one in every chunk
+}
+
+
+def drift(args) -> Iterable[dict]:
+    """Errors of the chunk form in float32 over a long sequence, and where they are, against the loop in float64."""
+    torch.set_num_threads(args.threads)
+    for name in progress(args.rows or list(LSM)):
+        head = {"row": name, "side": "chunked", "shape": text((1, args.tokens, 1, args.size)), "dtype": "float32"}
+        begin = time.perf_counter()
+        try:
+            found = drifted(name, args.tokens, args.size)
+        except Exception as error:
+            yield {**head, "what": "unavailable", "reason": reason(error)}
+            continue
+        passed = all(x["output"] <= 1 and x["memory"] <= 1 for x in found.values())  # NaN fails
+        verdict = "within budget" if passed else "BUDGET EXCEEDED"
+        yield {**head, "what": "drift", "verdict": verdict, "seconds": time.perf_counter() - begin, "settings": found}
+
+
+@torch.no_grad()
+def drifted(name: str, t: int, size: int) -> dict[str, dict]:
+    """By setting of the gates, which are sequences of one batch where only tokens differ: errors over their budgets."""
+    row = LSM[name]
+    tokens, constants = example.inputs(row, {"b": 1, "t": t, "h": 1, "k": size, "v": size}, dtype=torch.float32)
+    spoilt = [n for n in example.GATES if n in tokens]
+    if any(n in constants for n in example.GATES):  # the same for a whole batch
+        gates = lambda f: {n: f(x) if n in example.GATES else x for n, x in constants.items()}
+        each = {s: judged(row, tokens, gates(SETTINGS[s])) for s in ("ordinary", "lasting")}
+        return {setting: found[0] for setting, found in each.items()}
+    if not spoilt:
+        return {"ordinary": judged(row, tokens, constants)[0]}
+    batch = {n: torch.cat([f(x) if n in spoilt else x for f in SETTINGS.values()]) for n, x in tokens.items()}
+    return dict(zip(SETTINGS, judged(row, batch, constants), strict=True))
+
+
+def judged(row, tokens, constants) -> list[dict]:
+    """For each sequence of the batch, all errors over their budgets: of the outputs, of the last memory, and of the
+    outputs of the first, middle and last eighth of the tokens, each by the budget of that eighth."""
+    wide = [{n: x.double() if x.is_floating_point() else x for n, x in group.items()} for group in (tokens, constants)]
+    runs = {
+        "exact": exact.recurrence(row, *wide),
+        "plain": exact.recurrence(row, tokens, constants),
+        "chunked": chunked.recurrence(row, tokens, constants),
+    }
+    o = {side: run[0] for side, run in runs.items()}
+    M = {side: flat(run[1]) for side, run in runs.items()}
+    t, eighth = o["exact"].shape[1], -(-o["exact"].shape[1] // 8)
+    places = {"first": 0, "middle": (t - eighth) // 2, "last": t - eighth}
+    found = []
+    for i in range(len(o["exact"])):
+        one = {side: x[i] for side, x in o.items()}
+        part = {place: {side: x[a : a + eighth] for side, x in one.items()} for place, a in places.items()}
+        memories = [over({side: M[side][j][i] for side in M}) for j in range(len(M["exact"]))]
+        found.append(
+            {
+                "output": over(one),
+                "memory": max(memories, key=lambda x: (x != x, x)),  # NaN is the worst
+                **{place: over(x) for place, x in part.items()},
+                "error": {place: example.error(x["chunked"], x["exact"]) for place, x in part.items()},
+                "plain_error": {place: example.error(x["plain"], x["exact"]) for place, x in part.items()},
+                "largest": one["exact"].abs().max().item(),
+            }
+        )
+    return found
+
+
+def over(sides: dict) -> float:
+    """The chunk form's error over its budget; exact equality is 0, also where the budget is."""
+    wrong = example.error(sides["chunked"], sides["exact"])
+    budget = example.allowed(sides["plain"], sides["exact"], torch.finfo(torch.float32).eps)
+    return wrong / budget if budget > 0 else (0.0 if wrong == 0 else float("inf"))
+
+
+def flat(memory) -> list:
+    """The tensors of a memory, which may be a tuple of them."""
+    return [memory] if isinstance(memory, torch.Tensor) else [x for part in memory for x in flat(part)]
 
 
 # ------------------------------------------------------------------------------------------------------ on the GPU
@@ -116,8 +326,6 @@ def clock(f: Callable) -> float:
 
 def kernels(args) -> Iterable[dict]:
     """The Triton kernels, and peers on the same inputs, on this GPU."""
-    if not torch.cuda.is_available():
-        sys.exit("bench.py kernels needs a CUDA GPU; on a CPU there is `bench.py reference`")
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # so that a first call's seconds are a first call's
     import fast.recurrence
 
@@ -138,7 +346,7 @@ def kernels(args) -> Iterable[dict]:
                 for shape in where:
                     yield from timed(name, side, f, fast.recurrence.recurrence, shape, dtype, ceiling)
             except Exception as error:
-                yield {**head, "what": "unavailable", "reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                yield {**head, "what": "unavailable", "reason": reason(error)}
             torch.cuda.empty_cache()
 
 
@@ -235,7 +443,7 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
         begin = time.perf_counter()
         run()
         torch.cuda.synchronize()
-        first, extra = time.perf_counter() - begin, peak(run)
+        first, extra = time.perf_counter() - begin, held(run, "cuda").bytes / 2**20
         floor = TENSORS[what] * do.numel() * do.element_size() + gates * (1 if what == "forward" else 3)
         floor_ms = floor / ceiling["copy_gb_s"] / 1e6
         eager, graph = median(run), median(captured(run))
@@ -258,24 +466,11 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
 
 
 def inputs(name: str, b: int, t: int, h: int, d: int, dtype) -> tuple:
-    """(row, tokens, constants): normal queries and values, unit keys, gates near 1 as trained models have them."""
-    row, rng = LSM[name], torch.Generator().manual_seed(0)
-    sizes = {"b": b, "t": t, "h": h, "k": d, "v": d}
-
-    def draw(letters):
-        return torch.randn([sizes[letter] for letter in letters.split()], generator=rng)
-
-    made = {
-        "k": lambda x: F.normalize(x, dim=-1).to(dtype),
-        "g": lambda x: F.logsigmoid(x + 3),
-        "beta": lambda x: x.sigmoid().to(dtype),
-        "u": lambda x: x,
-    }
-    tokens = {n: made.get(n, lambda x: x.to(dtype))(draw(s)) for n, s in row.tokens.items()}
-    constants = {n: made[n](draw(s)) for n, s in row.constants.items()}
-    if row.update is counted:  # a normaliser divides by the sum of the weights: they must be positive
-        tokens |= {n: tokens[n].abs() for n in "qk"}
-    return row, tokens, constants
+    """(row, tokens, constants): tokens in dtype but for gates; gates near 1 as trained models have them."""
+    row, sizes = LSM[name], {"b": b, "t": t, "h": h, "k": d, "v": d}
+    tokens, constants = example.inputs(row, sizes, dtype=torch.float32, drawn=example.TRAINED)
+    narrow = {n for n, x in tokens.items() if x.is_floating_point()} - set(example.GATES)
+    return row, {n: x.to(dtype) if n in narrow else x for n, x in tokens.items()}, constants
 
 
 def median(run: Callable) -> list[float]:
@@ -295,16 +490,6 @@ def captured(run: Callable) -> Callable:
     with torch.cuda.graph(graph):
         graph.kept = run()  # the graph's results live as long as the graph
     return graph.replay
-
-
-def peak(run: Callable) -> float:
-    """MiB above what was allocated before, outputs and gradients included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def ceilings() -> dict:
@@ -330,7 +515,7 @@ def facts(args) -> dict:
     source = Path(__file__).parent / "fast" / "kernels" / "decay.py"
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine(args.device),
         "driver": driver(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -342,9 +527,9 @@ def facts(args) -> dict:
     }
 
 
-def machine() -> str:
+def machine(device: str) -> str:
     cpu = f"CPU {platform.machine()}, {os.cpu_count()} cores"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return torch.cuda.get_device_name() if device == "cuda" else cpu
 
 
 def driver() -> str | None:
@@ -377,6 +562,10 @@ def progress(names):
     return tqdm(names)
 
 
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def text(shape) -> str:
     return "B{} T{} H{} D{}".format(*shape)
 
@@ -387,6 +576,7 @@ def as_text(line: dict) -> str:
         return f"ceilings: copy {line['copy_gb_s']:.0f} GB/s, bf16 product {line['matmul_tflop_s']:.0f} TFLOP/s"
     head = f"{line['row']:28} {line['side']:22}"
     if line["what"] == "unavailable":
+        head += f" {line['shape']:20} {line['of']:17}" if "of" in line else ""
         return f"{head} unavailable: {line['reason']}"
     if "error_over_budget" in line:
         return f"{head} {line['what']}: {line['error_over_budget']}, first call {line['first_call_s']:.1f} s"
@@ -395,10 +585,22 @@ def as_text(line: dict) -> str:
             f"eager {line['eager_ms']:8.3f}  graph {line['graph_ms']:8.3f} ms {line['graph_over_floor']:6.2f} x floor"
         )
         return f"{head} {line['shape']:20} {line['what']:17} {times} {line['extra_mib']:7.0f} MiB"
-    return f"{head} {line['ratio']:8.1f}" if "ratio" in line else f"{head} {line['eager_ms']:8.1f} ms"
+    if "settings" in line:
+        ratios = "; ".join(
+            f"{setting} {x['output']:.2f} ({' '.join(f'{x[n]:.2f}' for n in x['error'])}), memory {x['memory']:.2f}"
+            for setting, x in line["settings"].items()
+        )
+        return f"{head} {line['verdict']}, {line['seconds']:.0f} s: {ratios}"
+    place = f"{line.get('shape', ''):20}"
+    if line["what"] == "skipped":
+        return f"{head} {place} {line['of']:17} skipped: {line['reason']}"
+    if "ratio" in line:
+        return f"{head} {place} {line['ratio']:8.1f}"
+    return f"{head} {place} {line['what']:17} {line['eager_ms']:10.3f} ms {line['peak_mib']:9.2f} MiB"
 
 
-COMMANDS = {"reference": reference, "kernels": kernels}
+COMMANDS = {"reference": reference, "drift": drift, "kernels": kernels}
+TABLES = {"reference": summary}  # of all lines, printed at the end
 
 if __name__ == "__main__":
     main()

@@ -1,43 +1,17 @@
 """Inputs for every row of the table in a stable range, and the error budget by which paths are compared."""
 
 import torch
-import torch.nn.functional as F
 
+from reference import example
 from reference.lsm import LSM
-from reference.recurrence import counted, empty, momentum
+from reference.recurrence import counted, empty
 
 
 def make(name, b=2, t=13, h=2, k=4, v=5, seed=0, dtype=torch.float64, strength=1.0):
     """(row, tokens, constants): unit keys, log-sigmoid gates times `strength`, write strengths in (0, 2)."""
-    row, rng = LSM[name], torch.Generator().manual_seed(seed)
-    sizes = {"b": b, "t": t, "h": h, "k": k, "v": v, "m": 3, "r": k + 1}
-
-    def draw(letters):
-        return torch.randn([sizes[letter] for letter in letters.split()], generator=rng, dtype=torch.float64)
-
-    shape = {
-        "k": lambda x: F.normalize(x, dim=-1),
-        "g": lambda x: F.logsigmoid(x) * strength,
-        "f": lambda x: F.logsigmoid(x) * strength,
-        "beta": lambda x: 2 * x.sigmoid(),
-        "dt": lambda x: F.softplus(x) * strength,
-        "A": lambda x: -x.exp(),
-        "a": lambda x: -0.7 * F.normalize(x, dim=-1),
-        "b": lambda x: 0.7 * F.normalize(x, dim=-1),
-        "ridge": lambda x: x.exp(),
-        "place": lambda x: (torch.arange(x.shape[1]) + 3 * torch.arange(1, 1 + len(x))[:, None]) % 7,
-    }
-
-    def drawn(shapes):
-        made = {n: shape.get(n, lambda x: x)(draw(s)) for n, s in shapes.items()}
-        return {n: x.to(dtype) if x.is_floating_point() else x for n, x in made.items()}
-
-    tokens, constants = drawn(row.tokens), drawn(row.constants)
-    if row.update is momentum:  # whose step is twice beta, again and again
-        tokens["beta"] = tokens["beta"] / 8
-    if row.update is counted:  # a normaliser divides by the sum of the weights: they must be positive
-        tokens |= {n: tokens[n].abs() + 0.1 for n in ("q", "k")}
-    return row, tokens, constants
+    gates = {n: lambda x, n=n: example.DRAWN[n](x) * strength for n in example.GATES}
+    sizes = {"b": b, "t": t, "h": h, "k": k, "v": v, "m": 3}
+    return LSM[name], *example.inputs(LSM[name], sizes, seed, dtype, {**example.DRAWN, **gates})
 
 
 def start(name, row, tokens, constants, seed=1, n=None):
@@ -74,11 +48,7 @@ def unpadded(state):
 
 def assert_within_budget(got, plain, exact, what=""):
     """`got` may be twice as far from `exact` (float64) as `plain`, the reference in the same dtype, plus a rounding."""
-
-    def error(y):
-        return (y.double() - exact).abs().max().item() if exact.numel() else 0.0
-
-    scale = exact.abs().max().item() if exact.numel() else 0.0
-    budget = 2 * error(plain) + torch.finfo(got.dtype).eps * scale
+    budget = example.allowed(plain, exact, torch.finfo(got.dtype).eps)
     assert torch.isfinite(got).all(), f"{what}: not finite"
-    assert error(got) <= budget, f"{what}: error {error(got):.1e} > budget {budget:.1e}"
+    error = example.error(got, exact)
+    assert error <= budget, f"{what}: error {error:.1e} > budget {budget:.1e}"

@@ -51,6 +51,13 @@ MUTANTS = [
         "tests/test_recurrence.py -k 'chunks_equal or carries'",
     ),
     Mutant(
+        "one chunk for all tokens",
+        "reference/chunked.py",
+        "CHUNK = 64",
+        "CHUNK = 4096",
+        "tests/test_memory.py",
+    ),
+    Mutant(
         "transition transposed",
         "reference/recurrence.py",
         "lambda A, M: A @ M,",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inputs import assert_within_budget, leaves, make, pieces, start
-from reference import chunked, recurrence, span
+from reference import chunked, example, recurrence, span
 from reference.lsm import LSM
 from reference.span import TRANSITION, Span, apply, compose, fold, fold_back, transition
 
@@ -170,17 +170,11 @@ def test_gradcheck(name, run):
     assert torch.autograd.gradcheck(function, (M.requires_grad_(), *wanted))
 
 
-EXTREME = (0.0, -1e4, -torch.inf, -1e-7, -60.0)
-
-
 @pytest.mark.parametrize("name", [n for n in LSM if "g" in LSM[n].tokens])
 @given(seed=st.integers(0, 99), t=st.sampled_from([1, 5, 63, 70]))
 def test_extreme_gates(name, seed, t):
     row, tokens, constants = make(name, t=t, k=4, v=3, seed=seed, dtype=torch.float32)
-    rng = torch.Generator().manual_seed(seed)
-    pick = torch.randint(0, 2 * len(EXTREME), tokens["g"].shape, generator=rng)
-    for i, gate in enumerate(EXTREME):
-        tokens["g"] = torch.where(pick == i, torch.tensor(gate), tokens["g"])
+    tokens |= {n: example.extreme(tokens[n], seed) for n in example.GATES if n in tokens}
     M = start(name, row, tokens, constants)
     wide = [{n: x.double() for n, x in group.items()} for group in (tokens, constants)]
     exact = gradients(recurrence.recurrence, row, *wide, M.double())

@@ -1,0 +1,73 @@
+"""The benchmark runs, says what it leaves out, and its drift report sees a drift."""
+
+import json
+
+import torch
+
+import bench
+from reference import chunked
+
+
+def lines(tmp_path, *arguments):
+    out = tmp_path / "lines.jsonl"
+    bench.main([*arguments, "--threads", "1", "--out", str(out)])
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    out.unlink()
+    return found
+
+
+def test_the_reference_is_measured_at_every_length(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "AVERAGED", 128)
+    found = lines(tmp_path, "reference", "--rows", "rwkv6", "--tokens", "64", "128", "--budget", "60")
+    said = {(x["side"], x["what"], x.get("tokens")) for x in found if "eager_ms" in x}
+    sides = {(side, what, t) for side in bench.SIDES for what in bench.TENSORS for t in (64, 128)}
+    assert said == sides | {("decode step", "forward", None)}
+    assert all(x["eager_ms"] > 0 and x["peak_mib"] > 0 for x in found if "eager_ms" in x)
+    (mean,) = (x for x in found if x["side"] == "geometric mean")
+    assert mean["row"] == "1 of 1 rows"
+    (ratio,) = (x for x in found if x["side"] == "token loop / chunked" and x["tokens"] == 128)
+    assert abs(mean["ratio"] / ratio["ratio"] - 1) < 1e-9
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[:2] for line in table] == [["rwkv6", "64"], ["rwkv6", "128"]]
+
+
+def test_what_does_not_fit_is_skipped_and_said(tmp_path, capsys):
+    found = lines(tmp_path, "reference", "--rows", "gla", "--tokens", "16", "32", "--budget", "0")
+    skipped = {(x["side"], x["of"], x["tokens"]) for x in found if x["what"] == "skipped"}
+    assert skipped == {(side, what, 32) for side in bench.SIDES for what in bench.TENSORS}
+    assert all("budget of 0 s" in x["reason"] for x in found if x["what"] == "skipped")
+    assert capsys.readouterr().out.splitlines()[-1].split()[2:6] == ["skipped", "skipped", "-", "skipped"]
+
+
+def test_a_row_that_cannot_run_is_said_and_the_others_run(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no chunk form\nof this row")
+
+    monkeypatch.setitem(bench.SIDES, "chunked", refuse)
+    found = lines(tmp_path, "reference", "--rows", "gla", "--tokens", "16", "--budget", "1")
+    assert {x["side"] for x in found if x["what"] == "unavailable"} == {"chunked"}
+    assert {x["side"] for x in found if "eager_ms" in x} == {"token loop", "decode step"}
+    monkeypatch.setattr(chunked, "recurrence", refuse)
+    (found,) = lines(tmp_path, "drift", "--rows", "gla", "--tokens", "16")
+    assert found["what"] == "unavailable" and found["reason"] == "NotImplementedError: no chunk form"
+
+
+def test_drift_is_seen_where_it_is(tmp_path, monkeypatch):
+    rows = ("linear_attention_normalized", "lightning", "gla")
+    short = ("drift", "--rows", *rows, "--tokens", "300", "--size", "8")
+    settings = {x["row"]: list(x["settings"]) for x in lines(tmp_path, *short)}
+    assert list(settings.values()) == [["ordinary"], ["ordinary", "lasting"], list(bench.SETTINGS)]
+    assert all(x["verdict"] == "within budget" for x in lines(tmp_path, *short))
+    right = chunked.recurrence
+
+    def drifting(row, tokens, constants):
+        o, M = right(row, tokens, constants)
+        return o * (1 + 1e-4 * torch.linspace(0, 1, o.shape[1])[:, None, None] ** 4), M
+
+    monkeypatch.setattr(chunked, "recurrence", drifting)
+    for line in lines(tmp_path, *short):
+        assert line["verdict"] == "BUDGET EXCEEDED"
+        for x in line["settings"].values():
+            assert x["last"] > 1 and x["last"] > 3 * x["first"] and x["memory"] <= 1
+    monkeypatch.setattr(chunked, "recurrence", lambda *x: (right(*x)[0], right(*x)[1] * torch.nan))
+    assert all(x["verdict"] == "BUDGET EXCEEDED" for x in lines(tmp_path, *short))
