@@ -46,7 +46,7 @@ def recurrence(
 ) -> tuple[Float[Tensor, "b t h v"], Memory]:
     """The row from `memory` (zeros if None): outputs, and the memory after the last token, as `recurrence.recurrence`.
 
-    `chunk` is a power of two. Raises ValueError, in one line, for inputs that do not fit the row.
+    `chunk`, a power of two, is the most tokens of a chunk. Raises ValueError, in one line, for inputs that do not fit.
     """
     constants = constants or {}
     check(row, tokens, constants, memory, cu_seqlens)
@@ -81,7 +81,7 @@ def over_chunks(x: Normal, M: Memory, chunk: int = CHUNK) -> tuple[Tensor, Memor
     t = x.v.shape[1]
     if t == 0:
         return x.v, M
-    chunk = min(chunk, 1 << (t - 1).bit_length())
+    chunk = min(chunk, power_of_two(t), chunk if x.beta is None and x.a is None else well_conditioned(x.k.shape[-1]))
     x = x._replace(**{name: cut(getattr(x, name), chunk) for name in TIMED})
     # e^-10000 is 0 in any precision, and sums of finite gates can be matrix products
     x = x._replace(**{n: getattr(x, n).clamp(min=-1e4) for n in "gf" if getattr(x, n) is not None})
@@ -93,6 +93,17 @@ def over_chunks(x: Normal, M: Memory, chunk: int = CHUNK) -> tuple[Tensor, Memor
     else:
         o = prefix(x.f).exp() * o + spread(inside.scores, written, list(middles(x.f, exclusive=False)))
     return rearrange(o, "b n h c v -> b (n c) h v")[:, :t], last
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def well_conditioned(keys: int) -> int:
+    """The most tokens of a delta rule's chunk: more keys than they have channels depend on each other, and the system
+    that they solve loses digits (over 65,536 tokens of 16 channels, chunks of 64 left the error budget)."""
+    return max(16, power_of_two(keys))
 
 
 def cut(x: Tensor | None, chunk: int) -> Tensor | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from reference import recurrence as words
-from reference.chunked import Chunk, cut, decays, fold, over_chunks, prefix, solved
+from reference.chunked import Chunk, cut, decays, fold, over_chunks, prefix, solved, well_conditioned
 from reference.normal import Normal
 from reference.recurrence import Inputs, Memory, Row, inner_slope, loop, standard, turn, with_one
 from reference.span import LEFT, TRANSITION, transition
@@ -122,7 +122,7 @@ def with_momentum(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int)
 
     Whole chunks, then the rest: a token of zeros would still let the momentum move the memory.
     """
-    t, o = x["v"].shape[1], []
+    t, o, chunk = x["v"].shape[1], [], min(chunk, well_conditioned(x["k"].shape[-1]))
     for start, stop, c in ((0, t // chunk * chunk, chunk), (t // chunk * chunk, t, t % chunk)):
         if stop > start:
             parts = {name: cut(y[:, start:stop], c) for name, y in x.items()}
