@@ -20,6 +20,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from matplotlib.textpath import TextPath
 
 from reference.lsm import LSM
+from reference.printed import PRINTED
 from reference.recurrence import Row
 from reference.span import transition
 
@@ -69,9 +70,14 @@ class Chip(NamedTuple):
         return CHIP * len(self.lines) + 11
 
 
+def shown() -> list[Row]:
+    """The rows of the table, but for the survey's looser rules."""
+    return [row for name, row in LSM.items() if name not in PRINTED]
+
+
 def words(part: str) -> list[str]:
     """The names that the table's rows have for one of their words, in the order in which they are defined."""
-    found = {getattr(row, part) for row in LSM.values()}
+    found = {getattr(row, part) for row in shown()}
     return [f.__name__ for f in sorted(found, key=lambda f: (f.__module__, f.__code__.co_firstlineno))]
 
 
@@ -100,7 +106,7 @@ def sign(row: Row) -> str:
 def cells(room: float) -> dict[tuple[str, str], list[Chip]]:
     """(decay, update) -> the models there."""
     out: dict[tuple[str, str], list[Chip]] = {}
-    for row in LSM.values():
+    for row in shown():
         chip = Chip(wrap(row.title, room - 12, 12.5), transition(row), sign(row))
         out.setdefault((row.decay.__name__, row.update.__name__), []).append(chip)
     return out
@@ -231,7 +237,7 @@ def legend(page: Page, y: float) -> None:
     page.text(start, y, r"span  $M \rightarrow A\,M + S$", 13, ha="left")
     page.text(x, y, "$A$ is", 13, ha="left")
     x += 44
-    for about, fill, edge in [CLASS[kind] for kind in CLASS if kind in {transition(row) for row in LSM.values()}]:
+    for about, fill, edge in [CLASS[kind] for kind in CLASS if kind in {transition(row) for row in shown()}]:
         page.box(x, y - 7, 20, 14, fill, edge, 4)
         page.text(x + 28, y, about, 12.5, ha="left")
         x += 28 + size(about, 12.5) + 26

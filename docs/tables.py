@@ -11,6 +11,7 @@ changed README.
 
 import argparse
 import ast
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -21,16 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import torch
 
 from reference.lsm import LSM
-from reference.model import sizes, state_bytes
-from reference.presets import PRESETS
-from reference.recurrence import Row, empty
+from reference.model import LanguageModel, sizes, state_bytes
+from reference.ops import ops
+from reference.presets import PRESETS, Model
+from reference.printed import PRINTED
+from reference.recurrence import Row
 from reference.routers import ROUTER, Router
 from reference.span import transition
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- begin: ([\w-]+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:begin|end): ([\w-]+) -->")
-HEAD_SIZE = 128  # of keys and values, for the state's bytes
+WIDTH, HEADS = 1024, 8  # of the layers whose state is measured
+CACHED = 128 * 1024  # tokens of the cache that it is compared with
 FOLDERS = ("reference", "fast", "parallel", "data", "notebooks", "docs")
 
 
@@ -61,17 +65,28 @@ def paper(title: str, arxiv: str) -> str:
 # ------------------------------------------------------------------------------------------------------ the tables
 
 
-def memory_bytes(row: Row) -> int:
-    """Bytes of one head's memory after any number of tokens, with keys and values of `HEAD_SIZE`."""
-    one = {"b": 1, "t": 1, "h": 1, "k": HEAD_SIZE, "v": HEAD_SIZE}
-    return state_bytes(empty(row, {n: torch.zeros([one[x] for x in s.split()]) for n, s in row.tokens.items()}))
+@functools.cache
+@torch.no_grad()
+def layer_bytes(name: str) -> int:
+    """Bytes of the state that the row's published layer keeps of a text, memory in float32, taps in bfloat16.
+
+    Measured behind one token: `tests/test_mixers.py` shows that it does not grow.
+    """
+    config = Model(pattern="L", lsm=name, width=WIDTH, heads=HEADS)
+    model = LanguageModel(config, ops).bfloat16()
+    for weight in model.parameters():
+        weight.zero_()
+    return state_bytes(model(torch.zeros(1, 1, dtype=torch.int64), keep_state=True).state.mixers)
+
+
+def cache_bytes() -> int:
+    """Bytes of a softmax layer's keys and values of `CACHED` tokens in bfloat16."""
+    return CACHED * 2 * WIDTH * 2
 
 
 def models() -> str:
-    columns = (
-        f"model | name | decay | update | read | A of a span | bytes a head (K = V = {HEAD_SIZE}, float32): | code"
-    )
-    return table(columns, [model(name, row) for name, row in LSM.items()])
+    columns = "model | name | decay | update | read | A of a span | state of a layer: | KV cache over it: | code"
+    return table(columns, [model(name, row) for name, row in LSM.items() if name not in PRINTED])
 
 
 def model(name: str, row: Row) -> list:
@@ -79,8 +94,10 @@ def model(name: str, row: Row) -> list:
     at = link("row", "reference/lsm.py", rf'^    "{name}":')
     around = link(layer, f"reference/mixers/{file}.py", rf"^class {layer}\b")
     words = [f"`{word.__name__}`" for word in (row.decay, row.update, row.read)]
-    bytes_ = f"{memory_bytes(row):,}"
-    return [paper(row.title, row.paper), f"`{name}`", *words, transition(row), bytes_, f"{at}, {around}"]
+    state = layer_bytes(name)
+    size, times = f"{state / 1024:,.0f} KiB", f"{cache_bytes() / state:,.0f}"
+    kind = transition(row) or "not affine"
+    return [paper(row.title, row.paper), f"`{name}`", *words, kind, size, times, f"{at}, {around}"]
 
 
 def routers() -> str:

@@ -90,12 +90,17 @@ def checked(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> 
 
 def form_of(row: Row, x: Inputs) -> Normal:
     """The row's normal form. NotImplementedError, in one line, if no kernel computes it."""
-    form = normal(row, x) if has_normal(row) and row.features is None else None
+    form = normal(row, x) if may_have_kernel(row) else None
     if form is None or not has_kernel(form):
         raise NotImplementedError(
             f"no fast kernel for {row.title!r} (have {', '.join(rows())}); use the backend 'reference'"
         )
     return form
+
+
+def may_have_kernel(row: Row) -> bool:
+    """Whether the row has a normal form whose gates are inputs of the row as they are, and no features."""
+    return has_normal(row) and row.features is None and row.decay in (words.keep, fixed, words.scalar)
 
 
 def has_kernel(x: Normal) -> bool:
@@ -110,7 +115,7 @@ def rows() -> list[str]:
         inputs = {**row.tokens, **row.constants}
         return normal(row, {name: torch.empty([1] * len(s.split()), device="meta") for name, s in inputs.items()})
 
-    return [name for name, row in LSM.items() if has_normal(row) and row.features is None and has_kernel(form(row))]
+    return [name for name, row in LSM.items() if may_have_kernel(row) and has_kernel(form(row))]
 
 
 def supported(row: Row, x: Normal, memory) -> None:

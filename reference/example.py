@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from reference.printed import ascent
 from reference.recurrence import Row, counted, momentum
 
 Drawn = Mapping[str, Callable[[Tensor], Tensor]]
@@ -26,9 +27,11 @@ DRAWN: Drawn = {
     "a": lambda x: -0.7 * F.normalize(x, dim=-1),
     "b": lambda x: 0.7 * F.normalize(x, dim=-1),
     "ridge": torch.exp,
+    "alpha": torch.sigmoid,
+    "G": F.logsigmoid,
     "place": lambda x: (torch.arange(x.shape[1]) + 3 * torch.arange(1, 1 + len(x))[:, None]) % 7,
 }
-GATES = ("g", "f")  # the inputs that are log decays: `extreme` spoils these
+GATES = ("g", "f", "G")  # the inputs that are log decays: `extreme` spoils these
 # As trained models have them: gates near 1, write strengths below 1.
 TRAINED: Drawn = {**DRAWN, **dict.fromkeys(GATES, lambda x: F.logsigmoid(x + 3)), "beta": torch.sigmoid}
 # What a word asks beyond that: a normaliser divides by the sum of the weights, which must be positive; momentum takes
@@ -36,6 +39,7 @@ TRAINED: Drawn = {**DRAWN, **dict.fromkeys(GATES, lambda x: F.logsigmoid(x + 3))
 ASKED: Mapping[Callable, Drawn] = {
     counted: dict.fromkeys("qk", lambda x: x.abs() + 0.1),
     momentum: {"beta": lambda x: x / 8},
+    ascent: {"beta": lambda x: x / 8},  # which grows what it should undo
 }
 OTHER = 4  # the size of a letter that the caller does not know, such as a row's number of slots
 

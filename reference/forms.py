@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from reference import printed
 from reference import recurrence as words
 from reference.chunked import Chunk, cut, decays, fold, over_chunks, prefix, solved, well_conditioned
 from reference.normal import Normal
@@ -224,6 +225,8 @@ FORM = {
     words.attended: Form(twice),
     words.solved: Form(scan),
     words.element: Form(scan),
+    printed.stepped: Form(scan),
+    printed.full: Form(scan),
     words.spiral: Form(scan, still=False),
     words.momentum: Form(with_momentum, still=False),
     words.gradient: Form(over_mini_batches(gradient_batch), still=False),

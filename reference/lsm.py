@@ -4,6 +4,7 @@ To add one, add a row here and its layer in `reference/mixers/`; the command lin
 README's table read this file.
 """
 
+from reference.printed import PRINTED
 from reference.recurrence import (
     Row,
     bonus,
@@ -103,7 +104,7 @@ LSM: dict[str, Row] = {
         "Mixture-of-Memories, GLA",
         "2502.13685",
     ),
-}
+} | PRINTED
 
 
 def row(name: str) -> Row:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reference import printed
 from reference import recurrence as words
 from reference.recurrence import Inputs, Row, featured, over_count, with_one
 
@@ -41,6 +42,7 @@ FORGOTTEN = {
     words.scalar: lambda x: {"g": x["g"]},
     words.channel: lambda x: {"g": x["g"]},
     words.cross: lambda x: {"g": x["g"], "f": x["f"]},
+    printed.timed: lambda x: {"g": x["A"] * x["beta"]},
 }
 WRITTEN = {
     words.outer: lambda x: {"k": x["k"], "v": x["v"]},
@@ -49,6 +51,14 @@ WRITTEN = {
     words.delta: lambda x: {"k": x["k"], "v": x["v"], "beta": x["beta"]},
     words.foresight: lambda x: {"k": x["k"], "v": x["v"], "beta": x["beta"], "a": x["a"]},
     words.replace: lambda x: {"k": x["k"], "v": x["v"], "a": x["a"], "b": x["b"]},
+    printed.weighed: lambda x: {"k": x["beta"][..., None] * x["k"], "v": x["v"]},
+    printed.independent: lambda x: {
+        "k": x["beta"][..., None] * x["k"],
+        "v": x["v"],
+        "a": -x["k"] * (x["g"].exp()[..., None] if "g" in x else 1.0),
+        "b": x["k"] * (x["alpha"][..., None] if "alpha" in x else 1.0),
+    },
+    printed.ascent: lambda x: {"k": x["k"], "v": x["v"], "beta": -x["beta"], "a": x["k"]},
 }
 ASKED = {
     words.inclusive: lambda x: {"finish": lambda o: o},

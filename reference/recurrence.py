@@ -259,7 +259,7 @@ def squares(x: Float[Tensor, "... d"]) -> Float[Tensor, "... f"]:
 def products(x: Float[Tensor, "... d"]) -> Float[Tensor, "... f"]:
     """products(q)·products(k) = (q·k)²: x_i² and, for i < j, √2 x_i x_j."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-    return x[..., i] * x[..., j] * torch.where(i == j, 1.0, 2**0.5).to(x.dtype)
+    return x[..., i] * x[..., j] * (1 + (i != j).to(x.dtype)).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------------- the loop

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
+from reference import printed
 from reference import recurrence as words
 from reference.recurrence import Inputs, Memory, Row, check, empty, prepare
 
@@ -112,6 +113,9 @@ KIND = {
     words.channel: "channel",
     words.cross: "cross",
     words.element: "element",
+    printed.timed: "scalar",
+    printed.stepped: "element",
+    printed.full: "element",
     words.rotating: "rotation",
     words.spiral: "spiral",
     words.delta: "matrix",
@@ -119,6 +123,8 @@ KIND = {
     words.replace: "matrix",
     words.momentum: "matrix",
     words.gradient: "matrix",
+    printed.independent: "matrix",
+    printed.ascent: "matrix",
     words.inner: None,
 }
 
@@ -185,6 +191,9 @@ LEFT = {
     words.channel: lambda x: x["g"].sum(1).exp(),
     words.cross: lambda x: torch.cat([x["g"].sum(1), x["f"].sum(1)], -1).exp(),
     words.element: lambda x: (x["A"] * x["dt"].sum(1)[..., None, :]).exp(),
+    printed.timed: lambda x: (x["A"] * x["beta"].sum(1)).exp(),
+    printed.stepped: lambda x: (x["A"] * x["dt"].sum(1)[..., None]).exp(),
+    printed.full: lambda x: x["G"].sum(1).exp(),
     words.rotating: lambda x: turned(x["g"].sum(1), x["theta"].sum(1), -1),
     words.spiral: lambda x: turned(x["g"] * x["v"].shape[1], x["theta"] * x["v"].shape[1], -2).expand(
         len(x["v"]), -1, -1, -1

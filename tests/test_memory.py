@@ -7,6 +7,7 @@ from inputs import leaves, make
 from reference import chunked, recurrence
 from reference.lsm import LSM
 from reference.peak import peak
+from reference.recurrence import empty
 
 K = V = 16
 
@@ -24,11 +25,15 @@ def forward_and_backward(run, name, t):
 
 @pytest.mark.parametrize("name", LSM)
 def test_memory_grows_linearly_and_no_tensor_holds_every_memory(name):
-    """A twice longer sequence holds twice the bytes, within 10 %; a tensor b t h k v is never made, nor half of one."""
+    """A twice longer sequence holds at most twice the bytes, within 10 %; no tensor has a memory, or half of one, for
+    every token. (A row whose gate is given element by element has such an input.)"""
     held = {t: peak(forward_and_backward(chunked.recurrence, name, t)) for t in (1024, 2048)}
     growth = held[2048].bytes / held[1024].bytes
-    assert 1.8 <= growth <= 2.2, f"{name}: {held[1024].bytes:,} bytes become {held[2048].bytes:,}"
-    assert held[2048].largest <= 2048 * K * V * 4 // 2, f"{name}: one tensor has {held[2048].largest:,} bytes"
+    assert 1.1 <= growth <= 2.2, f"{name}: {held[1024].bytes:,} bytes become {held[2048].bytes:,}"
+    row, tokens, constants = make(name, b=1, t=2048, h=1, k=K, v=V, dtype=torch.float32)
+    memories = 2048 * 4 * empty(row, tokens, constants).numel()
+    given = max(4 * x.numel() for x in tokens.values())
+    assert held[2048].largest <= max(memories // 2, given), f"{name}: one tensor has {held[2048].largest:,} bytes"
 
 
 def test_the_meter_sees_all_pairs_and_every_memory():

@@ -12,6 +12,7 @@ from reference import ops
 from reference.lsm import LSM
 from reference.model import LanguageModel, sizes
 from reference.presets import PRESETS, Model
+from reference.printed import PRINTED
 from reference.routers import ROUTER
 
 # Billions of parameters without embeddings and norms, then of those one token uses, as 2503.05447 counts them (its
@@ -80,6 +81,7 @@ HEADS = {
     "gated_delta_net": (3 / 4, 3 / 2),
     "kda": (1, 1),
     "mom_gla": (1 / 2, 1),
+    **dict.fromkeys(PRINTED, (1, 1)),
 }
 
 
