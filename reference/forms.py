@@ -228,6 +228,7 @@ FORM = {
     printed.stepped: Form(scan),
     printed.full: Form(scan),
     words.spiral: Form(scan, still=False),
+    words.merging: Form(scan, still=False),
     words.momentum: Form(with_momentum, still=False),
     words.gradient: Form(over_mini_batches(gradient_batch), still=False),
     words.inner: Form(over_mini_batches(inner_batch), still=False),

@@ -8,12 +8,15 @@ from reference.printed import PRINTED
 from reference.recurrence import (
     Row,
     bonus,
+    by_level,
     channel,
     counted,
     delta,
     fixed,
     inclusive,
     keep,
+    lowest,
+    merging,
     outer,
     ratio,
     scalar,
@@ -103,6 +106,17 @@ LSM: dict[str, Row] = {
         "mom:GLAMemories",
         "Mixture-of-Memories, GLA",
         "2502.13685",
+    ),
+    "log_linear_mamba2": Row(
+        merging,
+        lowest,
+        by_level,
+        QKV | ONE | {"weight": "b t h l", "place": "b t"},
+        {},
+        "mamba2:LogLinearMamba2",
+        "Log-linear Mamba2",
+        "2506.04761",
+        "l*k v",
     ),
 } | PRINTED
 

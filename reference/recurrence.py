@@ -125,6 +125,22 @@ def commit(M, x):  # when a mini-batch begins, what was learned below goes into 
     return torch.cat([weights, torch.where(begins(x), 0.0, learned)], -2)
 
 
+def merging(M, x):  # memories of 1, 2, 4, ... tokens: those that are full move up together, and all fade
+    levels = M.unflatten(-2, (x["weight"].shape[-1], -1))
+    moved = einsum(merges(x["place"], levels.shape[2]).to(M.dtype), levels, "b new old, b h old k v -> b h new k v")
+    return x["g"].exp()[..., None, None] * moved.flatten(-3, -2)
+
+
+def merges(place: Int[Tensor, "..."], levels: int) -> Float[Tensor, "... new old"]:
+    """What happens to the memories of each level before the token at that place: 0 ... l - 1 go into l, which is one
+    above the lowest set bit of the place (the last level, if there are no more); at place 0 nothing moves."""
+    place, level = place.long()[..., None], torch.arange(levels, device=place.device)
+    target = (place & -place).clamp(min=1).log2().long().add(1).clamp(max=levels - 1)
+    target = torch.where(place > 0, target, 0)
+    stays, arrives = level >= target, level == target
+    return torch.diag_embed(stays.float()) + (arrives[..., :, None] & ~stays[..., None, :])
+
+
 def begins(x: Inputs) -> Tensor:
     return (x["place"] == 0)[..., None, None, None]
 
@@ -176,6 +192,10 @@ def momentum(M, before, x):  # the memory follows a momentum, which follows the 
     surprise = x["v"] - look(before.chunk(2, -2)[0], x["k"])
     speed = write(speed, 2 * x["beta"][..., None] * x["k"], surprise)
     return torch.cat([memory + speed, speed], -2)
+
+
+def lowest(M, before, x):  # into the memory of the last token alone
+    return write(M, F.pad(x["k"], (0, M.shape[-2] - x["k"].shape[-1])), x["v"])
 
 
 def gradient(M, before, x):  # the delta rule, its difference taken where the mini-batch began
@@ -235,6 +255,11 @@ def attended(M, before, x):  # softmax attention over slots, each with a key and
 def solved(M, before, x):  # q (G + Λ)⁻¹ M, G the keys among themselves: the least squares that M's writes ask for
     G, values = M.split([x["k"].shape[-1], x["v"].shape[-1]], -1)
     return look(values, torch.linalg.solve(G + torch.diag_embed(x["ridge"]), x["q"]))
+
+
+def by_level(M, before, x):  # memories of different spans, each with its weight
+    levels = M.unflatten(-2, (x["weight"].shape[-1], -1))
+    return einsum(x["weight"], x["q"], levels, "b h l, b h k, b h l k v -> b h v")
 
 
 def inner_read(M, before, x):  # the inner model at the query: q + LN(qW)

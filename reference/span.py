@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import einsum
+from jaxtyping import Float
 from torch import Tensor
 
 from reference import printed
@@ -89,6 +90,15 @@ def crossed(A: Tensor, M: Memory) -> Memory:
     return row * M * column
 
 
+def by_level(A: Tensor, M: Memory) -> Float[Tensor, "b h l k v"]:
+    return M.unflatten(-2, (A.shape[-1], -1))
+
+
+def levels(A: Float[Tensor, "b h l l"], M: Memory) -> Memory:
+    """A mixes the memories that stand above each other, whole."""
+    return einsum(A, by_level(A, M), "b h new old, b h old k v -> b h new k v").flatten(-3, -2)
+
+
 TRANSITION = {
     "scalar": elementwise(lambda A: A[..., None, None], "h"),
     "channel": elementwise(lambda A: A[..., None], "h k"),
@@ -96,6 +106,13 @@ TRANSITION = {
     "cross": Transition("h k+v", crossed, crossed, lambda later, earlier: later * earlier, cross_gradient),
     "rotation": rotation(-1),
     "spiral": rotation(-2),
+    "levels": Transition(
+        "h l l",
+        levels,
+        lambda A, D: levels(A.mT, D),
+        lambda later, earlier: later @ earlier,
+        lambda A, D, M: einsum(by_level(A, D), by_level(A, M), "b h new k v, b h old k v -> b h new old"),
+    ),
     "matrix": Transition(
         "h k k",
         lambda A, M: A @ M,
@@ -125,6 +142,7 @@ KIND = {
     words.gradient: "matrix",
     printed.independent: "matrix",
     printed.ascent: "matrix",
+    words.merging: "levels",
     words.inner: None,
 }
 
@@ -195,10 +213,22 @@ LEFT = {
     printed.stepped: lambda x: (x["A"] * x["dt"].sum(1)[..., None]).exp(),
     printed.full: lambda x: x["G"].sum(1).exp(),
     words.rotating: lambda x: turned(x["g"].sum(1), x["theta"].sum(1), -1),
+    words.merging: lambda x: merged(x),
     words.spiral: lambda x: turned(x["g"] * x["v"].shape[1], x["theta"] * x["v"].shape[1], -2).expand(
         len(x["v"]), -1, -1, -1
     ),
 }
+
+
+def merged(x: Inputs) -> Float[Tensor, "b h l l"]:
+    """The product of all merges, the later ones on the left, times what all gates leave."""
+    A = words.merges(x["place"], x["weight"].shape[-1]).to(x["g"].dtype)
+    if not A.shape[1]:
+        A = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(len(A), 1, -1, -1)
+    while A.shape[1] > 1:
+        pairs, rest = A[:, : A.shape[1] // 2 * 2], A[:, A.shape[1] // 2 * 2 :]
+        A = torch.cat([pairs[:, 1::2] @ pairs[:, ::2], rest], 1)
+    return x["g"].sum(1).exp()[..., None, None] * A
 
 
 def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None, run=words.recurrence) -> Span:

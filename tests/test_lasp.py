@@ -218,7 +218,7 @@ def numbers(what: str) -> tuple[int, int]:
     if what in LSM:
         row, tokens, constants = make(what, b=2, t=1, h=2, k=3, v=4)
         b, h, k, v = empty(row, tokens, constants).shape
-        letters = {"h": h, "k": k, "v": v}
+        letters = {"h": h, "k": k, "v": v, "l": 4}
         return b * math.prod(measured(TRANSITION[transition(row)].shape, letters)), b * h * k * v
     reach = 1 if what == "token_shift" else int(what.split()[1]) - 1
     return 2 * reach * reach, 2 * reach * 4

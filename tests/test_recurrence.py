@@ -124,7 +124,7 @@ def test_a_span_is_what_its_tokens_do(name, t, cut, seed, run):
 
 def spans(kind, lengths, seed=0, k=4, v=2):
     rng = torch.Generator().manual_seed(seed)
-    shape = [2, *recurrence.measured(TRANSITION[kind].shape, {"h": 2, "k": k, "v": v})]
+    shape = [2, *recurrence.measured(TRANSITION[kind].shape, {"h": 2, "k": k, "v": v, "l": 2})]
     draw = lambda s: torch.randn(s, generator=rng, dtype=torch.float64)
     return [Span(draw(shape), draw([2, 2, k, v]), kind) for _ in range(lengths)]
 
@@ -176,7 +176,7 @@ def test_extreme_gates(name, seed, t):
     row, tokens, constants = make(name, t=t, k=4, v=3, seed=seed, dtype=torch.float32)
     tokens |= {n: example.extreme(tokens[n], seed) for n in example.GATES if n in tokens}
     M = start(name, row, tokens, constants)
-    wide = [{n: x.double() for n, x in group.items()} for group in (tokens, constants)]
+    wide = [{n: x.double() if x.is_floating_point() else x for n, x in y.items()} for y in (tokens, constants)]
     exact = gradients(recurrence.recurrence, row, *wide, M.double())
     plain = gradients(recurrence.recurrence, row, tokens, constants, M)
     for i, triple in enumerate(
