@@ -9,6 +9,7 @@ from reference.recurrence import (
     bonus,
     channel,
     counted,
+    damped,
     delta,
     fixed,
     inclusive,
@@ -16,6 +17,8 @@ from reference.recurrence import (
     outer,
     ratio,
     scalar,
+    squares,
+    taylor,
     tied,
 )
 
@@ -92,6 +95,30 @@ LSM: dict[str, Row] = {
         "delta:KDA",
         "Kimi Delta Attention",
         "2510.26692",
+    ),
+    "based": Row(
+        keep,
+        counted,
+        ratio,
+        QKV,
+        {},
+        "polynomial:Based",
+        "Based",
+        "2402.18668",
+        "k v+1",
+        taylor,
+    ),
+    "rebased": Row(
+        keep,
+        counted,
+        damped,
+        QKV,
+        {},
+        "polynomial:Rebased",
+        "ReBased",
+        "2402.10644",
+        "k v+1",
+        squares,
     ),
 }
 

@@ -64,9 +64,9 @@ def with_one(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1), value=1.0)
 
 
-def over_count(o: Tensor) -> Tensor:
-    """The weighted sum over the sum of the weights. The weights must be positive."""
-    return o[..., :-1] / (o[..., -1:] + 1e-10)
+def over_count(o: Tensor, least: float = 1e-10) -> Tensor:
+    """The weighted sum over the sum of the weights, which starts from `least`. The weights must be positive."""
+    return o[..., :-1] / (o[..., -1:] + least)
 
 
 def turn(M: Memory, g: Tensor, theta: Tensor) -> Memory:
@@ -214,6 +214,10 @@ def ratio(M, before, x):
     return over_count(look(M, x["q"]))
 
 
+def damped(M, before, x):  # ratio, of weights that may all be close to zero
+    return over_count(look(M, x["q"]), 1e-5)
+
+
 def bonus(M, before, x):  # the memory before this token, and this token by its own weight
     return look(write(before, x["u"] * x["k"], x["v"]), x["q"])
 
@@ -259,7 +263,7 @@ def squares(x: Float[Tensor, "... d"]) -> Float[Tensor, "... f"]:
 def products(x: Float[Tensor, "... d"]) -> Float[Tensor, "... f"]:
     """products(q)·products(k) = (q·k)²: x_i² and, for i < j, √2 x_i x_j."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-    return x[..., i] * x[..., j] * torch.where(i == j, 1.0, 2**0.5).to(x.dtype)
+    return x[..., i] * x[..., j] * (1 + (i != j).to(x.dtype)).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
