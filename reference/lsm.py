@@ -6,9 +6,11 @@ README's table read this file.
 
 from reference.recurrence import (
     Row,
+    above,
     bonus,
     channel,
     counted,
+    cross,
     damped,
     delta,
     fixed,
@@ -16,6 +18,8 @@ from reference.recurrence import (
     keep,
     outer,
     ratio,
+    real,
+    rotating,
     scalar,
     squares,
     taylor,
@@ -119,6 +123,27 @@ LSM: dict[str, Row] = {
         "2402.10644",
         "k v+1",
         squares,
+    ),
+    "gated_fast_weights": Row(
+        cross,
+        outer,
+        inclusive,
+        QKV | EACH | {"f": "b t h v"},
+        {},
+        "gated:GatedFastWeights",
+        "Gated fast weights",
+        "2210.04243",
+    ),
+    "gate_loop": Row(
+        rotating,
+        real,
+        above,
+        QKV | EACH | {"theta": "b t h k"},
+        {},
+        "gated:GateLoop",
+        "GateLoop",
+        "2311.01927",
+        STACKED,
     ),
 }
 

@@ -486,6 +486,9 @@ def test_parameters_begin_where_they_should(lsm):
             assert (x == 1).all()
         elif name.endswith("w.2.bias"):  # RWKV6: a head's channels forget between e^-6 and e^-1 a token
             assert (x.view(4, -1)[:, 0] == -6).all() and (x.view(4, -1)[:, -1] == -1).all()
+        elif name.endswith(("alpha.bias", "gamma.bias")):  # gated fast weights: gates even in (1/n, 1 - 1/n)
+            gates = x.sigmoid()
+            assert 1 / len(x) <= gates.min() and gates.max() <= 1 - 1 / len(x) and gates.std() > 0.15
         elif last in ("mix", "mix_bias", "u"):
             assert x.min() >= 0 and x.max() <= 1 and x.std() > 0.2
         elif last == "mix_up":

@@ -82,6 +82,8 @@ HEADS = {
     "kda": (1, 1),
     "based": (None, 1),
     "rebased": (None, 1),
+    "gated_fast_weights": (1, 1),
+    "gate_loop": (1, 1),
 }
 
 

@@ -45,6 +45,11 @@ def time_step(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     return dt + torch.log(-torch.expm1(-dt))
 
 
+def even_gates(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Biases whose sigmoid is even in (1/n, 1 - 1/n): a gate for every length of memory (1910.09890)."""
+    return uniform(1 / shape[0], 1 - 1 / shape[0])(shape, rng).logit()
+
+
 def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
