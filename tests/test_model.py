@@ -497,6 +497,14 @@ def test_parameters_begin_where_they_should(lsm):
             assert last in ("bias", "conv_bias", "norm_bias", "lower_bounds") and (x == 0).all(), name
 
 
+def test_hedgehog_begins_as_the_identity():
+    model = make(lsm="linear_attention", feature_map="hedgehog", pattern="L")
+    initialize(model, 0)
+    maps = {name: x for name, x in model.named_parameters() if "phi_" in name}
+    assert len(maps) == 4 and not set(maps) & decayed(model)
+    assert all(torch.equal(x.float(), torch.eye(4) if x.ndim == 2 else torch.zeros(4)) for x in maps.values())
+
+
 # ------------------------------------------------------------------------------------- released models as oracles
 
 

@@ -10,6 +10,7 @@ import torch
 
 from reference import ops
 from reference.lsm import LSM
+from reference.mixers.linear_attention import FEATURE_MAP
 from reference.model import LanguageModel, sizes
 from reference.presets import PRESETS, Model
 from reference.routers import ROUTER
@@ -110,6 +111,7 @@ BAD = {
     "pattern X": ({"pattern": "LXN"}, "pattern 'LXN' has letters 'X'; allowed are L .*, N .*, E .*, D"),
     "pattern empty": ({"pattern": ""}, "pattern ''.* allowed are L .*, N .*, E .*, D"),
     "lsm": ({"lsm": "mambo"}, f"'mambo'; expected one of {', '.join(LSM)}"),
+    "features": ({"feature_map": "elo"}, f"'elo'; expected one of {', '.join(FEATURE_MAP)}"),
     "router": ({"router": "mixtrall"}, f"'mixtrall'; expected one of {', '.join(ROUTER)}"),
     **{
         name: ({name: 0}, f"{name} is 0; it must be at least 1")

@@ -94,7 +94,7 @@ class GatedFastWeights(Mixer):
 
 
 class GateLoop(Mixer):
-    """GateLoop (2311.01927): M <- diag(a) M + kᵀ v, o = Re(q M), a = sigmoid(α) e^{iβ} with α, β = W x; SiLU gate.
+    """GateLoop (2311.01927): M <- diag(a) M + kᵀ v, o = Re(q M), a = sigmoid(α) e^{iθ}, α and θ linear in x; SiLU gate.
 
     This is the form of the paper's text: magnitude and phase have a projection each, queries, keys and values are
     real, and the real part is taken after the read. Released code (of the author's, and others') forms one complex
@@ -107,7 +107,7 @@ class GateLoop(Mixer):
         super().__init__(config, ops, config.width // config.heads, config.width // config.heads)
         self.q, self.k = linear(config.width, self.keys), linear(config.width, self.keys)
         self.v, self.gate = linear(config.width, self.values), linear(config.width, self.values)
-        self.alpha, self.beta = linear(config.width, self.keys), linear(config.width, self.keys)
+        self.magnitude, self.phase = linear(config.width, self.keys), linear(config.width, self.keys)
         self.o = linear(self.values, config.width)
 
     def forward(self, x, side, state: Only | None = None):
@@ -115,8 +115,8 @@ class GateLoop(Mixer):
             "q": self.split(self.q(x)) * self.key_size**-0.5,
             "k": self.split(self.k(x)),
             "v": self.split(self.v(x)),
-            "g": self.split(F.logsigmoid(wide(self.alpha(x)))),
-            "theta": self.split(wide(self.beta(x))),
+            "g": self.split(F.logsigmoid(wide(self.magnitude(x)))),
+            "theta": self.split(wide(self.phase(x))),
         }
         o, memory = self.advance(tokens, {}, state and state.memory, side)
         return self.o(o.flatten(-2) * F.silu(self.gate(x))), Only(memory)

@@ -26,6 +26,10 @@ def constant(value: float) -> Start:
     return lambda shape, rng: torch.full(shape, value)
 
 
+def identity(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    return torch.eye(*shape)
+
+
 def normal(std: float) -> Start:
     return lambda shape, rng: torch.randn(shape, generator=rng) * std
 

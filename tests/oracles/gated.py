@@ -51,7 +51,7 @@ def fast_weights_step(w, x, t, M, h):
 
 def gate_loop_step(w, x, t, M, h):
     """2311.01927, as the attention it is: o = Re(sum of (q ⊙ a_{s+1} ... a_t)·k v), then ⊙ SiLU(W x)."""
-    q, past = so_far(w, x, t, h, lambda of, h: sigmoid(of("alpha", h)) * torch.exp(1j * of("beta", h)))
+    q, past = so_far(w, x, t, h, lambda of, h: sigmoid(of("magnitude", h)) * torch.exp(1j * of("phase", h)))
     return sum((((q * left) * k).sum() * v).real for k, v, left in past) * silu(Heads(w, x[t], H)("gate", h)), M
 
 
