@@ -36,7 +36,8 @@ class Based(Mixer):
 class Rebased(Based):
     """ReBased (2402.10644): weights (LN(q)·LN(k))² / d over their sum; queries and keys of all heads share one LN.
 
-    16 channels a head give 136 features. Such a weight may be zero: the sum of weights starts from 1e-5.
+    16 channels a head give 136 features. Such a weight may be zero, so the sum of weights starts from 1e-5, as in
+    released code (from 1e-10, float32's rounding alone could move an output by as much as the output itself).
     """
 
     def __init__(self, config, layer, layers, ops):
