@@ -9,7 +9,6 @@
 A form is run(row, tokens, constants, M, chunk) -> (o, M), all inputs float32 (or float64), whole sequences.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from reference import printed
 from reference import recurrence as words
 from reference.chunked import Chunk, cut, decays, fold, over_chunks, prefix, solved, well_conditioned
 from reference.normal import Normal
-from reference.recurrence import Inputs, Memory, Row, inner_slope, loop, standard, turn, with_one
+from reference.recurrence import Inputs, Memory, Row, inner_slope, loop, standard, with_one
 from reference.span import LEFT, TRANSITION, transition
 
 
@@ -53,8 +52,8 @@ def rotated(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int) -> tu
     o, N = over_chunks(Normal(q, k, x["v"], None, g=torch.cat([x["g"], x["g"]], -1)), M, chunk)
     if not angle.shape[1]:
         return o, N
-    total = angle[:, -1].remainder(2 * math.pi).to(M.dtype)[..., None]
-    return o, turn(N, torch.zeros_like(total), total)
+    c, s, real, imaginary = c[:, -1, ..., None], s[:, -1, ..., None], *N.chunk(2, -2)
+    return o, torch.cat([c * real - s * imaginary, s * real + c * imaginary], -2)
 
 
 # --------------------------------------------------------------------------------------------------- two readings

@@ -63,6 +63,7 @@ WRITTEN = {
 ASKED = {
     words.inclusive: lambda x: {"finish": lambda o: o},
     words.ratio: lambda x: {"finish": over_count},
+    words.damped: lambda x: {"finish": lambda o: over_count(o, 1e-5)},
     words.bonus: lambda x: {"finish": lambda o: o, "u": x["u"]},
 }
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from reference.lsm import LSM
+from reference.mixers.linear_attention import FEATURE_MAP
 from reference.mixers.softmax import ATTENTION
 from reference.routers import ROUTER
 
@@ -53,7 +54,7 @@ class Model:
     """Of one head of L (None: as published for the model)."""
     value_size: int | None = None
     """Of one head of L (None: as published for the model)."""
-    feature_map: Literal["elu", "relu", "silu", "identity"] = "elu"
+    feature_map: Literal[tuple(FEATURE_MAP)] = "elu"
     """Of linear attention's queries and keys."""
     gate: bool = True
     """Whether linear attention has an output gate (as in Linear-MoE); other models have theirs as published."""
@@ -103,6 +104,8 @@ class Model:
             raise ValueError(f"pattern {self.pattern!r} has letters {wrong!r}; allowed are {known}")
         if self.lsm not in LSM:
             raise ValueError(f"unknown linear sequence model {self.lsm!r}; expected one of {', '.join(LSM)}")
+        if self.feature_map not in FEATURE_MAP:
+            raise ValueError(f"unknown feature map {self.feature_map!r}; expected one of {', '.join(FEATURE_MAP)}")
         if self.router not in ROUTER:
             raise ValueError(f"unknown router {self.router!r}; expected one of {', '.join(ROUTER)}")
         if self.attention not in ATTENTION:

@@ -64,9 +64,9 @@ def with_one(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1), value=1.0)
 
 
-def over_count(o: Tensor) -> Tensor:
-    """The weighted sum over the sum of the weights. The weights must be positive."""
-    return o[..., :-1] / (o[..., -1:] + 1e-10)
+def over_count(o: Tensor, least: float = 1e-10) -> Tensor:
+    """The weighted sum over the sum of the weights, which starts from `least`. The weights must be positive."""
+    return o[..., :-1] / (o[..., -1:] + least)
 
 
 def turn(M: Memory, g: Tensor, theta: Tensor) -> Memory:
@@ -232,6 +232,10 @@ def inclusive(M, before, x):
 
 def ratio(M, before, x):
     return over_count(look(M, x["q"]))
+
+
+def damped(M, before, x):  # ratio, of weights that may all be close to zero
+    return over_count(look(M, x["q"]), 1e-5)
 
 
 def bonus(M, before, x):  # the memory before this token, and this token by its own weight

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from inputs import unpadded
 from oracles import ORACLES
 from oracles.common import Heads, draw, rms, silu
-from oracles.linear_attention import elu_features
+from oracles.linear_attention import FEATURES
 from reference import mixers, ops
 from reference.lsm import LSM
+from reference.mixers.linear_attention import FEATURE_MAP, POSITIVE, dpfp, feature_map
 from reference.mixers.softmax import ATTENTION, Latents
 from reference.model import Side, state_bytes
 from reference.presets import Model
@@ -29,21 +30,31 @@ SOFTMAX = {
     "latent": {"attention": "latent", "latent_value_size": 5},
     "latent, window": {"attention": "latent", "query_rank": 7, "window": 5},
 }
-MIXERS = {name: {"lsm": name} for name in LSM} | SOFTMAX
+VARIANTS = {  # layers that a field of the configuration makes
+    "elementwise product": {"lsm": "linear_attention", "feature_map": "elementwise_product"},
+    "hedgehog": {"lsm": "linear_attention", "feature_map": "hedgehog"},
+    "t2r": {"lsm": "linear_attention_normalized", "feature_map": "t2r"},
+    # many features are 0: with few channels some tokens have nothing in common
+    "dpfp": {"lsm": "linear_attention_normalized", "feature_map": "dpfp", "key_size": 8},
+}
+MIXERS = {name: {"lsm": name} for name in LSM} | SOFTMAX | VARIANTS
 every = pytest.mark.parametrize("name", MIXERS)
 
 
 class Layer(torch.nn.Module):
     """A mixer and what its kind shares, with random weights: called with tokens, states and where they stand."""
 
-    def __init__(self, name, number=1, layers=3, seed=0, dtype=torch.float64, ops=ops, **sizes):
+    def __init__(self, name, number=1, layers=3, seed=0, dtype=torch.float64, ops=ops, **given):
         super().__init__()
-        sizes = {"width": 12, "heads": 2, "key_size": 4, "value_size": 6, "key_heads": 1} | sizes
-        config = Model(**MIXERS[name] | sizes)
+        sizes = {"width": 12, "heads": 2, "key_size": 4, "value_size": 6, "key_heads": 1}
+        config = Model(**sizes | MIXERS[name] | given)
         if name in SOFTMAX:
             self.inner, common = ATTENTION[config.attention](config, ops), {}
         else:
-            self.inner, common = mixers.build(config, number, layers, ops), mixers.kind(name).common(config, layers)
+            self.inner, common = (
+                mixers.build(config, number, layers, ops),
+                mixers.kind(config.lsm).common(config, layers),
+            )
         self.common = torch.nn.ParameterDict(common)
         rng = torch.Generator().manual_seed(seed)
         for weight in self.parameters():
@@ -71,7 +82,7 @@ def no_kernels_behind_the_oracle(monkeypatch):
 
 
 def test_every_mixer_has_an_oracle():
-    assert {oracle.mixer for oracle in ORACLES.values()} == set(MIXERS)
+    assert {oracle.mixer for oracle in ORACLES.values()} == set(MIXERS) - set(VARIANTS)
 
 
 @pytest.mark.parametrize("oracle", ORACLES.values(), ids=ORACLES)
@@ -278,29 +289,43 @@ def test_bounds_of_hgrn2_may_be_as_uneven_as_they_like(number, peak):
 
 
 def test_only_positive_features_can_be_normalized():
-    for features in ("elu", "relu"):
-        Layer("linear_attention_normalized", feature_map=features)
-    for features in ("silu", "identity"):
-        with pytest.raises(ValueError, match=f"{features}.*use elu or relu") as caught:
+    for features in FEATURE_MAP:
+        if features in POSITIVE:
+            Layer("linear_attention_normalized", feature_map=features)
+            continue
+        with pytest.raises(ValueError, match=f"{features}.*use one of elu, relu, hedgehog, t2r, dpfp") as caught:
             Layer("linear_attention_normalized", feature_map=features)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("features", ["elu", "relu", "silu", "identity"])
+@pytest.mark.parametrize("features", FEATURE_MAP)
+@given(size=st.integers(1, 6), seed=st.integers(0, 99))
+def test_features_have_their_sizes_and_signs(features, size, seed):
+    """What is called positive is never negative; what is not, is soon."""
+    phi, x = feature_map(features, size), draw(200, size, seed=seed, dtype=torch.float32)
+    for i, weight in enumerate(phi.parameters() if isinstance(phi, torch.nn.Module) else ()):
+        weight.data = draw(*weight.shape, seed=seed + 1 + i, dtype=torch.float32)
+    y = phi(x)
+    assert y.shape == (200, {"hedgehog": 2, "dpfp": 8}.get(features, 1) * size)
+    assert (y.min() >= 0) == (features in POSITIVE)
+
+
+def test_dpfp_by_hand():
+    """[1, -2] is [1 0 0 2] without signs; times itself rolled by 1, 2, 3 and 4."""
+    wanted = [[2, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 2], [1, 0, 0, 4]]
+    assert dpfp(torch.tensor([1.0, -2.0])).view(4, 4).tolist() == wanted
+
+
+@pytest.mark.parametrize("features", FEATURE_MAP)
 @pytest.mark.parametrize("gate", [True, False])
 def test_linear_attention_takes_its_features_and_gate_from_the_configuration(features, gate):
     """Without a gate, and with each map: one token from nothing is φ(q)·φ(k) v, whose norm is v's."""
     layer, x = Layer("linear_attention", feature_map=features, gate=gate), draw(1, 1, 12)
     w = dict(layer.inner.named_parameters())
-    phi = {
-        "elu": elu_features,
-        "relu": lambda y: y.clamp(min=0),
-        "silu": silu,
-        "identity": lambda y: y,
-    }[features]
     heads = []
     for h in range(2):
         of = Heads(w, x[0, 0], 2)
-        o = (phi(of("q", h)) / 2 @ phi(of("k", h))) * of("v", h)
+        q, k = (FEATURES[features](w, name, of(name, h)) for name in "qk")
+        o = (q / len(q) ** 0.5 @ k) * of("v", h)
         heads.append(rms(o, w["norm"]) * (silu(of("gate", h)) if gate else 1))
     torch.testing.assert_close(layer(x)[0][0, 0], w["o.weight"] @ torch.cat(heads), **close)

@@ -486,12 +486,23 @@ def test_parameters_begin_where_they_should(kind):
             assert (x == 1).all()
         elif name.endswith("w.2.bias"):  # RWKV6: a head's channels forget between e^-6 and e^-1 a token
             assert (x.view(4, -1)[:, 0] == -6).all() and (x.view(4, -1)[:, -1] == -1).all()
+        elif name.endswith(("alpha.bias", "gamma.bias")):  # gated fast weights: gates even in (1/n, 1 - 1/n)
+            gates = x.sigmoid()
+            assert 1 / len(x) <= gates.min() and gates.max() <= 1 - 1 / len(x) and gates.std() > 0.15
         elif last in ("mix", "mix_bias", "u"):
             assert x.min() >= 0 and x.max() <= 1 and x.std() > 0.2
         elif last == "mix_up":
             assert 0.015 < x.std() < 0.025
         else:
             assert last in ("bias", "conv_bias", "norm_bias", "lower_bounds") and (x == 0).all(), name
+
+
+def test_hedgehog_begins_as_the_identity():
+    model = make(lsm="linear_attention", feature_map="hedgehog", pattern="L")
+    initialize(model, 0)
+    maps = {name: x for name, x in model.named_parameters() if "phi_" in name}
+    assert len(maps) == 4 and not set(maps) & decayed(model)
+    assert all(torch.equal(x.float(), torch.eye(4) if x.ndim == 2 else torch.zeros(4)) for x in maps.values())
 
 
 # ------------------------------------------------------------------------------------- released models as oracles

@@ -10,6 +10,7 @@ import torch
 
 from reference import ops
 from reference.lsm import LSM
+from reference.mixers.linear_attention import FEATURE_MAP
 from reference.model import LanguageModel, sizes
 from reference.presets import PRESETS, Model
 from reference.printed import PRINTED
@@ -67,13 +68,14 @@ def test_every_row_builds_in_the_tiny_preset(lsm):
         LanguageModel(replace(PRESETS["tiny"][1], lsm=lsm), ops)
 
 
-# The published size of a head's keys and values, as parts of a head's share of the width.
+# The published size of a head's keys and values, as parts of a head's share of the width; None: one of FIXED.
+FIXED = {"mamba2": 128, "based": 16, "rebased": 16}
 HEADS = {
     "linear_attention": (1, 1),
     "linear_attention_normalized": (1, 1),
     "lightning": (1, 1),
     "retention": (1, 2),
-    "mamba2": (None, 2),  # 128 whatever the width
+    "mamba2": (None, 2),
     "gla": (1 / 2, 1),
     "hgrn2": (1, 1),
     "rwkv6": (1 / 2, 1),
@@ -82,6 +84,10 @@ HEADS = {
     "kda": (1, 1),
     "mom_gla": (1 / 2, 1),
     **dict.fromkeys(PRINTED, (1, 1)),
+    "based": (None, 1),
+    "rebased": (None, 1),
+    "gated_fast_weights": (1, 1),
+    "gate_loop": (1, 1),
 }
 
 
@@ -92,7 +98,7 @@ def test_heads_are_as_large_as_published_unless_told(lsm):
         told = LanguageModel(Model(pattern="L", lsm=lsm, width=256, heads=4, key_size=6, value_size=10), ops)
     key, value = HEADS[lsm]
     mixer = plain.blocks[0].sublayers[0].inner
-    assert (mixer.key_size, mixer.value_size) == (128 if key is None else key * 64, value * 64)
+    assert (mixer.key_size, mixer.value_size) == (FIXED[lsm] if key is None else key * 64, value * 64)
     mixer = told.blocks[0].sublayers[0].inner
     assert (mixer.key_size, mixer.value_size) == (6, 10)
 
@@ -108,6 +114,7 @@ BAD = {
     "pattern X": ({"pattern": "LXN"}, "pattern 'LXN' has letters 'X'; allowed are L .*, N .*, E .*, D"),
     "pattern empty": ({"pattern": ""}, "pattern ''.* allowed are L .*, N .*, E .*, D"),
     "lsm": ({"lsm": "mambo"}, f"'mambo'; expected one of {', '.join(LSM)}"),
+    "features": ({"feature_map": "elo"}, f"'elo'; expected one of {', '.join(FEATURE_MAP)}"),
     "router": ({"router": "mixtrall"}, f"'mixtrall'; expected one of {', '.join(ROUTER)}"),
     **{
         name: ({name: 0}, f"{name} is 0; it must be at least 1")

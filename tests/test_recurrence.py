@@ -170,6 +170,17 @@ def test_gradcheck(name, run):
     assert torch.autograd.gradcheck(function, (M.requires_grad_(), *wanted))
 
 
+POLYNOMIAL = {"based": lambda dot, d: 1 + dot / d**0.5 + dot**2 / (2 * d), "rebased": lambda dot, d: dot**2 / d}
+
+
+@pytest.mark.parametrize("name", POLYNOMIAL)
+@given(d=st.integers(1, 20), seed=st.integers(0, 99))
+def test_features_are_polynomials_of_the_product(name, d, seed):
+    q, k = torch.randn(2, 7, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    got = (LSM[name].features(q) * LSM[name].features(k)).sum(-1)
+    torch.testing.assert_close(got, POLYNOMIAL[name]((q * k).sum(-1), d), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", [n for n in LSM if "g" in LSM[n].tokens])
 @given(seed=st.integers(0, 99), t=st.sampled_from([1, 5, 63, 70]))
 def test_extreme_gates(name, seed, t):

@@ -1,10 +1,10 @@
-"""Layers whose memory decays channel by channel: GLA and HGRN2."""
+"""Layers whose memory decays channel by channel: GLA, HGRN2, gated fast weights and GateLoop."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reference.mixers.parts import Mixer, Only, constant, head_norm, linear, parameter, wide
+from reference.mixers.parts import Mixer, Only, constant, even_gates, head_norm, linear, parameter, wide
 
 
 class GLA(Mixer):
@@ -68,3 +68,59 @@ class HGRN2(Mixer):
         }
         o, memory = self.advance(tokens, {}, state and state.memory, side)
         return self.o(self.ops.norm(o.flatten(-2), self.norm, self.eps)), Only(memory)
+
+
+class GatedFastWeights(Mixer):
+    """Decaying fast weights (2210.04243): M <- (αᵀ γ) ⊙ M + kᵀ v, o = q M, α = sigmoid(W x + b), γ = sigmoid(U x + c).
+
+    α has a number for each key channel, γ one for each value channel. Queries and keys have no feature map, outputs no
+    norm and no gate: the paper puts the rule in the place of GPT-2's attention, whose scale stays. The biases start as
+    the tests of the paper's kernels draw them (github.com/jenni-ai/T2FW): gates even in (0, 1).
+    """
+
+    def __init__(self, config, layer, layers, ops):
+        super().__init__(config, ops, config.width // config.heads, config.width // config.heads)
+        self.q, self.k = linear(config.width, self.keys), linear(config.width, self.keys)
+        self.v, self.o = linear(config.width, self.values), linear(self.values, config.width)
+        self.alpha, self.gamma = (linear(config.width, size, bias=True) for size in (self.keys, self.values))
+        self.alpha.bias.start = self.gamma.bias.start = even_gates
+
+    def forward(self, x, side, state: Only | None = None):
+        tokens = {
+            "q": self.split(self.q(x)) * self.key_size**-0.5,
+            "k": self.split(self.k(x)),
+            "v": self.split(self.v(x)),
+            "g": self.split(F.logsigmoid(wide(self.alpha(x)))),
+            "f": self.split(F.logsigmoid(wide(self.gamma(x)))),
+        }
+        o, memory = self.advance(tokens, {}, state and state.memory, side)
+        return self.o(o.flatten(-2)), Only(memory)
+
+
+class GateLoop(Mixer):
+    """GateLoop (2311.01927): M <- diag(a) M + kᵀ v, o = Re(q M), a = sigmoid(α) e^{iθ}, α and θ linear in x; SiLU gate.
+
+    This is the form of the paper's text: magnitude and phase have a projection each, queries, keys and values are
+    real, and the real part is taken after the read. Released code (of the author's, and others') forms one complex
+    number c instead, a = sigmoid(|c|) e^{i arg c}, whose magnitude is never below 1/2 and whose phase jumps at c = 0,
+    and some of it keeps the output complex up to the projection back; weights of it do not fit here. The paper's own
+    models have a head for every channel (heads = width, keys and values of size 1), where the scale is 1.
+    """
+
+    def __init__(self, config, layer, layers, ops):
+        super().__init__(config, ops, config.width // config.heads, config.width // config.heads)
+        self.q, self.k = linear(config.width, self.keys), linear(config.width, self.keys)
+        self.v, self.gate = linear(config.width, self.values), linear(config.width, self.values)
+        self.magnitude, self.phase = linear(config.width, self.keys), linear(config.width, self.keys)
+        self.o = linear(self.values, config.width)
+
+    def forward(self, x, side, state: Only | None = None):
+        tokens = {
+            "q": self.split(self.q(x)) * self.key_size**-0.5,
+            "k": self.split(self.k(x)),
+            "v": self.split(self.v(x)),
+            "g": self.split(F.logsigmoid(wide(self.magnitude(x)))),
+            "theta": self.split(wide(self.phase(x))),
+        }
+        o, memory = self.advance(tokens, {}, state and state.memory, side)
+        return self.o(o.flatten(-2) * F.silu(self.gate(x))), Only(memory)

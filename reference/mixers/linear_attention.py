@@ -1,33 +1,101 @@
 """Layers whose memory keeps, or decays at a rate that no token changes: linear attention, Lightning, Retention."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from reference.attention import rotate
-from reference.mixers.parts import Mixer, Only, head_norm, linear
+from reference.mixers.parts import Mixer, Only, head_norm, identity, linear, wide
 
-FEATURE_MAP = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu, "identity": lambda x: x}
-POSITIVE = ("elu", "relu")
+# ------------------------------------------------------------------------------- feature maps of queries and keys
+
+
+class Product(nn.Module):
+    """φ(x) = (W₁ x + b₁) ⊙ (W₂ x + b₂)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.left, self.right = linear(size, size, bias=True), linear(size, size, bias=True)
+
+    def forward(self, x: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
+        return self.left(x) * self.right(x)
+
+
+class Hedgehog(nn.Module):
+    """φ(x) = softmax([2y, -2y]) with y = W x + b, which starts as x (2402.04347)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.inner = linear(size, size, bias=True)
+        self.inner.weight.start = identity
+
+    def forward(self, x: Float[Tensor, "... k"]) -> Float[Tensor, "... f"]:
+        y = 2 * wide(self.inner(x))
+        return torch.cat([y, -y], -1).softmax(-1).to(x.dtype)
+
+
+class T2R(nn.Module):
+    """φ(x) = relu(W x) (2103.13076)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.inner = linear(size, size)
+
+    def forward(self, x: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
+        return F.relu(self.inner(x))
+
+
+def dpfp(x: Float[Tensor, "... k"], reach: int = 4) -> Float[Tensor, "... f"]:
+    """The deterministic, parameter-free projection: r = relu([x, -x]) times r rolled by 1 ... 4 (2102.11174)."""
+    r = F.relu(torch.cat([x, -x], -1))
+    return torch.cat([r * r.roll(j, -1) for j in range(1, reach + 1)], -1)
+
+
+# Functions, and modules that are made for a head's size. All heads of a layer share a module; queries and keys have
+# one each. As in flash-linear-attention, whose names these are; Linear-MoE's scripts say swish for silu.
+FEATURE_MAP: dict[str, Callable] = {
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "identity": lambda x: x,
+    "elementwise_product": Product,
+    "hedgehog": Hedgehog,
+    "t2r": T2R,
+    "dpfp": dpfp,
+}
+POSITIVE = ("elu", "relu", "hedgehog", "t2r", "dpfp")  # never negative: their weights can be normalised
+
+
+def feature_map(name: str, size: int) -> Callable[[Tensor], Tensor]:
+    """The map of that name for heads of `size` channels. Its output may be larger: it is the row's key size."""
+    kind = FEATURE_MAP[name]
+    return kind(size) if isinstance(kind, type) else kind
+
+
+# ------------------------------------------------------------------------------------------------------ the layers
 
 
 class LinearAttention(Mixer):
     """o = φ(q) M with M the sum of φ(k)ᵀ v (2006.16236), then RMS norm a head, and SiLU gate if `config.gate`.
 
-    The gated form is the layer of Linear-MoE (2503.05447): five projections of d × d.
+    The gated form is the layer of Linear-MoE (2503.05447): five projections of d × d. φ is `config.feature_map`.
     """
 
     def __init__(self, config, layer, layers, ops):
         super().__init__(config, ops, config.width // config.heads, config.width // config.heads)
-        self.feature_map = FEATURE_MAP[config.feature_map]
+        self.phi_q, self.phi_k = (feature_map(config.feature_map, self.key_size) for _ in "qk")
         self.q, self.k = linear(config.width, self.keys), linear(config.width, self.keys)
         self.v, self.o = linear(config.width, self.values), linear(self.values, config.width)
         self.gate = linear(config.width, self.values) if config.gate else None
         self.norm = head_norm(self.value_size)
 
     def forward(self, x, side, state: Only | None = None):
-        q, k = (self.feature_map(self.split(project(x))) for project in (self.q, self.k))
-        tokens = {"q": q * self.key_size**-0.5, "k": k, "v": self.split(self.v(x))}
+        q, k = self.phi_q(self.split(self.q(x))), self.phi_k(self.split(self.k(x)))
+        tokens = {"q": q * q.shape[-1] ** -0.5, "k": k, "v": self.split(self.v(x))}
         o, memory = self.advance(tokens, {}, state and state.memory, side)
         gate = None if self.gate is None else self.split(self.gate(x))
         return self.o(self.ops.norm(o, self.norm, self.eps, gate).flatten(-2)), Only(memory)
@@ -40,7 +108,7 @@ class NormalizedLinearAttention(LinearAttention):
         if config.feature_map not in POSITIVE:
             raise ValueError(
                 f"a normaliser needs positive features, {config.feature_map!r} has negative ones: "
-                f"use {' or '.join(POSITIVE)}"
+                f"use one of {', '.join(POSITIVE)}"
             )
         super().__init__(config, layer, layers, ops)
 

@@ -26,6 +26,10 @@ def constant(value: float) -> Start:
     return lambda shape, rng: torch.full(shape, value)
 
 
+def identity(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    return torch.eye(*shape)
+
+
 def normal(std: float) -> Start:
     return lambda shape, rng: torch.randn(shape, generator=rng) * std
 
@@ -43,6 +47,11 @@ def time_step(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     """dt_bias whose softplus is log-uniform in [1e-3, 0.1] (Mamba 2312.00752, section 3.6)."""
     dt = uniform(math.log(1e-3), math.log(0.1))(shape, rng).exp().clamp(min=1e-4)
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def even_gates(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Biases whose sigmoid is even in (1/n, 1 - 1/n): a gate for every length of memory (1910.09890)."""
+    return uniform(1 / shape[0], 1 - 1 / shape[0])(shape, rng).logit()
 
 
 def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Channel decays: GLA, HGRN2."""
+"""Channel decays: GLA, HGRN2, gated fast weights, GateLoop."""
 
 import math
 
@@ -29,8 +29,36 @@ def hgrn2(layer):
     return hgrn2_step
 
 
+def so_far(w, x, t, h, decay):
+    """q_t, and for every s <= t the key, the value, and what the decays of s + 1 ... t leave, multiplied together."""
+    tokens, left, past = [Heads(w, token, H) for token in x[: t + 1]], 1.0, []
+    for of in reversed(tokens):
+        past.append((of("k", h), of("v", h), left))
+        left = left * decay(of, h)
+    return tokens[t]("q", h) / math.sqrt(K), past
+
+
+def fast_weights_step(w, x, t, M, h):
+    """2210.04243, without a memory: a write of token s is dimmed by all later αᵀ γ."""
+
+    def decay(of, h):
+        alpha = sigmoid(of("alpha", h) + w["alpha.bias"].chunk(H)[h])
+        return torch.outer(alpha, sigmoid(of("gamma", h) + w["gamma.bias"].chunk(H)[h]))
+
+    q, past = so_far(w, x, t, h, decay)
+    return sum(q @ (left * torch.outer(k, v)) for k, v, left in past), M
+
+
+def gate_loop_step(w, x, t, M, h):
+    """2311.01927, as the attention it is: o = Re(sum of (q ⊙ a_{s+1} ... a_t)·k v), then ⊙ SiLU(W x)."""
+    q, past = so_far(w, x, t, h, lambda of, h: sigmoid(of("magnitude", h)) * torch.exp(1j * of("phase", h)))
+    return sum((((q * left) * k).sum() * v).real for k, v, left in past) * silu(Heads(w, x[t], H)("gate", h)), M
+
+
 ORACLES = {
     "formula of 2312.06635": written("gla", gla_step),
     "formula of 2404.07904, first": written("hgrn2", hgrn2(0), number=0),
     "formula of 2404.07904, last": written("hgrn2", hgrn2(2), number=2),
+    "formula of 2210.04243": written("gated_fast_weights", fast_weights_step),
+    "formula of 2311.01927": written("gate_loop", gate_loop_step),
 }

@@ -28,6 +28,48 @@ def elu_features(x):
     return torch.where(x > 0, x + 1, torch.exp(x))
 
 
+def affine(w, name, y):
+    return w[f"{name}.weight"] @ y + w[f"{name}.bias"]
+
+
+def hedgehog(w, of, y):
+    e = torch.exp(2 * affine(w, f"phi_{of}.inner", y))
+    return torch.cat([e, 1 / e]) / (e + 1 / e).sum()
+
+
+def dpfp(y):
+    r = [*y.clamp(min=0), *(-y).clamp(min=0)]
+    return torch.stack([r[i] * r[(i - j) % len(r)] for j in (1, 2, 3, 4) for i in range(len(r))])
+
+
+# (weights, "q" or "k", a head's query or key) -> features
+FEATURES = {
+    "elu": lambda w, of, y: elu_features(y),
+    "relu": lambda w, of, y: y * (y > 0),
+    "silu": lambda w, of, y: silu(y),
+    "swish": lambda w, of, y: silu(y),
+    "identity": lambda w, of, y: y,
+    "elementwise_product": lambda w, of, y: affine(w, f"phi_{of}.left", y) * affine(w, f"phi_{of}.right", y),
+    "hedgehog": hedgehog,  # 2402.04347, equation 6
+    "t2r": lambda w, of, y: (w[f"phi_{of}.inner.weight"] @ y).clamp(min=0),  # 2103.13076, equation 6
+    "dpfp": lambda w, of, y: dpfp(y),  # 2102.11174, equations 37 to 39
+}
+
+
+def with_features(lsm, features):
+    """The weights themselves, φ(q_t)·φ(k_s), instead of a memory."""
+    phi = FEATURES[features]
+
+    def featured_step(w, x, t, M, h):
+        tokens = [Heads(w, token, H) for token in x[: t + 1]]
+        q, gate = phi(w, "q", tokens[t]("q", h)), silu(tokens[t]("gate", h))
+        weights = torch.stack([q @ phi(w, "k", of("k", h)) for of in tokens])
+        total = weights.sum() + 1e-10 * math.sqrt(len(q)) if lsm.endswith("normalized") else math.sqrt(len(q))
+        return rms(weights @ torch.stack([of("v", h) for of in tokens]) / total, w["norm"]) * gate, M
+
+    return written(lsm, featured_step, feature_map=features)
+
+
 def linear_attention_step(w, x, t, M, h):
     """2503.05447: o = φ(q) M, norm, ⊙ SiLU(W x)."""
     of = Heads(w, x[t], H)
@@ -70,4 +112,8 @@ ORACLES = {
     "formula of 2503.05447": written("linear_attention", linear_attention_step),
     "formula of 2006.16236": written("linear_attention_normalized", normalized_step, V + 1),
     "formula of 2307.08621": written("retention", retention_step),
+    **{f"features {name}": with_features("linear_attention", name) for name in FEATURES if name != "elu"},
+    **{
+        f"normalised {name}": with_features("linear_attention_normalized", name) for name in ("hedgehog", "t2r", "dpfp")
+    },
 }
