@@ -10,6 +10,7 @@ from reference.recurrence import (
     channel,
     counted,
     delta,
+    element,
     fixed,
     inclusive,
     keep,
@@ -92,6 +93,16 @@ LSM: dict[str, Row] = {
         "delta:KDA",
         "Kimi Delta Attention",
         "2510.26692",
+    ),
+    "mamba": Row(
+        element,
+        outer,
+        inclusive,
+        QKV | {"dt": "b t h v"},
+        {"A": "h k v"},
+        "mamba:Mamba",
+        "Mamba",
+        "2312.00752",
     ),
 }
 

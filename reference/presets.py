@@ -39,6 +39,8 @@ class Model:
     """Whether the write strength of delta rules reaches 2 instead of 1: a memory may then flip signs (2411.12537)."""
     convolution: int = 4
     """Taps of the short convolutions, in the models that have them."""
+    state_norm: Literal["none", "learned", "weightless"] = "none"
+    """RMS norm of Mamba's dt, B and C: with weights as in Jamba, without as in Falcon Mamba."""
     router: Literal[tuple(ROUTER)] = "linear_moe"
     """Which experts a token visits."""
     experts: int = 8

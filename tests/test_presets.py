@@ -66,19 +66,22 @@ def test_every_row_builds_in_the_tiny_preset(lsm):
         LanguageModel(replace(PRESETS["tiny"][1], lsm=lsm), ops)
 
 
-# The published size of a head's keys and values, as parts of a head's share of the width.
+# Keys that are as large as published whatever the width.
+FIXED = {"mamba2": 128, "mamba": 16}
+# The published size of a head's keys (None: fixed) and values, as parts of a head's share of the width.
 HEADS = {
     "linear_attention": (1, 1),
     "linear_attention_normalized": (1, 1),
     "lightning": (1, 1),
     "retention": (1, 2),
-    "mamba2": (None, 2),  # 128 whatever the width
+    "mamba2": (None, 2),
     "gla": (1 / 2, 1),
     "hgrn2": (1, 1),
     "rwkv6": (1 / 2, 1),
     "delta_net": (1, 1),
     "gated_delta_net": (3 / 4, 3 / 2),
     "kda": (1, 1),
+    "mamba": (None, 2),
 }
 
 
@@ -89,7 +92,7 @@ def test_heads_are_as_large_as_published_unless_told(lsm):
         told = LanguageModel(Model(pattern="L", lsm=lsm, width=256, heads=4, key_size=6, value_size=10), ops)
     key, value = HEADS[lsm]
     mixer = plain.blocks[0].sublayers[0].inner
-    assert (mixer.key_size, mixer.value_size) == (128 if key is None else key * 64, value * 64)
+    assert (mixer.key_size, mixer.value_size) == (FIXED[lsm] if key is None else key * 64, value * 64)
     mixer = told.blocks[0].sublayers[0].inner
     assert (mixer.key_size, mixer.value_size) == (6, 10)
 
