@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from reference import recurrence as words
 from reference.chunked import Chunk, cut, decays, fold, over_chunks, prefix, solved
 from reference.normal import Normal
-from reference.recurrence import Inputs, Memory, Row, inner_slope, loop, standard, turn, with_one
+from reference.recurrence import Inputs, Memory, Row, in_full_precision, inner_slope, loop, standard, turn, with_one
 from reference.span import LEFT, TRANSITION, transition
 
 
@@ -79,15 +79,40 @@ SHORT = 16  # tokens of a chunk: PIECE / SHORT chunks go side by side
 
 def scan(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int) -> tuple[Tensor, Memory]:
     """Piece after piece; a piece is computed again for its gradient, so that no memory of every token is ever kept."""
-    o, t = [], x["v"].shape[1]
-    for start in range(0, t, PIECE):
-        piece = {name: y[:, start : start + PIECE] for name, y in x.items()}
-        if torch.is_grad_enabled():
-            y, M = checkpoint(side_by_side, row, piece, constants, M, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, M = side_by_side(row, piece, constants, M)
+
+    def piece(M: Memory, *values: Tensor) -> tuple[Tensor, Memory]:
+        tokens, fixed = values[: len(x)], values[len(x) :]
+        return side_by_side(row, dict(zip(x, tokens, strict=True)), dict(zip(constants, fixed, strict=True)), M)
+
+    if not x["v"].shape[1]:
+        return x["v"], M
+    o = []
+    for parts in zip(*(y.split(PIECE, 1) for y in x.values()), strict=True):
+        y, M = Again.apply(piece, M, *parts, *constants.values())
         o.append(y)
-    return torch.cat(o, 1) if o else x["v"], M
+    return torch.cat(o, 1), M
+
+
+class Again(torch.autograd.Function):
+    """run(*inputs), once more for its gradient; in between there are the inputs and nothing else.
+
+    torch's checkpoint keeps a graph without its tensors: small pieces of memory, between which a CPU finds no room for
+    the next large one, so that its memory grows with the text all the same.
+    """
+
+    @staticmethod
+    def forward(ctx, run: Callable, *inputs: Tensor):
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
+        return run(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad(), in_full_precision(inputs[0]):
+            outputs = ctx.run(*inputs)
+        return None, *torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
 
 
 def side_by_side(row: Row, x: Inputs, constants: Inputs, M: Memory) -> tuple[Tensor, Memory]:

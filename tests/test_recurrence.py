@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inputs import assert_within_budget, leaves, make, pieces, start
-from reference import chunked, recurrence, span
+from reference import chunked, forms, recurrence, span
 from reference.lsm import LSM
+from reference.normal import has_normal
 from reference.span import TRANSITION, Span, apply, compose, fold, fold_back, transition
 
+SCANNED = [name for name in LSM if not has_normal(LSM[name]) and forms.of(LSM[name]).run is forms.scan]
 SHAPES = {
     "t": st.integers(1, 40),
     "k": st.integers(1, 6),
@@ -42,6 +44,22 @@ def test_chunks_equal_the_loop(name, t, k, v, seed, chunk):
     got = gradients(lambda *x: chunked.recurrence(*x, chunk=chunk), row, tokens, constants, M)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, **same)
+
+
+@pytest.mark.parametrize("name", SCANNED)
+def test_scans_go_on_from_piece_to_piece_and_keep_only_their_inputs(name, monkeypatch):
+    monkeypatch.setattr(forms, "PIECE", 64)
+    row, tokens, constants = make(name, t=150, k=8, v=16)
+    M, kept = start(name, row, tokens, constants), []
+    for a, b in zip(
+        *(gradients(run, row, tokens, constants, M) for run in (chunked.recurrence, recurrence.recurrence)), strict=True
+    ):
+        torch.testing.assert_close(a, b, **same)
+    leaves(tokens, constants)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: None):
+        chunked.recurrence(row, tokens, constants, M)
+    inputs = sum(x.numel() for x in tokens.values()) + 3 * sum(x.numel() for x in (M, *constants.values()))
+    assert sum(kept) < 2 * inputs < 150 * M.numel()
 
 
 @rows
