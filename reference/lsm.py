@@ -14,9 +14,12 @@ from reference.recurrence import (
     fixed,
     inclusive,
     keep,
+    level,
     outer,
     ratio,
+    real_part,
     scalar,
+    spiral,
     tied,
 )
 
@@ -103,6 +106,17 @@ LSM: dict[str, Row] = {
         "mamba:Mamba",
         "Mamba",
         "2312.00752",
+    ),
+    "s4": Row(
+        spiral,
+        level,
+        real_part,
+        {"v": "b t h v"},
+        {"g": "h k v", "theta": "h k v", "q": "h k v", "p": "h k v"},
+        "mamba:S4D",
+        "S4 (diagonal)",
+        "2206.11893",
+        STACKED,
     ),
 }
 

@@ -220,6 +220,16 @@ def test_bounds_of_hgrn2_may_be_as_uneven_as_they_like(number, peak):
     assert all(torch.isfinite(weight.grad).all() for weight in layer.parameters())
 
 
+def test_short_steps_of_s4_keep_their_digits():
+    """The discrete system of steps down to 1e-7, in float32: as a difference e^{ΔA} - 1 would have none left."""
+    layer = Layer("s4", dtype=torch.float32).inner
+    with torch.no_grad():
+        layer.dt_log.uniform_(-16, -8)
+        got, wanted = layer.discrete(), layer.double().discrete()
+    for name in got:
+        torch.testing.assert_close(got[name].double(), wanted[name], rtol=1e-5, atol=1e-6 * wanted[name].abs().max())
+
+
 def test_only_positive_features_can_be_normalized():
     for features in ("elu", "relu"):
         Layer("linear_attention_normalized", feature_map=features)

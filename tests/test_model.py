@@ -417,7 +417,7 @@ def values(seed, reverse=False, **config):
     return {name: weight.detach().clone() for name, weight in [*model.named_parameters(), *model.named_buffers()]}
 
 
-RAMPS = {"rwkv6": "w.2.bias", "mamba": "A_log"}  # not drawn, though their numbers differ
+RAMPS = {"rwkv6": "w.2.bias", "mamba": "A_log", "s4": "frequency"}  # not drawn, though their numbers differ
 
 
 @pytest.mark.parametrize("lsm", LSM)
@@ -459,9 +459,10 @@ def test_starts_and_decay_know_every_parameter(lsm):
     assert set(starts(model)) == set(weights)
     falls = decayed(model)
     assert falls <= set(weights) and {"embedding", "head"} <= falls
+    own = ("conv", "mix_up", "mix_bias", "u", "lower_bounds", "dt_up", "A_log", "rate", "frequency", "c")
     for name, weight in weights.items():
         last = name.split(".")[-1]
-        if weight.ndim == 1 or last in ("conv", "mix_up", "mix_bias", "u", "lower_bounds", "dt_up", "A_log"):
+        if weight.ndim == 1 or last in own:
             assert name not in falls, name
         else:
             assert name in falls, name
@@ -489,7 +490,16 @@ def test_parameters_begin_where_they_should(lsm):
         elif last == "conv":
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± w^-1/2
         elif last == "D":
-            assert (x == 1).all()
+            assert 0.7 < x.std() < 1.3 if lsm == "s4" else (x == 1).all()
+        elif last == "rate":  # S4D: A = -1/2 + iπn, steps between 1/1000 and 1/10, normal c
+            torch.testing.assert_close(x.exp(), torch.full_like(x, 0.5))
+        elif last == "frequency":
+            torch.testing.assert_close(x[:, 0], (math.pi * torch.arange(len(x))).to(x.dtype), atol=1e-5, rtol=1e-6)
+            assert (x == x[:, :1]).all()
+        elif last == "dt_log":
+            assert x.min() > math.log(0.999e-3) and x.max() < math.log(0.101) and x.std() > 1
+        elif last == "c":
+            assert 0.65 < x.std() < 0.75
         elif name.endswith("w.2.bias"):  # RWKV6: a head's channels forget between e^-6 and e^-1 a token
             assert (x.view(4, -1)[:, 0] == -6).all() and (x.view(4, -1)[:, -1] == -1).all()
         elif last in ("mix", "mix_bias", "u"):

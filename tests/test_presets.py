@@ -67,7 +67,7 @@ def test_every_row_builds_in_the_tiny_preset(lsm):
 
 
 # Keys that are as large as published whatever the width.
-FIXED = {"mamba2": 128, "mamba": 16}
+FIXED = {"mamba2": 128, "mamba": 16, "s4": 32}
 # The published size of a head's keys (None: fixed) and values, as parts of a head's share of the width.
 HEADS = {
     "linear_attention": (1, 1),
@@ -82,6 +82,7 @@ HEADS = {
     "gated_delta_net": (3 / 4, 3 / 2),
     "kda": (1, 1),
     "mamba": (None, 2),
+    "s4": (None, 1),
 }
 
 

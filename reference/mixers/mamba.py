@@ -1,4 +1,4 @@
-"""State space layers whose memory decays by element: Mamba.
+"""State space layers whose memory decays by element: S4D, whose rates no token changes, and Mamba.
 
 Every channel has its own decays, so all channels are one head: they share the keys and the queries, if there are any.
 """
@@ -11,16 +11,59 @@ from torch import Tensor, nn
 
 from reference.mixers.parts import (
     Mixer,
+    Only,
     Taps,
     constant,
     convolution,
     head_norm,
     linear,
+    normal,
     parameter,
     time_step,
     uniform,
     wide,
 )
+
+
+def harmonics(shape: tuple[int, int], rng: torch.Generator) -> Tensor:
+    """0, π, 2π, ... down every column: S4D-Lin (2206.11893, equation 9)."""
+    return math.pi * torch.arange(float(shape[0]))[:, None].expand(shape)
+
+
+class S4D(Mixer):
+    """S4D (2206.11893): M <- e^{ΔA} M + x in every mode, y = 2 Re(c (e^{ΔA} - 1) / A M) + D x, then GELU, linear, GLU.
+
+    This is S4 (2111.00396) with a diagonal A; A, c and M are complex, key_size modes a channel. The input's factor
+    (e^{ΔA} - 1) / A stands in the read: the memory is linear in its inputs. A layer with as many values as the width,
+    as published, has no projection in front.
+    """
+
+    def __init__(self, config, layer, layers, ops):
+        super().__init__(config, ops, 32, config.width // config.heads)
+        modes, self.heads = (self.key_size, self.values), 1
+        self.i = nn.Identity() if self.values == config.width else linear(config.width, self.values)
+        self.rate = parameter(*modes, start=constant(math.log(0.5)))  # log(-Re A)
+        self.frequency = parameter(*modes, start=harmonics)  # Im A
+        self.dt_log = parameter(self.values, start=uniform(math.log(1e-3), math.log(0.1)))
+        self.c = parameter(2, *modes, start=normal(0.5**0.5))  # real and imaginary parts
+        self.D = parameter(self.values, start=normal(1.0))
+        self.o = linear(self.values, 2 * config.width, bias=True)
+
+    def discrete(self) -> dict[str, Tensor]:
+        """The row's constants. e^z - 1 is taken in parts: as a difference it would lose the digits of short steps."""
+        A = torch.complex(-wide(self.rate).exp(), wide(self.frequency))
+        z = wide(self.dt_log).exp() * A
+        g, theta = z.real, z.imag
+        gained = torch.complex(g.expm1() * theta.cos() - 2 * (theta / 2).sin().square(), g.exp() * theta.sin())
+        read = torch.complex(*wide(self.c)) * gained / A
+        return {"g": g[None], "theta": theta[None], "q": read.real[None], "p": read.imag[None]}
+
+    def forward(self, x, side, state: Only | None = None):
+        u = self.split(self.i(x))
+        o, memory = self.advance({"v": u}, self.discrete(), state and state.memory, side)
+        y = F.gelu((o + self.D.to(o.dtype) * u).flatten(-2))
+        return F.glu(self.o(y), -1), Only(memory)
+
 
 # config.state_norm -> the weights of the norms of what Δ, B and C come from: Mamba, Jamba, Falcon Mamba
 STATE_NORM = {

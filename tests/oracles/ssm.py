@@ -1,8 +1,10 @@
 """State space models."""
 
+import math
+
 import torch
 
-from oracles.common import called, classes, released, renamed
+from oracles.common import Oracle, called, classes, released, renamed, sigmoid
 
 
 def state_space(*kind, **config):
@@ -43,10 +45,53 @@ def falcon_mamba():
     return mamba("falcon_mamba", "FalconMambaConfig", "FalconMambaMixer", state_size=8, mixer_rms_eps=1e-5)
 
 
+def s4d(outputs):
+    """2206.11893: outputs(u : t v, A, Δ, c : v k) are the state space model's, without its D."""
+
+    def run(w, x):
+        A = (-torch.exp(w["rate"]) + 1j * w["frequency"]).T
+        step, c = torch.exp(w["dt_log"])[:, None], (w["c"][0] + 1j * w["c"][1]).T
+        texts = []
+        for text in x.unbind():
+            u = text @ w["i.weight"].T if "i.weight" in w else text
+            y = outputs(u, A, step, c) + w["D"] * u
+            y = y * (1 + torch.erf(y / math.sqrt(2))) / 2
+            value, gate = (y @ w["o.weight"].T + w["o.bias"]).chunk(2, 1)
+            texts.append(value * sigmoid(gate))
+        return torch.stack(texts)
+
+    return run
+
+
+def s4d_steps(u, A, step, c):
+    """Section 2, equations 2 and 3: h_t = Ā h_{t-1} + B̄ u_t, y_t = 2 Re(c h_t), with B = 1."""
+    h, y = torch.zeros_like(A), []
+    for now in u:
+        h = torch.exp(step * A) * h + (torch.exp(step * A) - 1) / A * now[:, None]
+        y.append(2 * (c * h).sum(1).real)
+    return torch.stack(y)
+
+
+def s4d_convolution(u, A, step, c):
+    """Equation 6: y is u convolved with K_t = 2 Re(c B̄ Ā^t), here by way of its spectrum."""
+    t = len(u)
+    powers = torch.exp(torch.arange(t)[:, None, None] * step * A)
+    kernel = 2 * (c * (torch.exp(step * A) - 1) / A * powers).sum(2).real
+    return torch.fft.irfft(torch.fft.rfft(kernel, 2 * t, 0) * torch.fft.rfft(u, 2 * t, 0), 2 * t, 0)[:t]
+
+
+def diagonal(outputs, value_size):
+    sizes = {"width": 6, "heads": 3, "key_size": 4, "value_size": value_size}
+    return Oracle("s4", lambda: s4d(outputs), sizes, 20, 1e-12, torch.float64)
+
+
 ORACLES = {
     "Mamba2Mixer": classes("mamba2", mamba2, 16),
     "NemotronHMamba2Mixer": classes("mamba2", nemotron, 16),
     "MambaMixer": classes("mamba", lambda: mamba("mamba", "MambaConfig", "MambaMixer", state_size=8), 16),
     "JambaMambaMixer": classes("mamba", jamba, 16, state_norm="learned"),
     "FalconMambaMixer": classes("mamba", falcon_mamba, 16, state_norm="weightless"),
+    "formula of 2206.11893": diagonal(s4d_steps, 2),
+    "formula of 2206.11893, values of another width": diagonal(s4d_steps, 3),
+    "convolution of 2206.11893": diagonal(s4d_convolution, 2),
 }
