@@ -230,6 +230,12 @@ def test_short_steps_of_s4_keep_their_digits():
         torch.testing.assert_close(got[name].double(), wanted[name], rtol=1e-5, atol=1e-6 * wanted[name].abs().max())
 
 
+def test_heads_of_mamba2_divide_into_groups():
+    with pytest.raises(ValueError, match="2 heads cannot share 3 state_groups: heads must be a multiple") as caught:
+        Layer("mamba2", state_groups=3)
+    assert "\n" not in str(caught.value)
+
+
 def test_only_positive_features_can_be_normalized():
     for features in ("elu", "relu"):
         Layer("linear_attention_normalized", feature_map=features)

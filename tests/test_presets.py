@@ -118,6 +118,9 @@ BAD = {
     "share": ({"heads": 4, "key_heads": 3}, "4 heads cannot share 3 key_heads"),
     "odd": ({"width": 12, "heads": 4}, "3 channels cannot rotate: width / heads must be even"),
     "top_k": ({"top_k": 9}, "top_k 9 needs at least as many experts, got 8"),
+    "state_groups": ({"state_groups": 0}, "state_groups is 0; it must be at least 1"),
+    "step_limits": ({"step_limits": (0.1, 0.01)}, r"step_limits are \(0.1, 0.01\); .* below the largest"),
+    "step_limits below": ({"step_limits": (-1.0, 0.01)}, "the least must be at least 0"),
     "dropout 1": ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
     "dropout below": ({"dropout": -0.1}, "dropout is -0.1; it must be at least 0 and below 1"),
 }

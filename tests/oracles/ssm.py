@@ -8,21 +8,31 @@ from oracles.common import Oracle, called, classes, released, renamed, sigmoid
 
 
 def state_space(*kind, **config):
-    oracle = released(*kind, hidden_size=24, n_groups=1, chunk_size=64, **config)
+    oracle = released(*kind, hidden_size=24, **config)
     names = "in_proj.weight=project.weight conv1d.weight=conv conv1d.bias=conv_bias A_log=A_log dt_bias=dt_bias D=D "
     names += "norm.weight=norm out_proj.weight=o.weight"
     return lambda w, x: called(oracle, renamed(w, names), (x,))
 
 
-def mamba2():
-    sizes = {"num_heads": 3, "head_dim": 16, "state_size": 8, "num_hidden_layers": 1}
-    return state_space("mamba2", "Mamba2Config", "Mamba2Mixer", **sizes)
+def mamba2(heads=3, groups=1, limits=(0.0, math.inf)):
+    sizes = {"num_heads": heads, "head_dim": 48 // heads, "state_size": 8, "n_groups": groups, "chunk_size": 64}
+    return state_space("mamba2", "Mamba2Config", "Mamba2Mixer", **sizes, time_step_limit=limits, num_hidden_layers=1)
 
 
-def nemotron():
-    sizes = {"mamba_num_heads": 3, "mamba_head_dim": 16, "ssm_state_size": 8, "time_step_min": 0.0}
-    sizes["layers_block_type"] = ["linear_attention"]
+def nemotron(heads=3, groups=1, least=0.0):
+    sizes = {"mamba_num_heads": heads, "mamba_head_dim": 48 // heads, "ssm_state_size": 8, "n_groups": groups}
+    sizes |= {"time_step_min": least, "chunk_size": 64, "layers_block_type": ["linear_attention"]}
     return state_space("nemotron_h", "NemotronHConfig", "NemotronHMamba2Mixer", **sizes)
+
+
+def granite(heads, groups):
+    sizes = {"mamba_n_heads": heads, "mamba_d_head": 48 // heads, "mamba_d_state": 8, "mamba_n_groups": groups}
+    sizes |= {"mamba_chunk_size": 64, "rms_norm_eps": 1e-5, "num_hidden_layers": 1, "layer_types": ["linear_attention"]}
+    return state_space("granitemoehybrid", "GraniteMoeHybridConfig", "GraniteMoeHybridMambaLayer", **sizes)
+
+
+def grouped(make, **layer):
+    return classes("mamba2", make, 8, heads=6, **layer)
 
 
 MAMBA = "in_proj.weight=project.weight conv1d.weight=conv conv1d.bias=conv_bias x_proj.weight=select.weight D=D "
@@ -88,6 +98,13 @@ def diagonal(outputs, value_size):
 ORACLES = {
     "Mamba2Mixer": classes("mamba2", mamba2, 16),
     "NemotronHMamba2Mixer": classes("mamba2", nemotron, 16),
+    "Mamba2Mixer, groups": grouped(lambda: mamba2(6, 2), state_groups=2),
+    "Mamba2Mixer, limits": grouped(lambda: mamba2(6, 3, (0.4, 1.2)), state_groups=3, step_limits=(0.4, 1.2)),
+    "NemotronHMamba2Mixer, groups": grouped(lambda: nemotron(6, 3), state_groups=3),
+    "NemotronHMamba2Mixer, least step": grouped(
+        lambda: nemotron(6, 2, 0.4), state_groups=2, step_limits=(0.4, math.inf)
+    ),
+    "GraniteMoeHybridMambaLayer": grouped(lambda: granite(6, 2), state_groups=2),
     "MambaMixer": classes("mamba", lambda: mamba("mamba", "MambaConfig", "MambaMixer", state_size=8), 16),
     "JambaMambaMixer": classes("mamba", jamba, 16, state_norm="learned"),
     "FalconMambaMixer": classes("mamba", falcon_mamba, 16, state_norm="weightless"),
