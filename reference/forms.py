@@ -25,7 +25,7 @@ from reference import recurrence as words
 from reference.chunked import Chunk, cut, decays, fold, over_chunks, prefix, solved
 from reference.normal import Normal
 from reference.recurrence import Inputs, Memory, Row, in_full_precision, inner_slope, loop, standard, turn, with_one
-from reference.span import LEFT, TRANSITION, transition
+from reference.span import TRANSITION, left, transition
 
 
 class Form(NamedTuple):
@@ -124,9 +124,9 @@ def side_by_side(row: Row, x: Inputs, constants: Inputs, M: Memory) -> tuple[Ten
         return loop(row, x, constants, M)
     whole = {name: rearrange(y[:, : n * SHORT], "b (n c) ... -> (b n) c ...", c=SHORT) for name, y in x.items()}
     written = loop(row._replace(read=unread), whole, constants, M.new_zeros(b * n, *M.shape[1:]))[1]
-    left = LEFT[row.decay]({**whole, **constants})
+    kept = left(row._replace(read=unread), whole, constants, written, loop)
     act, before = TRANSITION[transition(row)].act, []
-    for A, S in zip(*(y.unflatten(0, (b, n)).unbind(1) for y in (left, written)), strict=True):
+    for A, S in zip(*(y.unflatten(0, (b, n)).unbind(1) for y in (kept, written)), strict=True):
         before.append(M)
         M = act(A, M) + S
     o, _ = loop(row, whole, constants, torch.stack(before, 1).flatten(0, 1))
@@ -249,6 +249,7 @@ FORM = {
     words.attended: Form(twice),
     words.solved: Form(scan),
     words.element: Form(scan),
+    words.erased: Form(scan),
     words.spiral: Form(scan, still=False),
     words.momentum: Form(with_momentum, still=False),
     words.gradient: Form(over_mini_batches(gradient_batch), still=False),

@@ -11,6 +11,7 @@ from reference.recurrence import (
     counted,
     delta,
     element,
+    erased,
     fixed,
     inclusive,
     keep,
@@ -117,6 +118,16 @@ LSM: dict[str, Row] = {
         "S4 (diagonal)",
         "2206.11893",
         STACKED,
+    ),
+    "longhorn": Row(
+        erased,
+        outer,
+        inclusive,
+        QKV | {"dt": "b t h v"},
+        {},
+        "mamba:Longhorn",
+        "Longhorn",
+        "2407.14207",
     ),
 }
 

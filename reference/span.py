@@ -112,6 +112,7 @@ KIND = {
     words.channel: "channel",
     words.cross: "cross",
     words.element: "element",
+    words.erased: "element",
     words.rotating: "rotation",
     words.spiral: "spiral",
     words.delta: "matrix",
@@ -214,7 +215,14 @@ def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=N
         return Span(*span_of_matrix(row, tokens, constants, run), kind)
     S = run(row, tokens, constants)[1]
     _, tokens, constants, _ = prepare(row, tokens, constants, S, None)
-    return Span(LEFT[row.decay]({**tokens, **constants}), S, kind)
+    return Span(left(row, tokens, constants, S, run), S, kind)
+
+
+def left(row: Row, tokens: Inputs, constants: Inputs, S: Memory, run) -> Tensor:
+    """A: the sum of all decays; or, where none is known, what the run leaves of ones when it writes nothing."""
+    if row.decay in LEFT:
+        return LEFT[row.decay]({**tokens, **constants})
+    return run(row, {**tokens, "v": torch.zeros_like(tokens["v"])}, constants, torch.ones_like(S))[1]
 
 
 def span_of_matrix(row: Row, tokens: Inputs, constants: Inputs, run) -> tuple[Tensor, Memory]:

@@ -67,7 +67,7 @@ def test_every_row_builds_in_the_tiny_preset(lsm):
 
 
 # Keys that are as large as published whatever the width.
-FIXED = {"mamba2": 128, "mamba": 16, "s4": 32}
+FIXED = {"mamba2": 128, "mamba": 16, "s4": 32, "longhorn": 16}
 # The published size of a head's keys (None: fixed) and values, as parts of a head's share of the width.
 HEADS = {
     "linear_attention": (1, 1),
@@ -83,6 +83,7 @@ HEADS = {
     "kda": (1, 1),
     "mamba": (None, 2),
     "s4": (None, 1),
+    "longhorn": (None, 2),
 }
 
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from oracles.common import Oracle, called, classes, released, renamed, sigmoid
+from oracles.common import Oracle, called, classes, released, renamed, sigmoid, silu
 
 
 def state_space(*kind, **config):
@@ -95,6 +95,35 @@ def diagonal(outputs, value_size):
     return Oracle("s4", lambda: s4d(outputs), sizes, 20, 1e-12, torch.float64)
 
 
+def longhorn():
+    """2407.14207, algorithm 1 in Mamba's block: S <- (1 - Δ ⊗ k²) S + (Δ x) ⊗ k, channel by channel."""
+
+    def block(w, text, t, S):
+        window = [w["project.weight"].chunk(2)[0] @ now for now in text[max(0, t - 3) : t + 1]]
+        mixed = sum(tap * now for tap, now in zip(w["conv"].T[4 - len(window) :], window, strict=True))
+        u, z = silu(mixed + w["conv_bias"]), w["project.weight"].chunk(2)[1] @ text[t]
+        low, k, q = (w["select.weight"] @ u).split([1, 4, 4])
+        y, after = [], []
+        for d, memory in enumerate(S):
+            beta = sigmoid(w["dt_up"][d] @ low + w["dt_bias"][d])
+            step = beta / (1 + beta * (k @ k))
+            after.append(memory - step * k**2 * memory + step * u[d] * k)
+            y.append(q @ after[-1] + w["D"][d] * u[d])
+        return w["o.weight"] @ (torch.stack(y) * silu(z)), after
+
+    def run(w, x):
+        texts = []
+        for text in x.unbind():
+            S, y = [torch.zeros(4, dtype=x.dtype)] * len(w["D"]), []
+            for t in range(len(text)):
+                o, S = block(w, text, t, S)
+                y.append(o)
+            texts.append(torch.stack(y))
+        return torch.stack(texts)
+
+    return run
+
+
 ORACLES = {
     "Mamba2Mixer": classes("mamba2", mamba2, 16),
     "NemotronHMamba2Mixer": classes("mamba2", nemotron, 16),
@@ -111,4 +140,12 @@ ORACLES = {
     "formula of 2206.11893": diagonal(s4d_steps, 2),
     "formula of 2206.11893, values of another width": diagonal(s4d_steps, 3),
     "convolution of 2206.11893": diagonal(s4d_convolution, 2),
+    "formula of 2407.14207": Oracle(
+        "longhorn",
+        longhorn,
+        {"width": 6, "heads": 3, "key_size": 4, "value_size": 4},
+        9,
+        1e-12,
+        torch.float64,
+    ),
 }
