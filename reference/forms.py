@@ -2,6 +2,7 @@
 
     rotation      a complex decay by channel is a real one once queries and keys are turned by the running angle
     two readings  slots are read twice: the first reading weighs the second
+    convolution   a memory that treats every token alike is a convolution: powers of its decay
     scan          decays that differ by element: every chunk by the loop itself, all chunks side by side
     momentum      two memories above each other, whose decays are 2×2 matrices
     mini-batches  gradients are taken where a mini-batch began: all tokens of one at once, one after the other
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -25,7 +26,7 @@ from reference import recurrence as words
 from reference.chunked import Chunk, cut, decays, fold, over_chunks, prefix, solved
 from reference.normal import Normal
 from reference.recurrence import Inputs, Memory, Row, in_full_precision, inner_slope, loop, standard, turn, with_one
-from reference.span import TRANSITION, left, transition
+from reference.span import TRANSITION, left, parted, transition
 
 
 class Form(NamedTuple):
@@ -69,6 +70,42 @@ def twice(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int) -> tupl
     weights, keys = over_chunks(Normal(x["q"], x["k"], s, None, f=g), keys.mT, chunk)
     o, values = over_chunks(Normal(weights.softmax(-1), s, x["v"], None, g=g), values, chunk)
     return o, torch.cat([keys.mT, values], -1)
+
+
+# ---------------------------------------------------------------------------------------------------- convolution
+
+
+def convolved(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int) -> tuple[Tensor, Memory]:
+    """S4 (2111.00396, section 2): what no token changes is a convolution within chunks and a recurrence between them.
+
+    Whole chunks, then the rest: a token of zeros would still let the memory fade.
+    """
+    u, o = x["v"], []
+    whole = u.shape[1] // chunk * chunk
+    for part, c in ((u[:, :whole], chunk), (u[:, whole:], u.shape[1] - whole)):
+        if part.shape[1]:
+            y, M = convolved_chunks(rearrange(part, "b (n c) h v -> b n c h v", c=c), constants, M)
+            o.append(y)
+    return torch.cat(o, 1) if o else u, M
+
+
+def convolved_chunks(u: Float[Tensor, "b n c h v"], x: Inputs, M: Memory) -> tuple[Tensor, Memory]:
+    """With z the factor of an element, r its read and d its distance in tokens: o = 2 Re(r z^{d+1} M) + K u, where
+    K_d = 2 Re(sum over rows of r z^d), and M <- z^c M + the sum of z^d u. Powers, not their tokens, have k and v."""
+    lag = torch.arange(u.shape[2] + 1, device=u.device)
+    angle, size = (lag.view(-1, 1, 1, 1) * y for y in (x["theta"].double(), x["g"].clamp(min=-1e4)))
+    z = torch.complex(*(size.exp() * f(angle).to(M.dtype) for f in (torch.cos, torch.sin)))
+    read = 2 * torch.complex(x["q"], x["p"])
+    kernel = (read * z[:-1]).sum(2).real
+    lag = lag[:-1, None] - lag[:-1]
+    K = torch.where((lag >= 0)[..., None, None], kernel[lag.clamp(min=0)], 0.0)
+    written, before = einsum(parted(z[:-1].flip(0), -2), u, "c h k v, b n c h v -> b n h k v"), []
+    for S in written.unbind(1):
+        before.append(M)
+        M = TRANSITION["spiral"].act(parted(z[-1], -2), M) + S
+    o = einsum(parted((read * z[1:]).conj(), -2), torch.stack(before, 1), "c h k v, b n h k v -> b n c h v")
+    o = o + einsum(K, u, "c s h v, b n s h v -> b n c h v")
+    return rearrange(o, "b n c h v -> b (n c) h v"), M
 
 
 # ----------------------------------------------------------------------------------------------------------- scan
@@ -250,7 +287,7 @@ FORM = {
     words.solved: Form(scan),
     words.element: Form(scan),
     words.erased: Form(scan),
-    words.spiral: Form(scan, still=False),
+    words.level: Form(convolved, still=False),
     words.momentum: Form(with_momentum, still=False),
     words.gradient: Form(over_mini_batches(gradient_batch), still=False),
     words.inner: Form(over_mini_batches(inner_batch), still=False),

@@ -11,7 +11,7 @@ from inputs import assert_within_budget, leaves, make, pieces, start
 from reference import chunked, forms, recurrence, span
 from reference.lsm import LSM
 from reference.normal import has_normal
-from reference.span import TRANSITION, Span, apply, compose, fold, fold_back, transition
+from reference.span import LEFT, TRANSITION, Span, apply, compose, fold, fold_back, transition
 
 SCANNED = [name for name in LSM if not has_normal(LSM[name]) and forms.of(LSM[name]).run is forms.scan]
 SHAPES = {
@@ -138,6 +138,13 @@ def test_a_span_is_what_its_tokens_do(name, t, cut, seed, run):
     early, late = (run(row, pieces(tokens, *x), constants) for x in ((0, cut), (cut, t)))
     for a, b in zip(compose(late, early)[:2], whole[:2], strict=True):
         torch.testing.assert_close(a, b, **same)
+
+
+def test_angles_of_long_texts_keep_their_digits():
+    theta = torch.tensor([0.1, 1.7, 9.3]).view(1, 3, 1)
+    x = {"v": torch.zeros(1, 65536, 1, 1), "g": torch.zeros_like(theta), "theta": theta}
+    got, wanted = (LEFT[recurrence.spiral](y) for y in (x, {n: y.double() for n, y in x.items()}))
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-6)
 
 
 def spans(kind, lengths, seed=0, k=4, v=2):
