@@ -2,6 +2,7 @@
 
     rotation      a complex decay by channel is a real one once queries and keys are turned by the running angle
     two readings  slots are read twice: the first reading weighs the second
+    convolution   a memory that treats every token alike is a convolution: powers of its decay
     scan          decays that differ by element: every chunk by the loop itself, all chunks side by side
     momentum      two memories above each other, whose decays are 2×2 matrices
     mini-batches  gradients are taken where a mini-batch began: all tokens of one at once, one after the other
@@ -15,17 +16,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from reference import printed
 from reference import recurrence as words
 from reference.chunked import Chunk, cut, decays, fold, over_chunks, prefix, solved, well_conditioned
 from reference.normal import Normal
-from reference.recurrence import Inputs, Memory, Row, inner_slope, loop, standard, with_one
-from reference.span import LEFT, TRANSITION, transition
+from reference.recurrence import Inputs, Memory, Row, in_full_precision, inner_slope, loop, standard, with_one
+from reference.span import TRANSITION, left, parted, transition
 
 
 class Form(NamedTuple):
@@ -71,6 +72,42 @@ def twice(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int) -> tupl
     return o, torch.cat([keys.mT, values], -1)
 
 
+# ---------------------------------------------------------------------------------------------------- convolution
+
+
+def convolved(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int) -> tuple[Tensor, Memory]:
+    """S4 (2111.00396, section 2): what no token changes is a convolution within chunks and a recurrence between them.
+
+    Whole chunks, then the rest: a token of zeros would still let the memory fade.
+    """
+    u, o = x["v"], []
+    whole = u.shape[1] // chunk * chunk
+    for part, c in ((u[:, :whole], chunk), (u[:, whole:], u.shape[1] - whole)):
+        if part.shape[1]:
+            y, M = convolved_chunks(rearrange(part, "b (n c) h v -> b n c h v", c=c), constants, M)
+            o.append(y)
+    return torch.cat(o, 1) if o else u, M
+
+
+def convolved_chunks(u: Float[Tensor, "b n c h v"], x: Inputs, M: Memory) -> tuple[Tensor, Memory]:
+    """With z the factor of an element, r its read and d its distance in tokens: o = 2 Re(r z^{d+1} M) + K u, where
+    K_d = 2 Re(sum over rows of r z^d), and M <- z^c M + the sum of z^d u. Powers, not their tokens, have k and v."""
+    lag = torch.arange(u.shape[2] + 1, device=u.device)
+    angle, size = (lag.view(-1, 1, 1, 1) * y for y in (x["theta"].double(), x["g"].clamp(min=-1e4)))
+    z = torch.complex(*(size.exp() * f(angle).to(M.dtype) for f in (torch.cos, torch.sin)))
+    read = 2 * torch.complex(x["q"], x["p"])
+    kernel = (read * z[:-1]).sum(2).real
+    lag = lag[:-1, None] - lag[:-1]
+    K = torch.where((lag >= 0)[..., None, None], kernel[lag.clamp(min=0)], 0.0)
+    written, before = einsum(parted(z[:-1].flip(0), -2), u, "c h k v, b n c h v -> b n h k v"), []
+    for S in written.unbind(1):
+        before.append(M)
+        M = TRANSITION["spiral"].act(parted(z[-1], -2), M) + S
+    o = einsum(parted((read * z[1:]).conj(), -2), torch.stack(before, 1), "c h k v, b n h k v -> b n c h v")
+    o = o + einsum(K, u, "c s h v, b n s h v -> b n c h v")
+    return rearrange(o, "b n c h v -> b (n c) h v"), M
+
+
 # ----------------------------------------------------------------------------------------------------------- scan
 
 PIECE = 256  # tokens whose memories may exist at the same time
@@ -79,15 +116,40 @@ SHORT = 16  # tokens of a chunk: PIECE / SHORT chunks go side by side
 
 def scan(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int) -> tuple[Tensor, Memory]:
     """Piece after piece; a piece is computed again for its gradient, so that no memory of every token is ever kept."""
-    o, t = [], x["v"].shape[1]
-    for start in range(0, t, PIECE):
-        piece = {name: y[:, start : start + PIECE] for name, y in x.items()}
-        if torch.is_grad_enabled():
-            y, M = checkpoint(side_by_side, row, piece, constants, M, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, M = side_by_side(row, piece, constants, M)
+
+    def piece(M: Memory, *values: Tensor) -> tuple[Tensor, Memory]:
+        tokens, fixed = values[: len(x)], values[len(x) :]
+        return side_by_side(row, dict(zip(x, tokens, strict=True)), dict(zip(constants, fixed, strict=True)), M)
+
+    if not x["v"].shape[1]:
+        return x["v"], M
+    o = []
+    for parts in zip(*(y.split(PIECE, 1) for y in x.values()), strict=True):
+        y, M = Again.apply(piece, M, *parts, *constants.values())
         o.append(y)
-    return torch.cat(o, 1) if o else x["v"], M
+    return torch.cat(o, 1), M
+
+
+class Again(torch.autograd.Function):
+    """run(*inputs), once more for its gradient; in between there are the inputs and nothing else.
+
+    torch's checkpoint keeps a graph without its tensors: small pieces of memory, between which a CPU finds no room for
+    the next large one, so that its memory grows with the text all the same.
+    """
+
+    @staticmethod
+    def forward(ctx, run: Callable, *inputs: Tensor):
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
+        return run(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad(), in_full_precision(inputs[0]):
+            outputs = ctx.run(*inputs)
+        return None, *torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
 
 
 def side_by_side(row: Row, x: Inputs, constants: Inputs, M: Memory) -> tuple[Tensor, Memory]:
@@ -99,9 +161,9 @@ def side_by_side(row: Row, x: Inputs, constants: Inputs, M: Memory) -> tuple[Ten
         return loop(row, x, constants, M)
     whole = {name: rearrange(y[:, : n * SHORT], "b (n c) ... -> (b n) c ...", c=SHORT) for name, y in x.items()}
     written = loop(row._replace(read=unread), whole, constants, M.new_zeros(b * n, *M.shape[1:]))[1]
-    left = LEFT[row.decay]({**whole, **constants})
+    kept = left(row._replace(read=unread), whole, constants, written, loop)
     act, before = TRANSITION[transition(row)].act, []
-    for A, S in zip(*(y.unflatten(0, (b, n)).unbind(1) for y in (left, written)), strict=True):
+    for A, S in zip(*(y.unflatten(0, (b, n)).unbind(1) for y in (kept, written)), strict=True):
         before.append(M)
         M = act(A, M) + S
     o, _ = loop(row, whole, constants, torch.stack(before, 1).flatten(0, 1))
@@ -226,8 +288,9 @@ FORM = {
     words.element: Form(scan),
     printed.stepped: Form(scan),
     printed.full: Form(scan),
-    words.spiral: Form(scan, still=False),
     words.merging: Form(scan, still=False),
+    words.erased: Form(scan),
+    words.level: Form(convolved, still=False),
     words.momentum: Form(with_momentum, still=False),
     words.gradient: Form(over_mini_batches(gradient_batch), still=False),
     words.inner: Form(over_mini_batches(inner_batch), still=False),

@@ -1,5 +1,6 @@
 """The typed configuration of a model, and the published shapes."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -62,10 +63,18 @@ class Model:
     """Whether the write strength of delta rules reaches 2 instead of 1: a memory may then flip signs (2411.12537)."""
     convolution: int = 4
     """Taps of the short convolutions, in the models that have them."""
+    levels: int = 15
+    """Memories of log-linear attention, of 1, 2, 4, ... tokens."""
     memories: int = 4
     """Of a mixture of memories, besides the one that all tokens share."""
     memories_kept: int = 2
     """Memories of a mixture that a token writes to."""
+    state_groups: int = 1
+    """Of Mamba2's heads: each group shares its B and C, and is normed by itself."""
+    step_limits: tuple[float, float] = (0.0, math.inf)
+    """Least and largest time step of Mamba2."""
+    state_norm: Literal["none", "learned", "weightless"] = "none"
+    """RMS norm of Mamba's dt, B and C: with weights as in Jamba, without as in Falcon Mamba."""
     router: Literal[tuple(ROUTER)] = "linear_moe"
     """Which experts a token visits."""
     experts: int = 8
@@ -113,7 +122,18 @@ class Model:
         for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("convolution", "key_heads", "key_size", "value_size", "window", "head_size", *LATENT_SIZES):
+        optional = (
+            "convolution",
+            "key_heads",
+            "key_size",
+            "value_size",
+            "state_groups",
+            "levels",
+            "memories",
+            "window",
+            "head_size",
+        )
+        for name in (*optional, *LATENT_SIZES):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.rope_size is not None and self.rope_size < 0:
@@ -128,6 +148,8 @@ class Model:
             self.check_turning()
         if self.top_k > self.experts and "E" in self.letters:
             raise ValueError(f"top_k {self.top_k} needs at least as many experts, got {self.experts}")
+        if not 0 <= self.step_limits[0] < self.step_limits[1]:
+            raise ValueError(f"step_limits are {self.step_limits}; the least must be at least 0 and below the largest")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 

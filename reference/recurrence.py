@@ -101,6 +101,10 @@ def element(M, x):  # one number an element, in factors: a rate of its own times
     return (x["A"] * x["dt"][..., None, :]).exp() * M
 
 
+def erased(M, x):  # one number an element, in factors: the key's square times a step for the value channel
+    return (1 - x["k"].square()[..., None] * x["dt"][..., None, :]) * M
+
+
 def rotating(M, x):  # a complex number a key channel
     return turn(M, x["g"][..., None], x["theta"][..., None])
 

@@ -9,6 +9,7 @@ The last lines of the table below say which class a row belongs to; a row whose 
 none, and no span.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -133,6 +134,7 @@ KIND = {
     printed.timed: "scalar",
     printed.stepped: "element",
     printed.full: "element",
+    words.erased: "element",
     words.rotating: "rotation",
     words.spiral: "spiral",
     words.delta: "matrix",
@@ -202,6 +204,17 @@ def turned(g: Tensor, theta: Tensor, axis: int) -> Tensor:
     return torch.cat([g.exp() * theta.cos(), g.exp() * theta.sin()], axis)
 
 
+def within_turn(angle: Tensor) -> Tensor:
+    """Angles come in float64: after 65,536 tokens a float32 sum would be off by hundredths of a radian."""
+    return angle.remainder(2 * math.pi)
+
+
+def spiral_left(g: Tensor, theta: Tensor, v: Tensor) -> Tensor:
+    b, t = v.shape[:2]
+    angle = within_turn(theta.double() * t).to(g.dtype)
+    return turned(g * t, angle, -2).expand(b, -1, -1, -1)
+
+
 LEFT = {
     words.keep: lambda x: x["v"].new_ones(x["v"].shape[0], x["v"].shape[2]),
     words.fixed: lambda x: x["g"].expand(x["v"].shape[:3]).sum(1).exp(),
@@ -212,11 +225,9 @@ LEFT = {
     printed.timed: lambda x: (x["A"] * x["beta"].sum(1)).exp(),
     printed.stepped: lambda x: (x["A"] * x["dt"].sum(1)[..., None]).exp(),
     printed.full: lambda x: x["G"].sum(1).exp(),
-    words.rotating: lambda x: turned(x["g"].sum(1), x["theta"].sum(1), -1),
+    words.rotating: lambda x: turned(x["g"].sum(1), within_turn(x["theta"].double().sum(1)).to(x["g"].dtype), -1),
     words.merging: lambda x: merged(x),
-    words.spiral: lambda x: turned(x["g"] * x["v"].shape[1], x["theta"] * x["v"].shape[1], -2).expand(
-        len(x["v"]), -1, -1, -1
-    ),
+    words.spiral: lambda x: spiral_left(x["g"], x["theta"], x["v"]),
 }
 
 
@@ -253,7 +264,14 @@ def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=N
         return Span(*span_of_matrix(row, tokens, constants, run), kind)
     S = run(row, tokens, constants)[1]
     _, tokens, constants, _ = prepare(row, tokens, constants, S, None)
-    return Span(LEFT[row.decay]({**tokens, **constants}), S, kind)
+    return Span(left(row, tokens, constants, S, run), S, kind)
+
+
+def left(row: Row, tokens: Inputs, constants: Inputs, S: Memory, run) -> Tensor:
+    """A: the sum of all decays; or, where none is known, what the run leaves of ones when it writes nothing."""
+    if row.decay in LEFT:
+        return LEFT[row.decay]({**tokens, **constants})
+    return run(row, {**tokens, "v": torch.zeros_like(tokens["v"])}, constants, torch.ones_like(S))[1]
 
 
 def span_of_matrix(row: Row, tokens: Inputs, constants: Inputs, run) -> tuple[Tensor, Memory]:

@@ -46,7 +46,7 @@ class Layer(torch.nn.Module):
 
     def __init__(self, name, number=1, layers=3, seed=0, dtype=torch.float64, ops=ops, **given):
         super().__init__()
-        sizes = {"width": 12, "heads": 2, "key_size": 4, "value_size": 6, "key_heads": 1}
+        sizes = {"width": 12, "heads": 2, "key_size": 4, "value_size": 6, "key_heads": 1, "levels": 4}
         config = Model(**sizes | MIXERS[name] | given)
         if name in SOFTMAX:
             self.inner, common = ATTENTION[config.attention](config, ops), {}
@@ -286,6 +286,22 @@ def test_bounds_of_hgrn2_may_be_as_uneven_as_they_like(number, peak):
     y.square().sum().backward()
     assert torch.isfinite(y).all()
     assert all(torch.isfinite(weight.grad).all() for weight in layer.parameters())
+
+
+def test_short_steps_of_s4_keep_their_digits():
+    """The discrete system of steps down to 1e-7, in float32: as a difference e^{ΔA} - 1 would have none left."""
+    layer = Layer("s4", dtype=torch.float32).inner
+    with torch.no_grad():
+        layer.dt_log.uniform_(-16, -8)
+        got, wanted = layer.discrete(), layer.double().discrete()
+    for name in got:
+        torch.testing.assert_close(got[name].double(), wanted[name], rtol=1e-5, atol=1e-6 * wanted[name].abs().max())
+
+
+def test_heads_of_mamba2_divide_into_groups():
+    with pytest.raises(ValueError, match="2 heads cannot share 3 state_groups: heads must be a multiple") as caught:
+        Layer("mamba2", state_groups=3)
+    assert "\n" not in str(caught.value)
 
 
 def test_only_positive_features_can_be_normalized():

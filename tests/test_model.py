@@ -27,7 +27,15 @@ close = {"rtol": 1e-8, "atol": 1e-9}
 
 def make(seed=0, ops=ops, dtype=torch.float64, **config):
     """A small model with random weights, none of them at a special value."""
-    small = {"width": 12, "heads": 2, "key_size": 4, "value_size": 6, "vocabulary": VOCABULARY, "key_heads": 1}
+    small = {
+        "width": 12,
+        "heads": 2,
+        "key_size": 4,
+        "value_size": 6,
+        "vocabulary": VOCABULARY,
+        "key_heads": 1,
+        "levels": 4,
+    }
     small |= {"experts": 6, "expert_width": 5, "dense_width": 7, "lsm": "gated_delta_net"} | config
     if small.get("router") == "switch":
         small["top_k"] = 1
@@ -411,13 +419,17 @@ def values(seed, reverse=False, **config):
     return {name: weight.detach().clone() for name, weight in [*model.named_parameters(), *model.named_buffers()]}
 
 
+RAMPS = {"rwkv6": "w.2.bias", "mamba": "A_log", "s4": "frequency"}  # not drawn, though their numbers differ
+
+
 @pytest.mark.parametrize("lsm", LSM)
 def test_parameters_begin_from_the_seed_and_their_name_alone(lsm):
     first, again = values(3, lsm=lsm, pattern="LN"), values(3, True, lsm=lsm, pattern="LN")
     assert all(torch.equal(first[name], again[name]) for name in first)
     other = values(4, lsm=lsm, pattern="LN")
     differ = {name for name in first if not torch.equal(first[name], other[name])}
-    random = {name for name in first if first[name].unique().numel() > 1 and not name.endswith("w.2.bias")}
+    ramp = RAMPS.get(lsm, "no ramp")
+    random = {name for name in first if first[name].unique().numel() > 1 and not name.endswith(ramp)}
     assert differ == random and {"embedding", "head"} < differ
     deeper = values(3, lsm=lsm, pattern="LNLN")
     shared = set(first) & {n for n in deeper if deeper[n].shape == first.get(n, torch.empty(0)).shape}
@@ -455,9 +467,11 @@ def test_starts_and_decay_know_every_parameter(kind):
     assert set(starts(model)) == set(weights)
     falls = decayed(model)
     assert falls <= set(weights) and {"embedding", "head"} <= falls
+    own = ("conv", "mix_up", "mix_bias", "u", "lower_bounds", "dt_up", "A_log", "rate", "frequency", "c")
+    own += ("A", "q", "k", "dt")  # of rows as printed: matrices under these names are no projections
     for name, weight in weights.items():
         last = name.split(".")[-1]
-        if weight.ndim == 1 or last in ("conv", "mix_up", "mix_bias", "u", "lower_bounds"):
+        if weight.ndim == 1 or last in own:
             assert name not in falls, name
         else:
             assert name in falls, name
@@ -468,22 +482,39 @@ def test_parameters_begin_where_they_should(kind):
     model = make(**kind, pattern="LLN", width=64, heads=4, shared_width=8, router="deepseek_v3")
     initialize(model, 0)
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-        last, x = name.split(".")[-1], weight.detach()
+        last, x, lsm = name.split(".")[-1], weight.detach(), model.config.lsm
         if last.endswith("norm"):
             assert (x == 1).all(), name
         elif name in decayed(model):
             assert abs(x.std() - 0.02) < 0.02 * 5 / math.sqrt(2 * x.numel()) and abs(x.mean()) < 0.1 / math.sqrt(
                 x.numel()
             )
+        elif last == "dt_bias" and lsm == "longhorn":
+            assert (x == 0).all()
         elif last == "dt_bias":
             step = nn.functional.softplus(x)
             assert step.min() > 0.99e-3 and step.max() < 0.101
         elif last == "A_log":
-            assert x.exp().max() <= 16 and x.exp().min() >= (1e-4 if model.config.lsm == "gated_delta_net" else 1)
+            assert x.exp().max() <= 16 and x.exp().min() >= (1e-4 if lsm == "gated_delta_net" else 1)
+        elif last == "dt_up":
+            assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± rank^-1/2
         elif last == "conv":
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± w^-1/2
-        elif last == "D":
+        elif last == "L":
             assert (x == 1).all()
+        elif last == "D":
+            assert 0.7 < x.std() < 1.3 if lsm == "s4" else (x == 1).all()
+        elif last == "rate":  # S4D: A = -1/2 + iπn, steps between 1/1000 and 1/10, normal c
+            torch.testing.assert_close(x.exp(), torch.full_like(x, 0.5))
+        elif last == "frequency":
+            torch.testing.assert_close(x[:, 0], (math.pi * torch.arange(len(x))).to(x.dtype), atol=1e-5, rtol=1e-6)
+            assert (x == x[:, :1]).all()
+        elif last == "dt_log":
+            assert x.min() > math.log(0.999e-3) and x.max() < math.log(0.101) and x.std() > 1
+        elif ".rates." in name or ".still." in name:  # rows as printed
+            assert x.abs().max() < (0.5 if last == "A" else 5)
+        elif last == "c":
+            assert 0.65 < x.std() < 0.75
         elif name.endswith("w.2.bias"):  # RWKV6: a head's channels forget between e^-6 and e^-1 a token
             assert (x.view(4, -1)[:, 0] == -6).all() and (x.view(4, -1)[:, -1] == -1).all()
         elif name.endswith(("alpha.bias", "gamma.bias")):  # gated fast weights: gates even in (1/n, 1 - 1/n)

@@ -68,8 +68,9 @@ def test_every_row_builds_in_the_tiny_preset(lsm):
         LanguageModel(replace(PRESETS["tiny"][1], lsm=lsm), ops)
 
 
-# The published size of a head's keys and values, as parts of a head's share of the width; None: one of FIXED.
-FIXED = {"mamba2": 128, "based": 16, "rebased": 16}
+# Keys that are as large as published whatever the width.
+FIXED = {"mamba2": 128, "based": 16, "rebased": 16, "mamba": 16, "s4": 32, "longhorn": 16, "log_linear_mamba2": 128}
+# The published size of a head's keys (None: fixed) and values, as parts of a head's share of the width.
 HEADS = {
     "linear_attention": (1, 1),
     "linear_attention_normalized": (1, 1),
@@ -83,11 +84,15 @@ HEADS = {
     "gated_delta_net": (3 / 4, 3 / 2),
     "kda": (1, 1),
     "mom_gla": (1 / 2, 1),
+    "log_linear_mamba2": (None, 2),
     **dict.fromkeys(PRINTED, (1, 1)),
     "based": (None, 1),
     "rebased": (None, 1),
     "gated_fast_weights": (1, 1),
     "gate_loop": (1, 1),
+    "mamba": (None, 2),
+    "s4": (None, 1),
+    "longhorn": (None, 2),
 }
 
 
@@ -137,6 +142,9 @@ BAD = {
     "share above": ({"rope_share": 1.5}, "rope_share is 1.5; it must be at least 0 and at most 1"),
     "share below": ({"rope_share": -0.5}, "rope_share is -0.5; it must be at least 0 and at most 1"),
     "top_k": ({"top_k": 9}, "top_k 9 needs at least as many experts, got 8"),
+    "state_groups": ({"state_groups": 0}, "state_groups is 0; it must be at least 1"),
+    "step_limits": ({"step_limits": (0.1, 0.01)}, r"step_limits are \(0.1, 0.01\); .* below the largest"),
+    "step_limits below": ({"step_limits": (-1.0, 0.01)}, "the least must be at least 0"),
     "dropout 1": ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
     "dropout below": ({"dropout": -0.1}, "dropout is -0.1; it must be at least 0 and below 1"),
 }

@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inputs import assert_within_budget, leaves, make, pieces, start
-from reference import chunked, example, recurrence, span
+from reference import chunked, example, forms, recurrence, span
 from reference.lsm import LSM
-from reference.span import TRANSITION, Span, apply, compose, fold, fold_back, transition
+from reference.normal import has_normal
+from reference.span import LEFT, TRANSITION, Span, apply, compose, fold, fold_back, transition
 
+SCANNED = [name for name in LSM if not has_normal(LSM[name]) and forms.of(LSM[name]).run is forms.scan]
+SCANNED.remove("fast_weights_printed")  # its gate is as large as a memory for every token
 SHAPES = {
     "t": st.integers(1, 40),
     "k": st.integers(1, 6),
@@ -42,6 +45,22 @@ def test_chunks_equal_the_loop(name, t, k, v, seed, chunk):
     got = gradients(lambda *x: chunked.recurrence(*x, chunk=chunk), row, tokens, constants, M)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, **same)
+
+
+@pytest.mark.parametrize("name", SCANNED)
+def test_scans_go_on_from_piece_to_piece_and_keep_only_their_inputs(name, monkeypatch):
+    monkeypatch.setattr(forms, "PIECE", 64)
+    row, tokens, constants = make(name, t=150, k=8, v=16)
+    M, kept = start(name, row, tokens, constants), []
+    for a, b in zip(
+        *(gradients(run, row, tokens, constants, M) for run in (chunked.recurrence, recurrence.recurrence)), strict=True
+    ):
+        torch.testing.assert_close(a, b, **same)
+    leaves(tokens, constants)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: None):
+        chunked.recurrence(row, tokens, constants, M)
+    inputs = sum(x.numel() for x in tokens.values()) + 3 * sum(x.numel() for x in (M, *constants.values()))
+    assert sum(kept) < 2 * inputs < 150 * M.numel()
 
 
 @rows
@@ -120,6 +139,13 @@ def test_a_span_is_what_its_tokens_do(name, t, cut, seed, run):
     early, late = (run(row, pieces(tokens, *x), constants) for x in ((0, cut), (cut, t)))
     for a, b in zip(compose(late, early)[:2], whole[:2], strict=True):
         torch.testing.assert_close(a, b, **same)
+
+
+def test_angles_of_long_texts_keep_their_digits():
+    theta = torch.tensor([0.1, 1.7, 9.3]).view(1, 3, 1)
+    x = {"v": torch.zeros(1, 65536, 1, 1), "g": torch.zeros_like(theta), "theta": theta}
+    got, wanted = (LEFT[recurrence.spiral](y) for y in (x, {n: y.double() for n, y in x.items()}))
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-6)
 
 
 def spans(kind, lengths, seed=0, k=4, v=2):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from reference.local import unit
-from reference.mixers.parts import Mixer, head_norm, linear, normal, parameter, wide
+from reference.mixers.parts import Mixer, constant, head_norm, linear, normal, parameter, wide
 from reference.span import transition
 
 # What a projection becomes, by the name of the row's input; q, k and v stay as they are.
@@ -66,4 +66,4 @@ class OneDecay(Printed):
 
     def __init__(self, config, layer, layers, ops):
         super().__init__(config, layer, layers, ops)
-        self.still["g"] = parameter(1, start=normal(1.0))
+        self.still["g"] = parameter(1, start=constant(3.0))
