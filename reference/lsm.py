@@ -6,6 +6,7 @@ README's table read this file.
 
 from reference.recurrence import (
     Row,
+    attended,
     bonus,
     channel,
     counted,
@@ -16,6 +17,7 @@ from reference.recurrence import (
     outer,
     ratio,
     scalar,
+    slots,
     tied,
 )
 
@@ -92,6 +94,17 @@ LSM: dict[str, Row] = {
         "delta:KDA",
         "Kimi Delta Attention",
         "2510.26692",
+    ),
+    "gsa": Row(
+        channel,
+        slots,
+        attended,
+        QKV | {"g": "b t h m"},
+        {},
+        "slots:GSA",
+        "Gated slot attention",
+        "2409.07146",
+        "m k+v",
     ),
 }
 

@@ -39,6 +39,8 @@ class Model:
     """Whether the write strength of delta rules reaches 2 instead of 1: a memory may then flip signs (2411.12537)."""
     convolution: int = 4
     """Taps of the short convolutions, in the models that have them."""
+    slots: int = 64
+    """Of one head of gated slot attention."""
     router: Literal[tuple(ROUTER)] = "linear_moe"
     """Which experts a token visits."""
     experts: int = 8
@@ -80,7 +82,7 @@ class Model:
         for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("convolution", "key_heads", "key_size", "value_size"):
+        for name in ("convolution", "key_heads", "key_size", "value_size", "slots"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:

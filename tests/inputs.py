@@ -7,6 +7,11 @@ from reference.lsm import LSM
 from reference.recurrence import counted, empty, momentum
 
 
+def head(lsm, key_size=4, value_size=6):
+    """The sizes of a head of that row's layer: values of another size than keys, where the row allows it."""
+    return {"key_size": key_size, "value_size": key_size if LSM[lsm].tokens["v"] == "b t h k" else value_size}
+
+
 def make(name, b=2, t=13, h=2, k=4, v=5, seed=0, dtype=torch.float64, strength=1.0):
     """(row, tokens, constants): unit keys, log-sigmoid gates times `strength`, write strengths in (0, 2)."""
     row, rng = LSM[name], torch.Generator().manual_seed(seed)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from inputs import head
 from oracles import ORACLES
 from oracles.common import Heads, draw, rms, silu
 from oracles.linear_attention import elu_features
@@ -30,8 +31,9 @@ class Layer(torch.nn.Module):
 
     def __init__(self, name, number=1, layers=3, seed=0, dtype=torch.float64, ops=ops, **sizes):
         super().__init__()
-        sizes = {"width": 12, "heads": 2, "key_size": 4, "value_size": 6, "key_heads": 1} | sizes
-        config = Model(lsm="gla" if name == "softmax" else name, **sizes)
+        lsm = "gla" if name == "softmax" else name
+        sizes = {"width": 12, "heads": 2, "key_heads": 1, "slots": 5} | head(lsm) | sizes
+        config = Model(lsm=lsm, **sizes)
         if name == "softmax":
             self.inner, common = Softmax(config, ops), {}
         else:
