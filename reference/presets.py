@@ -41,6 +41,8 @@ class Model:
     """Taps of the short convolutions, in the models that have them."""
     slots: int = 64
     """Of one head of gated slot attention."""
+    mini_batch: int = 16
+    """Tokens whose gradients TTT takes from one memory."""
     router: Literal[tuple(ROUTER)] = "linear_moe"
     """Which experts a token visits."""
     experts: int = 8
@@ -82,7 +84,7 @@ class Model:
         for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("convolution", "key_heads", "key_size", "value_size", "slots"):
+        for name in ("convolution", "key_heads", "key_size", "value_size", "slots", "mini_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:

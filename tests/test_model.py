@@ -28,7 +28,7 @@ close = {"rtol": 1e-8, "atol": 1e-9}
 
 def make(seed=0, ops=ops, dtype=torch.float64, **config):
     """A small model with random weights, none of them at a special value."""
-    small = {"width": 12, "heads": 2, "key_heads": 1, "slots": 5, "vocabulary": VOCABULARY}
+    small = {"width": 12, "heads": 2, "key_heads": 1, "slots": 5, "mini_batch": 3, "vocabulary": VOCABULARY}
     small |= {"experts": 6, "expert_width": 5, "dense_width": 7, "lsm": "gated_delta_net"}
     small |= head(config.get("lsm", small["lsm"])) | config
     if small.get("router") == "switch":
@@ -449,7 +449,7 @@ def test_a_model_made_without_memory_begins_the_same():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 
-DRAWN = ("conv", "mix_up", "mix_bias", "u")  # with two axes, but no projections
+DRAWN = ("conv", "mix_up", "mix_bias", "u", "W")  # with two axes, but no projections
 
 
 @pytest.mark.parametrize("lsm", LSM)
@@ -462,7 +462,7 @@ def test_starts_and_decay_know_every_parameter(lsm):
     assert falls <= set(weights) and {"embedding", "head"} <= falls
     for name, weight in weights.items():
         last = name.split(".")[-1]
-        if weight.ndim == 1 or last in (*DRAWN, "lower_bounds"):
+        if weight.ndim == 1 or last in DRAWN or last in ("scale", "shift", "c", "lower_bounds"):
             assert name not in falls, name
         else:
             assert name in falls, name
@@ -487,16 +487,16 @@ def test_parameters_begin_where_they_should(lsm):
             assert x.exp().max() <= 16 and x.exp().min() >= (1e-4 if lsm == "gated_delta_net" else 1)
         elif last == "conv":
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± w^-1/2
-        elif last == "D":
+        elif last in ("D", "scale"):
             assert (x == 1).all()
         elif name.endswith("w.2.bias"):  # RWKV6: a head's channels forget between e^-6 and e^-1 a token
             assert (x.view(4, -1)[:, 0] == -6).all() and (x.view(4, -1)[:, -1] == -1).all()
         elif last in ("mix", "mix_bias", "u"):
             assert x.min() >= 0 and x.max() <= 1 and x.std() > 0.2
-        elif last == "mix_up":
+        elif last in ("mix_up", "W"):
             assert 0.015 < x.std() < 0.025
         else:
-            assert last in ("bias", "conv_bias", "norm_bias", "lower_bounds"), name
+            assert last in ("bias", "conv_bias", "norm_bias", "lower_bounds", "shift", "c", "tau"), name
             assert (x == 0).all(), name
 
 

@@ -81,6 +81,8 @@ HEADS = {
     "gated_delta_net": (3 / 4, 3 / 2),
     "kda": (1, 1),
     "gsa": (1, 1),
+    "ttt": (1, 1),
+    "ttt_linear": (1, 1),
 }
 
 
@@ -112,7 +114,7 @@ BAD = {
         name: ({name: 0}, f"{name} is 0; it must be at least 1")
         for name in (
             *("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"),
-            *("convolution", "key_heads", "key_size", "value_size", "slots"),
+            *("convolution", "key_heads", "key_size", "value_size", "slots", "mini_batch"),
         )
     },
     "divide": ({"width": 130, "heads": 4}, "width 130 does not divide into 4 heads"),

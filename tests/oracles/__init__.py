@@ -4,7 +4,7 @@ They are the classes of transformers, where it has the layer, and otherwise the 
 token and head by head. A family a file, each with its ORACLES.
 """
 
-from oracles import attention, delta, gated, linear_attention, rwkv, slots, ssm
+from oracles import attention, delta, gated, linear_attention, regression, rwkv, slots, ssm
 
-FAMILIES = (attention, linear_attention, gated, rwkv, delta, ssm, slots)
+FAMILIES = (attention, linear_attention, gated, rwkv, delta, ssm, slots, regression)
 ORACLES = {name: oracle for family in FAMILIES for name, oracle in family.ORACLES.items()}
