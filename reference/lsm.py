@@ -19,11 +19,13 @@ from reference.recurrence import (
     inner,
     inner_read,
     keep,
+    momentum,
     outer,
     ratio,
     restart,
     scalar,
     slots,
+    slowing,
     tied,
 )
 
@@ -133,6 +135,17 @@ LSM: dict[str, Row] = {
         "TTT-linear",
         "2407.04620",
         "2*r k",
+    ),
+    "titans": Row(
+        slowing,
+        momentum,
+        above,
+        QKV | ONE | {"f": "b t h"} | BETA,
+        {},
+        "titans:Titans",
+        "Titans",
+        "2501.00663",
+        STACKED,
     ),
 }
 

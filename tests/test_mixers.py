@@ -295,3 +295,17 @@ def test_mini_batches_of_ttt_never_grow_the_memory(n, twice, seed):
     least = torch.linalg.eigvalsh(A).min()
     assert torch.linalg.matrix_norm(A, 2).max() <= 1 + 1e-9
     assert least < -0.5 if n == 1 and twice else least > (-1 if twice else -1e-9)
+
+
+@pytest.mark.parametrize(("twice", "grows"), [(False, False), (True, True)])
+@torch.no_grad()
+def test_titans_learns_a_key_that_repeats_at_every_rate(twice, grows):
+    """The hardest case: all that is old is forgotten, momentum and all, and the step is as long as it may be."""
+    layer = Layer("titans", negative_eigenvalues=twice)
+    for name, bias in (("forget", 9.0), ("momentum", -9.0)):
+        getattr(layer.inner, name).bias.fill_(bias)
+        getattr(layer.inner, name).weight.zero_()
+    x = draw(1, 1, 12)
+    layer.inner.beta.weight.copy_(9 * x[0] / x.square().sum())
+    memory = layer(x.expand(1, 600, 12))[1].memory
+    assert (memory.abs().max() > 1e3) == grows

@@ -489,6 +489,8 @@ def test_parameters_begin_where_they_should(lsm):
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± w^-1/2
         elif last in ("D", "scale"):
             assert (x == 1).all()
+        elif name.endswith("forget.bias"):  # Titans forgets less than 1/50 a token
+            assert (x == -4).all()
         elif name.endswith("w.2.bias"):  # RWKV6: a head's channels forget between e^-6 and e^-1 a token
             assert (x.view(4, -1)[:, 0] == -6).all() and (x.view(4, -1)[:, -1] == -1).all()
         elif last in ("mix", "mix_bias", "u"):

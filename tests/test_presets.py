@@ -83,6 +83,7 @@ HEADS = {
     "gsa": (1, 1),
     "ttt": (1, 1),
     "ttt_linear": (1, 1),
+    "titans": (1, 1),
 }
 
 

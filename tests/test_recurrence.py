@@ -189,6 +189,20 @@ BY_HAND = {
         [[2], [2], [-4]],
         [[6], [-10], [6], [4]],
     ),
+    # Half of the memory and half of the momentum stay. Surprises 4, -2, 2; momenta (4, 0), (0, -2), (0, 1).
+    "titans": (
+        {
+            "q": vectors([1, 1], [1, 2], [3, 1]),
+            "k": vectors([1, 0], [1, 1], [0, 1]),
+            "v": vectors([4], [2], [0]),
+            "g": vectors(0.5, 0.5, 0.5).log(),
+            "f": vectors(0.5, 0.5, 0.5).log(),
+            "beta": vectors(0.5, 0.5, 0.5),
+        },
+        {},
+        [[4], [-2], [3]],
+        [[1], [0], [0], [1]],
+    ),
     # With this scale LN(z) of z = (-1, 0, 1) is z itself. The target v - k = (-1, 3, -5) makes the slope
     # z - target without its mean 1 and its part along z: (-1, -4, 5) - 3 z = (2, -4, 2). Half is read, then committed.
     "ttt_linear": (

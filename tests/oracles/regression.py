@@ -1,8 +1,10 @@
 """Memories that fit values to keys: by gradients, which are autograd's here."""
 
+import math
+
 import torch
 
-from oracles.common import H, K, Oracle, V, sigmoid, unit
+from oracles.common import H, K, Oracle, V, rms, sigmoid, silu, unit
 
 
 def over_heads(one, finish):
@@ -18,6 +20,14 @@ def over_heads(one, finish):
 def projected(w, name, text, h):
     y = text @ w[f"{name}.weight"].chunk(H)[h].T
     return y + w[f"{name}.bias"].chunk(H)[h] if f"{name}.bias" in w else y
+
+
+def convolved(w, names, text, h):
+    """Four taps and SiLU; the taps of all channels of all `names` stand above each other."""
+    taps = w["conv"].split([len(w[f"{name}.weight"]) for name in names])
+    for name, tap in zip(names, taps, strict=True):
+        y = torch.cat([text.new_zeros(3, len(tap) // H), projected(w, name, text, h)])
+        yield silu(torch.stack([(tap.chunk(H)[h].T * y[t : t + 4]).sum(0) for t in range(len(text))]))
 
 
 def turned(x, place):
@@ -77,6 +87,23 @@ def ttt(n, strongest):
     return over_heads(head, after_norm)
 
 
+def titans(strongest):
+    def head(w, text, h):
+        """2501.00663, equations 9, 10 and 13, 14, the loss |k M - v|²."""
+        q, k, v = convolved(w, "qkv", text, h)
+        alpha, eta, theta = (sigmoid(projected(w, name, text, h))[:, 0] for name in ("forget", "momentum", "beta"))
+        gate, M, S, o = projected(w, "gate", text, h), torch.zeros(K, V).double(), torch.zeros(K, V).double(), []
+        for t in range(len(text)):
+            M = M.requires_grad_()
+            loss = ((unit(k[t]) @ M - v[t]) ** 2).sum()
+            S = eta[t] * S - strongest / 2 * theta[t] * torch.autograd.grad(loss, M, create_graph=True)[0]
+            M = (1 - alpha[t]) * M + S
+            o.append(rms(unit(q[t]) / math.sqrt(K) @ M, w["norm"]) * silu(gate[t]))
+        return torch.stack(o)
+
+    return over_heads(head, lambda w, o: o)
+
+
 def oracle(lsm, make, **layer):
     sizes = {"width": 6, "heads": H, "key_size": K, "value_size": V} | layer
     return Oracle(lsm, make, sizes, 9, 1e-12, torch.float64)
@@ -94,4 +121,6 @@ ORACLES = {
     "plain gradients of 2407.04620, negative eigenvalues": oracle(
         "ttt", lambda: ttt(2, 2), mini_batch=2, negative_eigenvalues=True
     ),
+    "gradients of 2501.00663": oracle("titans", lambda: titans(1)),
+    "gradients of 2501.00663, negative eigenvalues": oracle("titans", lambda: titans(2), negative_eigenvalues=True),
 }
