@@ -21,11 +21,13 @@ from reference.recurrence import (
     keep,
     momentum,
     outer,
+    paired,
     ratio,
     restart,
     scalar,
     slots,
     slowing,
+    solved,
     tied,
 )
 
@@ -146,6 +148,17 @@ LSM: dict[str, Row] = {
         "Titans",
         "2501.00663",
         STACKED,
+    ),
+    "mesa": Row(
+        scalar,
+        paired,
+        solved,
+        QKV | ONE | BETA,
+        {"ridge": "h k"},
+        "mesa:Mesa",
+        "MesaNet",
+        "2506.05233",
+        "k k+v",
     ),
 }
 

@@ -462,7 +462,7 @@ def test_starts_and_decay_know_every_parameter(lsm):
     assert falls <= set(weights) and {"embedding", "head"} <= falls
     for name, weight in weights.items():
         last = name.split(".")[-1]
-        if weight.ndim == 1 or last in DRAWN or last in ("scale", "shift", "c", "lower_bounds"):
+        if weight.ndim == 1 or last in DRAWN or last in ("scale", "shift", "c", "ridge", "lower_bounds"):
             assert name not in falls, name
         else:
             assert name in falls, name
@@ -489,6 +489,8 @@ def test_parameters_begin_where_they_should(lsm):
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± w^-1/2
         elif last in ("D", "scale"):
             assert (x == 1).all()
+        elif last == "ridge":  # Mesa's Λ is 1
+            torch.testing.assert_close(nn.functional.softplus(x) + 0.25, torch.ones_like(x))
         elif name.endswith("forget.bias"):  # Titans forgets less than 1/50 a token
             assert (x == -4).all()
         elif name.endswith("w.2.bias"):  # RWKV6: a head's channels forget between e^-6 and e^-1 a token

@@ -84,6 +84,7 @@ HEADS = {
     "ttt": (1, 1),
     "ttt_linear": (1, 1),
     "titans": (1, 1),
+    "mesa": (1, 1),
 }
 
 

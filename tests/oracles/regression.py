@@ -1,4 +1,4 @@
-"""Memories that fit values to keys: by gradients, which are autograd's here."""
+"""Memories that fit values to keys: by gradients (TTT, Titans), which are autograd's here, or exactly (Mesa)."""
 
 import math
 
@@ -104,6 +104,24 @@ def titans(strongest):
     return over_heads(head, lambda w, o: o)
 
 
+def mesa(w, text, h):
+    """2506.05233, section 3: o = q Φ with Φ the least squares fit of all values so far to all keys, by weights that
+    fade, and of zeros to the ridge."""
+    q, k = convolved(w, "qk", text, h)
+    v, ridge = projected(w, "v", text, h), torch.log(1 + torch.exp(w["ridge"][h])) + 0.25
+    fade, beta = (sigmoid(projected(w, name, text, h))[:, 0] for name in ("decay", "beta"))
+    o = []
+    for t in range(len(text)):
+        weight = [torch.sqrt(beta[j] * torch.prod(fade[j + 1 : t + 1])) for j in range(t + 1)]
+        keys = torch.stack([weight[j] * unit(k[j]) for j in range(t + 1)])
+        values = torch.stack([weight[j] * v[j] for j in range(t + 1)])
+        fit = torch.linalg.lstsq(
+            torch.cat([keys, torch.diag(torch.sqrt(ridge))]), torch.cat([values, torch.zeros(K, V).double()])
+        )
+        o.append(rms(unit(q[t]) @ fit.solution, w["norm"]))
+    return torch.stack(o)
+
+
 def oracle(lsm, make, **layer):
     sizes = {"width": 6, "heads": H, "key_size": K, "value_size": V} | layer
     return Oracle(lsm, make, sizes, 9, 1e-12, torch.float64)
@@ -123,4 +141,5 @@ ORACLES = {
     ),
     "gradients of 2501.00663": oracle("titans", lambda: titans(1)),
     "gradients of 2501.00663, negative eigenvalues": oracle("titans", lambda: titans(2), negative_eigenvalues=True),
+    "least squares of 2506.05233": oracle("mesa", lambda: over_heads(mesa, lambda w, o: o)),
 }
