@@ -75,6 +75,10 @@ class Model:
     """Least and largest time step of Mamba2."""
     state_norm: Literal["none", "learned", "weightless"] = "none"
     """RMS norm of Mamba's dt, B and C: with weights as in Jamba, without as in Falcon Mamba."""
+    slots: int = 64
+    """Of one head of gated slot attention."""
+    mini_batch: int = 16
+    """Tokens whose gradients TTT takes from one memory."""
     router: Literal[tuple(ROUTER)] = "linear_moe"
     """Which experts a token visits."""
     experts: int = 8
@@ -122,18 +126,8 @@ class Model:
         for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        optional = (
-            "convolution",
-            "key_heads",
-            "key_size",
-            "value_size",
-            "state_groups",
-            "levels",
-            "memories",
-            "window",
-            "head_size",
-        )
-        for name in (*optional, *LATENT_SIZES):
+        optional = ("convolution", "key_heads", "key_size", "value_size", "state_groups", "slots", "mini_batch")
+        for name in (*optional, "levels", "memories", "window", "head_size", *LATENT_SIZES):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.rope_size is not None and self.rope_size < 0:

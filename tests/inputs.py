@@ -6,12 +6,20 @@ from reference import example
 from reference.lsm import LSM
 from reference.recurrence import counted, empty
 
+SMALL = {"key_heads": 1, "levels": 4, "slots": 5, "mini_batch": 3}
+
 
 def make(name, b=2, t=13, h=2, k=4, v=5, seed=0, dtype=torch.float64, strength=1.0):
     """(row, tokens, constants): unit keys, log-sigmoid gates times `strength`, write strengths in (0, 2)."""
     gates = {n: lambda x, n=n: example.DRAWN[n](x) * strength for n in example.GATES}
     sizes = {"b": b, "t": t, "h": h, "k": k, "v": v, "m": 3}
     return LSM[name], *example.inputs(LSM[name], sizes, seed, dtype, {**example.DRAWN, **gates})
+
+
+def small(lsm, key_size=4, value_size=6):
+    """Sizes for a small layer of that row: values of another size than keys, where the row allows it."""
+    values = key_size if LSM[lsm].tokens["v"] == "b t h k" else value_size
+    return {"width": 12, "heads": 2, "key_size": key_size, "value_size": values} | SMALL
 
 
 def start(name, row, tokens, constants, seed=1, n=None):

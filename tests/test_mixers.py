@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from inputs import unpadded
+from inputs import small, unpadded
 from oracles import ORACLES
 from oracles.common import Heads, draw, rms, silu
 from oracles.linear_attention import FEATURES
@@ -46,8 +46,8 @@ class Layer(torch.nn.Module):
 
     def __init__(self, name, number=1, layers=3, seed=0, dtype=torch.float64, ops=ops, **given):
         super().__init__()
-        sizes = {"width": 12, "heads": 2, "key_size": 4, "value_size": 6, "key_heads": 1, "levels": 4}
-        config = Model(**sizes | MIXERS[name] | given)
+        kind = MIXERS[name]
+        config = Model(**small(kind.get("lsm", "gla")) | kind | given)
         if name in SOFTMAX:
             self.inner, common = ATTENTION[config.attention](config, ops), {}
         else:
@@ -345,3 +345,63 @@ def test_linear_attention_takes_its_features_and_gate_from_the_configuration(fea
         o = (q / len(q) ** 0.5 @ k) * of("v", h)
         heads.append(rms(o, w["norm"]) * (silu(of("gate", h)) if gate else 1))
     torch.testing.assert_close(layer(x)[0][0, 0], w["o.weight"] @ torch.cat(heads), **close)
+
+
+UNEQUAL = "TTT-linear's inner model maps keys to values: key_size 4 and value_size 6 must be equal"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("ttt_linear", {"key_size": 4, "value_size": 6}, UNEQUAL),
+        ("ttt_linear", {"key_size": 4, "value_size": None}, UNEQUAL),  # 6 of the width 12 to each of 2 heads
+        ("ttt_linear", {"key_size": 3, "value_size": 3}, "3 channels cannot rotate: TTT-linear's key_size"),
+        ("ttt", {"key_size": 5}, "5 channels cannot rotate: TTT, plain gradient's key_size"),
+    ],
+)
+def test_heads_that_test_time_training_cannot_have_give_one_line(name, sizes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Layer(name, **sizes)
+    assert "\n" not in str(caught.value)
+
+
+def test_places_without_reach_see_no_earlier_token():
+    """Rates never fall below zero: where 1/(i+1) + tau does, the inner model is as its mini-batch began."""
+    layer, x = Layer("ttt_linear", mini_batch=4), draw(1, 11, 12).requires_grad_()
+    with torch.no_grad():
+        layer.inner.tau.copy_(torch.tensor([-1.5, 2, -9, 1]))
+    y = layer(x)[0][0]
+    seen = [torch.autograd.grad(y[i].sum(), x, retain_graph=True)[0][0].abs().amax(-1) != 0 for i in range(11)]
+    for i in range(11):
+        begun = i // 4 * 4
+        wanted = [j < begun or j == i or (i % 4 in (1, 3) and j <= i) for j in range(11)]
+        assert seen[i].tolist() == wanted
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 7])
+@given(seed=st.integers(0, 99))
+@torch.no_grad()
+def test_mini_batches_of_ttt_never_grow_the_memory(n, twice, seed):
+    """The step is at most the identity (its negative) for every key, even at the highest rate and for equal tokens."""
+    layer = Layer("ttt", seed=seed, mini_batch=n, negative_eigenvalues=twice).inner
+    layer.rate.bias.fill_(50.0)
+    x = draw(1, 1, 12, seed=seed).expand(1, n, 12)
+    A = ops.span(layer.row, layer.tokens(x, torch.arange(n)[None])).A[..., : layer.key_size, : layer.key_size]
+    least = torch.linalg.eigvalsh(A).min()
+    assert torch.linalg.matrix_norm(A, 2).max() <= 1 + 1e-9
+    assert least < -0.5 if n == 1 and twice else least > (-1 if twice else -1e-9)
+
+
+@pytest.mark.parametrize(("twice", "grows"), [(False, False), (True, True)])
+@torch.no_grad()
+def test_titans_learns_a_key_that_repeats_at_every_rate(twice, grows):
+    """The hardest case: all that is old is forgotten, momentum and all, and the step is as long as it may be."""
+    layer = Layer("titans", negative_eigenvalues=twice)
+    for name, bias in (("forget", 9.0), ("momentum", -9.0)):
+        getattr(layer.inner, name).bias.fill_(bias)
+        getattr(layer.inner, name).weight.zero_()
+    x = draw(1, 1, 12)
+    layer.inner.beta.weight.copy_(9 * x[0] / x.square().sum())
+    memory = layer(x.expand(1, 600, 12))[1].memory
+    assert (memory.abs().max() > 1e3) == grows

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from inputs import unpadded
+from inputs import small, unpadded
 from reference import exact, ops
 from reference.lsm import LSM
 from reference.model import LanguageModel, decayed, dropout, initialize, noise, starts, state_bytes
@@ -27,19 +27,12 @@ close = {"rtol": 1e-8, "atol": 1e-9}
 
 def make(seed=0, ops=ops, dtype=torch.float64, **config):
     """A small model with random weights, none of them at a special value."""
-    small = {
-        "width": 12,
-        "heads": 2,
-        "key_size": 4,
-        "value_size": 6,
-        "vocabulary": VOCABULARY,
-        "key_heads": 1,
-        "levels": 4,
-    }
-    small |= {"experts": 6, "expert_width": 5, "dense_width": 7, "lsm": "gated_delta_net"} | config
-    if small.get("router") == "switch":
-        small["top_k"] = 1
-    model = LanguageModel(Model(**small), ops)
+    lsm = config.get("lsm", "gated_delta_net")
+    sizes = small(lsm) | {"vocabulary": VOCABULARY, "experts": 6, "expert_width": 5, "dense_width": 7, "lsm": lsm}
+    sizes |= config
+    if sizes.get("router") == "switch":
+        sizes["top_k"] = 1
+    model = LanguageModel(Model(**sizes), ops)
     rng = torch.Generator().manual_seed(seed)
     for weight in [*model.parameters(), *model.buffers()]:
         scale = weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.5
@@ -468,6 +461,7 @@ def test_starts_and_decay_know_every_parameter(kind):
     falls = decayed(model)
     assert falls <= set(weights) and {"embedding", "head"} <= falls
     own = ("conv", "mix_up", "mix_bias", "u", "lower_bounds", "dt_up", "A_log", "rate", "frequency", "c")
+    own += ("W", "scale", "shift", "ridge")
     own += ("A", "q", "k", "dt")  # of rows as printed: matrices under these names are no projections
     for name, weight in weights.items():
         last = name.split(".")[-1]
@@ -513,7 +507,13 @@ def test_parameters_begin_where_they_should(kind):
             assert x.min() > math.log(0.999e-3) and x.max() < math.log(0.101) and x.std() > 1
         elif ".rates." in name or ".still." in name:  # rows as printed
             assert x.abs().max() < (0.5 if last == "A" else 5)
-        elif last == "c":
+        elif last == "scale":
+            assert (x == 1).all()
+        elif last == "ridge":  # Mesa's Λ is 1
+            torch.testing.assert_close(nn.functional.softplus(x) + 0.25, torch.ones_like(x))
+        elif name.endswith("forget.bias"):  # Titans forgets less than 1/50 a token
+            assert (x == -4).all()
+        elif last == "c" and lsm == "s4":
             assert 0.65 < x.std() < 0.75
         elif name.endswith("w.2.bias"):  # RWKV6: a head's channels forget between e^-6 and e^-1 a token
             assert (x.view(4, -1)[:, 0] == -6).all() and (x.view(4, -1)[:, -1] == -1).all()
@@ -522,10 +522,11 @@ def test_parameters_begin_where_they_should(kind):
             assert 1 / len(x) <= gates.min() and gates.max() <= 1 - 1 / len(x) and gates.std() > 0.15
         elif last in ("mix", "mix_bias", "u"):
             assert x.min() >= 0 and x.max() <= 1 and x.std() > 0.2
-        elif last == "mix_up":
+        elif last in ("mix_up", "W"):
             assert 0.015 < x.std() < 0.025
         else:
-            assert last in ("bias", "conv_bias", "norm_bias", "lower_bounds") and (x == 0).all(), name
+            assert last in ("bias", "conv_bias", "norm_bias", "lower_bounds", "shift", "c", "tau"), name
+            assert (x == 0).all(), name
 
 
 def test_hedgehog_begins_as_the_identity():

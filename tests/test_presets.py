@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from inputs import small
 from reference import ops
 from reference.lsm import LSM
 from reference.mixers.linear_attention import FEATURE_MAP
@@ -62,10 +63,14 @@ def test_tiny_is_a_small_model_of_the_same_kind():
     assert sizes(tiny)["total"] < 20e6
 
 
+def head(lsm, key_size, value_size):
+    return {name: n for name, n in small(lsm, key_size, value_size).items() if name in ("key_size", "value_size")}
+
+
 @pytest.mark.parametrize("lsm", LSM)
 def test_every_row_builds_in_the_tiny_preset(lsm):
     with torch.device("meta"):
-        LanguageModel(replace(PRESETS["tiny"][1], lsm=lsm), ops)
+        LanguageModel(replace(PRESETS["tiny"][1], lsm=lsm, **head(lsm, 32, 64)), ops)
 
 
 # Keys that are as large as published whatever the width.
@@ -93,6 +98,11 @@ HEADS = {
     "mamba": (None, 2),
     "s4": (None, 1),
     "longhorn": (None, 2),
+    "gsa": (1, 1),
+    "ttt": (1, 1),
+    "ttt_linear": (1, 1),
+    "titans": (1, 1),
+    "mesa": (1, 1),
 }
 
 
@@ -100,12 +110,12 @@ HEADS = {
 def test_heads_are_as_large_as_published_unless_told(lsm):
     with torch.device("meta"):
         plain = LanguageModel(Model(pattern="L", lsm=lsm, width=256, heads=4), ops)
-        told = LanguageModel(Model(pattern="L", lsm=lsm, width=256, heads=4, key_size=6, value_size=10), ops)
+        told = LanguageModel(Model(pattern="L", lsm=lsm, width=256, heads=4, **head(lsm, 6, 10)), ops)
     key, value = HEADS[lsm]
     mixer = plain.blocks[0].sublayers[0].inner
     assert (mixer.key_size, mixer.value_size) == (FIXED[lsm] if key is None else key * 64, value * 64)
     mixer = told.blocks[0].sublayers[0].inner
-    assert (mixer.key_size, mixer.value_size) == (6, 10)
+    assert {"key_size": mixer.key_size, "value_size": mixer.value_size} == head(lsm, 6, 10)
 
 
 def test_letters():
@@ -123,7 +133,10 @@ BAD = {
     "router": ({"router": "mixtrall"}, f"'mixtrall'; expected one of {', '.join(ROUTER)}"),
     **{
         name: ({name: 0}, f"{name} is 0; it must be at least 1")
-        for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width")
+        for name in (
+            *("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"),
+            *("convolution", "key_heads", "key_size", "value_size", "slots", "mini_batch"),
+        )
     },
     "divide": ({"width": 130, "heads": 4}, "width 130 does not divide into 4 heads"),
     "share": ({"heads": 4, "key_heads": 3}, "4 heads cannot share 3 key_heads"),

@@ -207,6 +207,74 @@ def test_features_are_polynomials_of_the_product(name, d, seed):
     torch.testing.assert_close(got, POLYNOMIAL[name]((q * k).sum(-1), d), rtol=1e-12, atol=1e-12)
 
 
+def vectors(*numbers):
+    """One sequence, one head."""
+    return torch.tensor(numbers, dtype=torch.float64)[None, :, None]
+
+
+BY_HAND = {
+    # Two tokens learn from an empty memory, which becomes (6, 4); the third finds 8 there where 1 should be.
+    "ttt": (
+        {
+            "q": vectors([1, 0], [1, -1], [1, 1]),
+            "k": vectors([1, 0], [1, 1], [0, 2]),
+            "v": vectors([2], [4], [1]),
+            "beta": vectors(1, 1, 1),
+            "place": torch.tensor([[0, 1, 0]]),
+        },
+        {},
+        [[2], [2], [-4]],
+        [[6], [-10], [6], [4]],
+    ),
+    # Half of the memory and half of the momentum stay. Surprises 4, -2, 2; momenta (4, 0), (0, -2), (0, 1).
+    "titans": (
+        {
+            "q": vectors([1, 1], [1, 2], [3, 1]),
+            "k": vectors([1, 0], [1, 1], [0, 1]),
+            "v": vectors([4], [2], [0]),
+            "g": vectors(0.5, 0.5, 0.5).log(),
+            "f": vectors(0.5, 0.5, 0.5).log(),
+            "beta": vectors(0.5, 0.5, 0.5),
+        },
+        {},
+        [[4], [-2], [3]],
+        [[1], [0], [0], [1]],
+    ),
+    # With this scale LN(z) of z = (-1, 0, 1) is z itself. The target v - k = (-1, 3, -5) makes the slope
+    # z - target without its mean 1 and its part along z: (-1, -4, 5) - 3 z = (2, -4, 2). Half is read, then committed.
+    "ttt_linear": (
+        {
+            "q": vectors([0, 0, 1], [1, 0, 0]),
+            "k": vectors([1, 0, 0], [0, 0, 0]),
+            "v": vectors([0, 3, -5], [0, 0, 0]),
+            "beta": vectors(1, 0),
+            "place": torch.tensor([[0, 0]]),
+            "reach": torch.tensor([[0.5, 0.5]]),
+        },
+        {
+            "W": torch.tensor([[[-1, 0, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]]),
+            "last": torch.tensor([0.5]),
+            "scale": torch.full((1, 3), 2 / 3, dtype=torch.float64).sqrt(),
+            "shift": torch.zeros(1, 3),
+        },
+        [[-1 / 3**0.5, 2 / 3**0.5, 1 - 1 / 3**0.5], [1 - 3 / 13**0.5, 4 / 13**0.5, -1 / 13**0.5]],
+        [[-1, 2, -1], [0, 0, 0], [0, 0, 0], [-1, 2, -1], *[[0, 0, 0]] * 4],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("run", [recurrence.recurrence, chunked.recurrence])
+def test_a_few_tokens_by_hand(name, run):
+    tokens, constants, o, memory = BY_HAND[name]
+    got = run(LSM[name], tokens, constants)
+    wanted = vectors(*o), torch.tensor(memory, dtype=torch.float64)[None, None]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+EXTREME = (0.0, -1e4, -torch.inf, -1e-7, -60.0)
+
+
 @pytest.mark.parametrize("name", [n for n in LSM if "g" in LSM[n].tokens])
 @given(seed=st.integers(0, 99), t=st.sampled_from([1, 5, 63, 70]))
 def test_extreme_gates(name, seed, t):

@@ -4,7 +4,33 @@ They are the classes of transformers, where it has the layer, and otherwise the 
 token and head by head. A family a file, each with its ORACLES.
 """
 
-from oracles import attention, delta, gated, linear_attention, log_linear, memories, polynomial, printed, rwkv, ssm
+from oracles import (
+    attention,
+    delta,
+    gated,
+    linear_attention,
+    log_linear,
+    memories,
+    polynomial,
+    printed,
+    regression,
+    rwkv,
+    slots,
+    ssm,
+)
 
-FAMILIES = (attention, linear_attention, polynomial, gated, rwkv, delta, ssm, log_linear, memories, printed)
+FAMILIES = (
+    attention,
+    linear_attention,
+    polynomial,
+    gated,
+    rwkv,
+    delta,
+    ssm,
+    slots,
+    regression,
+    log_linear,
+    memories,
+    printed,
+)
 ORACLES = {name: oracle for family in FAMILIES for name, oracle in family.ORACLES.items()}
