@@ -31,12 +31,19 @@ class Model:
     """Of one head of L (None: as published for the model)."""
     value_size: int | None = None
     """Of one head of L (None: as published for the model)."""
+    value_heads: int | None = None
+    """Heads of values in L that share heads of keys, in the models that have them (None: as many as heads)."""
     feature_map: Literal["elu", "relu", "silu", "identity"] = "elu"
     """Of linear attention's queries and keys."""
     gate: bool = True
     """Whether linear attention has an output gate (as in Linear-MoE); other models have theirs as published."""
-    negative_eigenvalues: bool = False
-    """Whether the write strength of delta rules reaches 2 instead of 1: a memory may then flip signs (2411.12537)."""
+    negative_eigenvalues: bool | None = None
+    """Whether the write strength of delta rules reaches 2 instead of 1: a memory may then flip signs (2411.12537).
+    None: as published for the model."""
+    delta_steps: int = 2
+    """Steps that Gated DeltaProduct takes for one token."""
+    gate_floor: float | None = None
+    """A number below 0 that the log decay of Kimi Delta Attention stays above (None: no floor)."""
     convolution: int = 4
     """Taps of the short convolutions, in the models that have them."""
     router: Literal[tuple(ROUTER)] = "linear_moe"
@@ -80,13 +87,17 @@ class Model:
         for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("convolution", "key_heads", "key_size", "value_size"):
+        for name in ("convolution", "delta_steps", "key_heads", "key_size", "value_size", "value_heads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
         if self.heads % (self.key_heads or self.heads):
             raise ValueError(f"{self.heads} heads cannot share {self.key_heads} key_heads: heads must be a multiple")
+        if (self.value_heads or self.heads) % self.heads:
+            raise ValueError(f"{self.value_heads} value_heads cannot share {self.heads} heads: they must be a multiple")
+        if self.gate_floor is not None and not self.gate_floor < 0:
+            raise ValueError(f"gate_floor is {self.gate_floor}; it must be below 0")
         if "N" in self.pattern and self.width // self.heads % 2:
             raise ValueError(f"a head of {self.width // self.heads} channels cannot rotate: width / heads must be even")
         if self.top_k > self.experts and "E" in self.letters:

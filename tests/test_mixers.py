@@ -207,6 +207,61 @@ def test_half_precision_layers_keep_a_wide_memory(name):
     assert (y - wanted).norm() < 0.03 * wanted.norm()
 
 
+SHARE = [name for name in LSM if "value_heads" in mixers.kind(name).takes]
+
+
+@pytest.mark.parametrize("name", SHARE)
+@given(heads=st.integers(1, 3), share=st.integers(1, 3), cut=st.integers(1, 6), seed=st.integers(0, 99))
+@settings(max_examples=5)
+@torch.no_grad()
+def test_heads_that_share_keys_equal_heads_with_the_same_keys(name, heads, share, cut, seed):
+    """Value head j has key head j // share: in a prefill, and in a step after it."""
+    sizes = {"seed": seed, "width": 12 * heads}
+    layer, alone = (
+        Layer(name, heads=heads, value_heads=heads * share, **sizes),
+        Layer(name, heads=heads * share, **sizes),
+    )
+    owner, steps = torch.arange(heads * share) // share, layer.inner.steps
+
+    def own(weight, steps=1):
+        """The rows of every value head's key head, for each step."""
+        return weight.unflatten(0, (steps, heads, -1))[:, owner].flatten(0, 2)
+
+    given = dict(layer.inner.named_parameters())
+    q, k, v = given["conv"].split(layer.inner.parts)
+    given |= {"q.weight": own(given["q.weight"]), "k.weight": own(given["k.weight"], steps)}
+    given |= {"conv": torch.cat([own(q), own(k, steps), v])}
+    given |= {n: given[n][owner] for n in ("c", "D") if n in given}
+    alone.inner.load_state_dict(given)
+    x = draw(2, cut + 1, 12 * heads, seed=seed)
+    whole = alone(x)[0]
+    torch.testing.assert_close(layer(x)[0], whole, **close)
+    head, state = layer(x[:, :cut])
+    torch.testing.assert_close(torch.cat([head, layer(x[:, cut:], state)[0]], 1), whole, **close)
+
+
+WANTED = {"value_heads": 4, "gate_floor": -5.0}
+
+
+@pytest.mark.parametrize("field", WANTED)
+@pytest.mark.parametrize("name", LSM)
+def test_a_field_that_the_layer_does_not_have_is_refused_in_one_line(name, field):
+    if field in mixers.kind(name).takes:
+        Layer(name, **{field: WANTED[field]})
+        return
+    with pytest.raises(ValueError, match=f"{LSM[name].title} has no {field}: it is .*, expected None") as caught:
+        Layer(name, **{field: WANTED[field]})
+    assert "\n" not in str(caught.value)
+
+
+@given(floor=st.floats(-20, -0.01), seed=st.integers(0, 99))
+def test_a_floor_keeps_the_log_decay_above_it(floor, seed):
+    """Whatever the tokens; and at the floor's own depth where a gate without one would be far below."""
+    layer = Layer("kda", seed=seed, gate_floor=floor)
+    g = layer.inner.decay(100 * draw(2, 9, 12, seed=seed))["g"]
+    assert (floor <= g).all() and (g <= 0).all() and g.min() < 0.9 * floor and g.max() > 0.1 * floor
+
+
 @pytest.mark.parametrize("peak", [0, 1, 2])
 @pytest.mark.parametrize("number", [1, 2])
 def test_bounds_of_hgrn2_may_be_as_uneven_as_they_like(number, peak):

@@ -479,10 +479,10 @@ def test_parameters_begin_where_they_should(lsm):
             step = nn.functional.softplus(x)
             assert step.min() > 0.99e-3 and step.max() < 0.101
         elif last == "A_log":
-            assert x.exp().max() <= 16 and x.exp().min() >= (1e-4 if lsm == "gated_delta_net" else 1)
+            assert x.exp().max() <= 16 and x.exp().min() >= (1 if lsm in ("mamba2", "kda") else 1e-4)
         elif last == "conv":
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± w^-1/2
-        elif last == "D":
+        elif last in ("D", "c"):
             assert (x == 1).all()
         elif name.endswith("w.2.bias"):  # RWKV6: a head's channels forget between e^-6 and e^-1 a token
             assert (x.view(4, -1)[:, 0] == -6).all() and (x.view(4, -1)[:, -1] == -1).all()

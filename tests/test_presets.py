@@ -108,10 +108,24 @@ BAD = {
     "router": ({"router": "mixtrall"}, f"'mixtrall'; expected one of {', '.join(ROUTER)}"),
     **{
         name: ({name: 0}, f"{name} is 0; it must be at least 1")
-        for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width")
+        for name in (
+            "repeat",
+            "vocabulary",
+            "width",
+            "heads",
+            "experts",
+            "top_k",
+            "expert_width",
+            "dense_width",
+            "delta_steps",
+            "value_heads",
+        )
     },
     "divide": ({"width": 130, "heads": 4}, "width 130 does not divide into 4 heads"),
     "share": ({"heads": 4, "key_heads": 3}, "4 heads cannot share 3 key_heads"),
+    "values": ({"heads": 4, "value_heads": 6}, "6 value_heads cannot share 4 heads: they must be a multiple"),
+    "few values": ({"heads": 4, "value_heads": 2}, "2 value_heads cannot share 4 heads: they must be a multiple"),
+    "floor": ({"gate_floor": 0.0}, "gate_floor is 0.0; it must be below 0"),
     "odd": ({"width": 12, "heads": 4}, "3 channels cannot rotate: width / heads must be even"),
     "top_k": ({"top_k": 9}, "top_k 9 needs at least as many experts, got 8"),
     "dropout 1": ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
