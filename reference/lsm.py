@@ -11,6 +11,7 @@ from reference.recurrence import (
     counted,
     delta,
     fixed,
+    foresight,
     inclusive,
     keep,
     outer,
@@ -92,6 +93,16 @@ LSM: dict[str, Row] = {
         "delta:KDA",
         "Kimi Delta Attention",
         "2510.26692",
+    ),
+    "comba": Row(
+        scalar,
+        foresight,
+        inclusive,
+        QKV | ONE | BETA | {"a": "b t h k"},
+        {},
+        "delta:Comba",
+        "Comba",
+        "2506.02475",
     ),
 }
 

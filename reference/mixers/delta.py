@@ -95,6 +95,25 @@ class GatedDeltaNet(DeltaNet):
         return self.ops.norm(o, self.norm, self.eps, self.split_values(self.gate(x)), activation)
 
 
+class Comba(GatedDeltaNet):
+    """Comba (2506.02475): the write is the difference to what p = sigmoid(c) k finds before the decay; the query is
+    corrected to q - D p; sigmoid gate.
+
+    As in the authors' layer q - D p, k and p all become unit vectors: c then acts through the query alone.
+    """
+
+    def __init__(self, config, layer, layers, ops):
+        super().__init__(config, layer, layers, ops)
+        self.c, self.D = parameter(self.heads, start=constant(1.0)), parameter(self.heads, start=constant(1.0))
+
+    def addresses(self, q, k):
+        p = wide(self.c).sigmoid().to(k.dtype)[:, None] * k
+        return {**super().addresses(q - self.D.to(q.dtype)[:, None] * p, k), "a": unit(p)}
+
+    def output(self, o, x):
+        return super().output(o, x, "sigmoid")
+
+
 class KDA(DeltaNet):
     """Kimi Delta Attention (2510.26692): as Gated DeltaNet with a decay for every key channel; sigmoid gate.
 

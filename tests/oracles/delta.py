@@ -155,6 +155,16 @@ def delta_net_step(w, x, t, M, h):
     return rms(q / math.sqrt(K) @ M, w["norm"]), M
 
 
+def comba_step(w, x, t, M, h):
+    """2506.02475, equations 5 and 8, the lengths as in the authors' layer: q - D p, k and p are unit vectors."""
+    at = Front(w, x, t, h)
+    k, v, beta = at.ks[0], at.vs[0], at.betas[0]
+    p = k * sigmoid(w["c"][at.key])
+    q, k, p = unit(at.q - w["D"][at.key] * p), unit(k), unit(p)
+    M = alpha(w, x[t], h) * M - beta * torch.outer(k, p @ M) + beta * torch.outer(k, v)
+    return rms(q / math.sqrt(K) @ M, w["norm"]) * sigmoid(gate(w, x[t], h)), M
+
+
 def kda_step(w, x, t, M, h):
     """2510.26692, equation 1, with the floor of -5 that GLM-5.3 and Ling-3.0 give to the log decay."""
     at, heads = Front(w, x, t, h), len(w["A_log"])
@@ -181,4 +191,6 @@ ORACLES = {
     "Glm5NextTextLinearAttention, floor": classes("kda", lambda: glm(-3.0), 8, gate_floor=-3.0),
     "formula of 2510.26692, shared keys": written("kda", kda_step, gate_floor=-5.0, **SHARED),
     "formula of 2406.06484": written("delta_net", delta_net_step),
+    "formula of 2506.02475": written("comba", comba_step),
+    "formula of 2506.02475, shared keys": written("comba", comba_step, **SHARED),
 }
