@@ -104,6 +104,16 @@ LSM: dict[str, Row] = {
         "Comba",
         "2506.02475",
     ),
+    "gated_delta_product": Row(
+        scalar,
+        delta,
+        inclusive,
+        QKV | ONE | BETA,
+        {},
+        "delta:GatedDeltaProduct",
+        "Gated DeltaProduct",
+        "2502.10297",
+    ),
 }
 
 

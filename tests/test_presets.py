@@ -80,6 +80,7 @@ HEADS = {
     "gated_delta_net": (3 / 4, 3 / 2),
     "kda": (1, 1),
     "comba": (3 / 4, 3 / 2),
+    "gated_delta_product": (3 / 4, 3 / 2),
 }
 
 

@@ -4,6 +4,7 @@ All share their front: projections, short convolutions with SiLU, unit queries a
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -112,6 +113,27 @@ class Comba(GatedDeltaNet):
 
     def output(self, o, x):
         return super().output(o, x, "sigmoid")
+
+
+class GatedDeltaProduct(GatedDeltaNet):
+    """Gated DeltaProduct (2502.10297): `config.delta_steps` delta steps a token, the decay before the first, the read
+    after the last. Writes are twice as strong unless the configuration says otherwise.
+    """
+
+    negative_eigenvalues = True
+
+    def __init__(self, config, layer, layers, ops):
+        super().__init__(config, layer, layers, ops, config.delta_steps)
+
+    def advance(self, tokens, constants, memory, side):
+        """The row over n times as many tokens, of which only the last of each n asks."""
+        more = self.steps - 1
+        q = F.pad(tokens["q"][:, :, None], (0, 0, 0, 0, more, 0)).flatten(1, 2)
+        g = F.pad(tokens["g"][:, :, None], (0, 0, 0, more)).flatten(1, 2)
+        if side.cu_seqlens is not None:
+            side = side._replace(cu_seqlens=side.cu_seqlens * self.steps)
+        o, memory = super().advance(tokens | {"q": q, "g": g}, constants, memory, side, self.steps)
+        return o[:, more :: self.steps], memory
 
 
 class KDA(DeltaNet):

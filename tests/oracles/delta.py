@@ -165,6 +165,18 @@ def comba_step(w, x, t, M, h):
     return rms(q / math.sqrt(K) @ M, w["norm"]) * sigmoid(gate(w, x[t], h)), M
 
 
+def delta_product(steps):
+    def delta_product_step(w, x, t, M, h):
+        """2502.10297, section 3 and its gated form: a product of (I - beta kᵀ k), the gate before the first."""
+        at = Front(w, x, t, h, steps)
+        M = alpha(w, x[t], h) * M
+        for k, v, beta in zip(map(unit, at.ks), at.vs, at.betas, strict=True):
+            M = (torch.eye(K) - 2 * beta * torch.outer(k, k)) @ M + 2 * beta * torch.outer(k, v)
+        return rms(unit(at.q) / math.sqrt(K) @ M, w["norm"]) * silu(gate(w, x[t], h)), M
+
+    return delta_product_step
+
+
 def kda_step(w, x, t, M, h):
     """2510.26692, equation 1, with the floor of -5 that GLM-5.3 and Ling-3.0 give to the log decay."""
     at, heads = Front(w, x, t, h), len(w["A_log"])
@@ -193,4 +205,11 @@ ORACLES = {
     "formula of 2406.06484": written("delta_net", delta_net_step),
     "formula of 2506.02475": written("comba", comba_step),
     "formula of 2506.02475, shared keys": written("comba", comba_step, **SHARED),
+    "OlmoHybridGatedDeltaNet, as a product of one": classes(
+        "gated_delta_product", lambda: olmo_hybrid(True), 12, delta_steps=1
+    ),
+    "formula of 2502.10297": written("gated_delta_product", delta_product(2)),
+    "formula of 2502.10297, three steps, shared keys": written(
+        "gated_delta_product", delta_product(3), delta_steps=3, **SHARED
+    ),
 }
