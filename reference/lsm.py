@@ -16,6 +16,7 @@ from reference.recurrence import (
     keep,
     outer,
     ratio,
+    replace,
     scalar,
     tied,
 )
@@ -113,6 +114,16 @@ LSM: dict[str, Row] = {
         "delta:GatedDeltaProduct",
         "Gated DeltaProduct",
         "2502.10297",
+    ),
+    "rwkv7": Row(
+        channel,
+        replace,
+        inclusive,
+        QKV | EACH | {"a": "b t h k", "b": "b t h k"},
+        {},
+        "rwkv:RWKV7",
+        "RWKV7",
+        "2503.14456",
     ),
 }
 

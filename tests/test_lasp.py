@@ -261,7 +261,15 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool):
     """Three steps; the losses, the norms, and the parameters after them."""
     place = mesh.make(degrees, torch.device("cpu"))
     config = Model(
-        pattern="LNE", lsm=lsm, width=8, heads=2, vocabulary=11, experts=4, expert_width=4, dropout=0.1, dense_width=8
+        pattern=TRAINED[lsm],
+        lsm=lsm,
+        width=8,
+        heads=2,
+        vocabulary=11,
+        experts=4,
+        expert_width=4,
+        dropout=0.1,
+        dense_width=8,
     )
     model = LanguageModel(config, mesh.over(ops, place)).double()
     how = starts(model)
@@ -290,7 +298,7 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool):
 
 
 MESHES = [(mesh.Degrees(sequence=3), False), (mesh.Degrees(sequence=3), True), (mesh.Degrees(data=3), False)]
-TRAINED = ("rwkv6", "gated_delta_net", "mamba2", "retention")
+TRAINED = {"rwkv6": "LNE", "gated_delta_product": "LNE", "mamba2": "LNE", "retention": "LNE", "rwkv7": "LNLE"}
 
 
 def train_all():

@@ -26,7 +26,10 @@ every = pytest.mark.parametrize("name", MIXERS)
 
 
 class Layer(torch.nn.Module):
-    """A mixer and what its kind shares, with random weights: called with tokens, states and where they stand."""
+    """A mixer and what its kind shares, with random weights: called with tokens, states and where they stand.
+
+    The values that an earlier layer would hand to it are here a matrix times its own tokens.
+    """
 
     def __init__(self, name, number=1, layers=3, seed=0, dtype=torch.float64, ops=ops, **sizes):
         super().__init__()
@@ -37,6 +40,8 @@ class Layer(torch.nn.Module):
         else:
             self.inner, common = mixers.build(config, number, layers, ops), mixers.kind(name).common(config, layers)
         self.common = torch.nn.ParameterDict(common)
+        if getattr(self.inner, "needs_values", False):
+            self.values = torch.nn.Parameter(torch.empty(self.inner.values, sizes["width"]))
         rng = torch.Generator().manual_seed(seed)
         for weight in self.parameters():
             scale = weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.7
@@ -51,7 +56,9 @@ class Layer(torch.nn.Module):
             lengths = cu_seqlens.diff().tolist()
             starts = [0] * len(lengths) if at is None else at.tolist()
             places = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])[None]
-        return self.inner(x, Side(places, cu_seqlens, common=dict(self.common.items())), state)
+        values = x @ self.values.T if hasattr(self, "values") else None
+        side = Side(places, cu_seqlens, common=dict(self.common.items()), values=values)
+        return self.inner(x, side, state)[:2]
 
 
 @pytest.fixture(autouse=True)

@@ -79,6 +79,7 @@ HEADS = {
     "delta_net": (1, 1),
     "gated_delta_net": (3 / 4, 3 / 2),
     "kda": (1, 1),
+    "rwkv7": (1, 1),
     "comba": (3 / 4, 3 / 2),
     "gated_delta_product": (3 / 4, 3 / 2),
 }

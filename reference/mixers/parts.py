@@ -91,6 +91,7 @@ class Mixer(nn.Module):
     """
 
     takes: tuple[str, ...] = ()  # those of OPTIONAL that the layer has
+    needs_values = False  # whether it needs those that an earlier layer handed on, `side.values`
 
     def __init__(self, config, ops, key_size: int, value_size: int):
         super().__init__()
