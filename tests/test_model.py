@@ -161,20 +161,21 @@ def test_layers_are_numbered_over_both_kinds():
     assert layers == [1, 3] and len(model.common["lower_bounds"]) == 4
 
 
-@torch.no_grad()
 def test_the_first_layer_of_its_kind_hands_its_values_to_all_later_ones():
     """Whatever stands before and between. Where they take nothing but those, their own matrices do not matter."""
     model, tokens = make(pattern="NLDNLL", lsm="rwkv7"), text(2, 8)
     first, *later = (s.inner for block in model.blocks for s in block.sublayers if hasattr(s.inner, "needs_values"))
     assert [layer.needs_values for layer in (first, *later)] == [False, True, True]
-    for layer in later:
-        layer.nu[2].bias.fill_(100.0)
-    before = model(tokens).logits
-    for layer in later:
-        layer.v.weight.zero_()
-    torch.testing.assert_close(model(tokens).logits, before, **close)
-    first.v.weight.mul_(2)
-    assert (model(tokens).logits - before).abs().amin(0).max() > 1e-3
+    with torch.no_grad():
+        first.o.weight.zero_()  # from here on its values are all that it does
+        for layer in later:
+            layer.nu[2].bias.fill_(100.0)
+        before = model(tokens).logits
+        for layer in later:
+            layer.v.weight.zero_()
+    after = model(tokens).logits
+    torch.testing.assert_close(after, before, **close)
+    assert torch.autograd.grad(after.square().sum(), first.v.weight)[0].abs().min() > 0
 
 
 @torch.no_grad()
@@ -520,7 +521,7 @@ def test_parameters_begin_where_they_should(lsm):
 
 
 def goose(layer, layers, width, size):
-    """RWKV7's vectors, channel by channel, as in its authors' code for layers that are square."""
+    """RWKV7's vectors, channel by channel, as in its authors' training code (RWKV-LM, RWKV-v7): all are square."""
     depth, rest = layer / (layers - 1), 1 - layer / layers
     channels = range(width)
     line = [n / (width - 1) - 0.5 for n in channels]

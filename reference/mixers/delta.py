@@ -100,7 +100,7 @@ class Comba(GatedDeltaNet):
     """Comba (2506.02475): the write is the difference to what p = sigmoid(c) k finds before the decay; the query is
     corrected to q - D p; sigmoid gate.
 
-    As in the authors' layer q - D p, k and p all become unit vectors: c then acts through the query alone.
+    As in the released layer q - D p, k and p all become unit vectors: c then acts through the query alone.
     """
 
     def __init__(self, config, layer, layers, ops):

@@ -78,8 +78,8 @@ class RWKV7(Mixer):
 
     w = -e^-½ sigmoid(LoRA(x)) and ι = sigmoid(LoRA(x)) per channel, κ̂ = ξ k as a unit vector, k̃ = (1 + (ι - 1) α) k.
     Group norm a head; the bonus (r ρ · k̃) v comes after it; gate W₂ sigmoid(W₁ x). The first such layer hands its
-    values to all later ones, where v goes the part sigmoid(LoRA(x)) of the way to them. Vectors start as in the
-    authors' code, matrices as everywhere here.
+    values to all later ones, where v goes the part sigmoid(LoRA(x)) of the way to them. Vectors start as in
+    the authors' training code (RWKV-LM, RWKV-v7), matrices as everywhere here.
     """
 
     def __init__(self, config, layer, layers, ops):

@@ -139,7 +139,7 @@ def softplus(x):
 
 
 def alpha(w, x, h):
-    """2412.06464, section 3.4: the decay of Mamba2."""
+    """The decay of Mamba2, which 2412.06464 takes over."""
     return torch.exp(-torch.exp(w["A_log"][h]) * softplus(w["a.weight"][h] @ x + w["dt_bias"][h]))
 
 
@@ -156,7 +156,7 @@ def delta_net_step(w, x, t, M, h):
 
 
 def comba_step(w, x, t, M, h):
-    """2506.02475, equations 5 and 8, the lengths as in the authors' layer: q - D p, k and p are unit vectors."""
+    """2506.02475: erased is what p finds before the decay. As in the released layer q - D p, k and p have length 1."""
     at = Front(w, x, t, h)
     k, v, beta = at.ks[0], at.vs[0], at.betas[0]
     p = k * sigmoid(w["c"][at.key])
@@ -167,7 +167,7 @@ def comba_step(w, x, t, M, h):
 
 def delta_product(steps):
     def delta_product_step(w, x, t, M, h):
-        """2502.10297, section 3 and its gated form: a product of (I - beta kᵀ k), the gate before the first."""
+        """2502.10297: a product of generalized Householder matrices (I - beta kᵀ k), the gate before the first."""
         at = Front(w, x, t, h, steps)
         M = alpha(w, x[t], h) * M
         for k, v, beta in zip(map(unit, at.ks), at.vs, at.betas, strict=True):
@@ -178,7 +178,7 @@ def delta_product(steps):
 
 
 def kda_step(w, x, t, M, h):
-    """2510.26692, equation 1, with the floor of -5 that GLM-5.3 and Ling-3.0 give to the log decay."""
+    """2510.26692, with the floor of -5 that GLM-5.3 and Ling-3.0 give to the log decay."""
     at, heads = Front(w, x, t, h), len(w["A_log"])
     k, v, beta = unit(at.ks[0]), at.vs[0], at.betas[0]
     u = w["a.1.weight"].chunk(heads)[h] @ (w["a.0.weight"] @ x[t]) + w["dt_bias"].chunk(heads)[h]

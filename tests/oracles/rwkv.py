@@ -28,7 +28,7 @@ def rwkv6_step(w, x, t, M, h):
 
 
 def rwkv7_step(w, x, t, M, h):
-    """2503.14456, section 4.1 (its equations for the mixes, the low-rank projections, the memory and the bonus)."""
+    """2503.14456: mixes, low-rank projections, memory, bonus and gate in the order of its equations."""
     now = x[t]
     step = (x[t - 1] if t else torch.zeros_like(now)) - now
     mixed = {name: now + step * mix for name, mix in zip("rwkvag", w["mix"], strict=True)}
