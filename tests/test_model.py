@@ -457,9 +457,10 @@ def test_parameters_begin_from_the_seed_and_their_name_alone(lsm):
     assert not torch.equal(deeper["blocks.0.sublayers.1.inner.w2"], deeper["blocks.2.sublayers.1.inner.w2"])
 
 
-def test_a_model_made_without_memory_begins_the_same():
+@pytest.mark.parametrize("lsm", LSM)
+def test_a_model_made_without_memory_begins_the_same(lsm):
     """Memory comes later (as when it is sharded), which makes new parameters: `starts` is asked before."""
-    config = make(pattern="LN", lsm="mamba2").config
+    config = make(pattern="LN", lsm=lsm).config
     with torch.device("meta"):
         model = LanguageModel(config, ops)
     how = starts(model)

@@ -157,8 +157,12 @@ def zigzag(n: int, size: int) -> Float[Tensor, " n"]:
 
 def mixes(rest: float) -> Start:
     """1 - (channel / width)^(power · rest) a branch, `rest` the part of the layers that are still to come."""
-    powers = rest * torch.tensor(list(MIX_POWERS.values()))[:, None]
-    return lambda shape, rng: 1 - (torch.arange(shape[-1]) / shape[-1]) ** powers
+
+    def start(shape, rng):
+        powers = rest * torch.tensor(list(MIX_POWERS.values()))
+        return 1 - (torch.arange(shape[-1]) / shape[-1]) ** powers[:, None]
+
+    return start
 
 
 def decays(depth: float, size: int) -> Start:
