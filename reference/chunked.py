@@ -100,10 +100,10 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def well_conditioned(keys: int, least: int = 16) -> int:
+def well_conditioned(keys: int) -> int:
     """The most tokens of a delta rule's chunk: more keys than they have channels depend on each other, and the system
     that they solve loses digits (over 65,536 tokens of 16 channels, chunks of 64 left the error budget)."""
-    return max(least, power_of_two(keys))
+    return max(4, power_of_two(keys))
 
 
 def cut(x: Tensor | None, chunk: int) -> Tensor | None:

@@ -184,7 +184,7 @@ def with_momentum(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int)
 
     Whole chunks, then the rest: a token of zeros would still let the momentum move the memory.
     """
-    t, o, chunk = x["v"].shape[1], [], min(chunk, well_conditioned(x["k"].shape[-1], 4))
+    t, o, chunk = x["v"].shape[1], [], min(chunk, well_conditioned(x["k"].shape[-1]))
     for start, stop, c in ((0, t // chunk * chunk, chunk), (t // chunk * chunk, t, t % chunk)):
         if stop > start:
             parts = {name: cut(y[:, start:stop], c) for name, y in x.items()}

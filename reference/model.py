@@ -26,7 +26,7 @@ from reference.routers import Load
 
 
 class Side(NamedTuple):
-    """What a block may know about its tokens besides x."""
+    """What a block may know about its tokens besides x, and what earlier blocks want it to know."""
 
     positions: Int[Tensor, "b t"]  # in the document
     cu_seqlens: Int[Tensor, " n1"] | None = None  # borders of packed documents
@@ -34,6 +34,7 @@ class Side(NamedTuple):
     index: Int[Tensor, "b t"] | None = None  # the token's number in the whole run, for randomness
     key: int | None = None  # of the step's randomness; None: no dropout
     common: Mapping[str, Tensor] = {}  # parameters that mixers of one kind share
+    values: Float[Tensor, "b t hv"] | None = None  # that a first layer handed to all later ones
 
 
 class State(NamedTuple):
@@ -69,11 +70,11 @@ class Sublayer(nn.Module):
         elif isinstance(self.inner, Dense):
             y = self.inner(y, side)
         else:
-            y, state, *routed = self.inner(y, side, state)
-            load = routed[0] if routed else None
+            y, state, *more = self.inner(y, side, state)
+            side, load = more or (side, None)
         if side.key is not None and self.dropout:
             y = dropout(y, self.dropout, side.key + self.number, side.index)
-        return x + y, state, load
+        return x + y, side, state, load
 
 
 class Block(nn.Module):
@@ -90,7 +91,7 @@ class Block(nn.Module):
         """
         loads = ([], [])
         for sublayer in self.sublayers:
-            x, state, load = sublayer(x, side, state)
+            x, side, state, load = sublayer(x, side, state)
             if load is not None:
                 loads[not isinstance(sublayer.inner, MoE)].append(load)
         return x, side, state, loads

@@ -55,12 +55,19 @@ class Model:
     """Of one head of L (None: as published for the model)."""
     value_size: int | None = None
     """Of one head of L (None: as published for the model)."""
+    value_heads: int | None = None
+    """Heads of values in L that share heads of keys, in the models that have them (None: as many as heads)."""
     feature_map: Literal[tuple(FEATURE_MAP)] = "elu"
     """Of linear attention's queries and keys."""
     gate: bool = True
     """Whether linear attention has an output gate (as in Linear-MoE); other models have theirs as published."""
-    negative_eigenvalues: bool = False
-    """Whether the write strength of delta rules reaches 2 instead of 1: a memory may then flip signs (2411.12537)."""
+    negative_eigenvalues: bool | None = None
+    """Whether the write strength of delta rules reaches 2 instead of 1: a memory may then flip signs (2411.12537).
+    None: as published for the model."""
+    delta_steps: int = 2
+    """Steps that Gated DeltaProduct takes for one token."""
+    gate_floor: float | None = None
+    """A number below 0 that the log decay of Kimi Delta Attention stays above (None: no floor)."""
     convolution: int = 4
     """Taps of the short convolutions, in the models that have them."""
     levels: int = 15
@@ -126,8 +133,9 @@ class Model:
         for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        optional = ("convolution", "key_heads", "key_size", "value_size", "state_groups", "slots", "mini_batch")
-        for name in (*optional, "levels", "memories", "window", "head_size", *LATENT_SIZES):
+        optional = ("convolution", "key_heads", "key_size", "value_size", "value_heads", "state_groups", "slots")
+        optional += ("mini_batch", "delta_steps", "levels", "memories", "window", "head_size", *LATENT_SIZES)
+        for name in optional:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.rope_size is not None and self.rope_size < 0:
@@ -136,6 +144,10 @@ class Model:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
         if self.heads % (self.key_heads or self.heads):
             raise ValueError(f"{self.heads} heads cannot share {self.key_heads} key_heads: heads must be a multiple")
+        if (self.value_heads or self.heads) % self.heads:
+            raise ValueError(f"{self.value_heads} value_heads cannot share {self.heads} heads: they must be a multiple")
+        if self.gate_floor is not None and not self.gate_floor < 0:
+            raise ValueError(f"gate_floor is {self.gate_floor}; it must be below 0")
         if not 0 <= self.rope_share <= 1:
             raise ValueError(f"rope_share is {self.rope_share}; it must be at least 0 and at most 1")
         if "N" in self.pattern:

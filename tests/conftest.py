@@ -16,6 +16,8 @@ EXEMPT = {
     "test_the_bias_chooses_and_never_weighs": "has no balancing bias",
     "test_scans_go_on_from_piece_to_piece_and_keep_only_their_inputs": "its chunks are matrix products",
     "test_groups": "has no groups of experts",
+    "test_heads_that_share_keys_equal_heads_with_the_same_keys": "every head of values has keys of its own",
+    "test_recomputing_blocks_changes_nothing": "hands nothing to later layers",
     "test_qwen2_moe_block": "another block is its oracle",
     "test_all_experts_without_renormalisation_are_the_dense_mixture": "renormalises, or visits one expert only",
     "test_errors_are_one_clear_line": "has none of these limits",

@@ -270,7 +270,7 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool):
     """Three steps; the losses, the norms, and the parameters after them."""
     place = mesh.make(degrees, torch.device("cpu"))
     sizes = {"width": 8, "heads": 2, "vocabulary": 11, "experts": 4, "expert_width": 4, "dense_width": 8}
-    config = Model(pattern="LNE", lsm=lsm, dropout=0.1, **sizes | TRAINED[lsm])
+    config = Model(**{"pattern": "LNE", "lsm": lsm, "dropout": 0.1} | sizes | TRAINED[lsm])
     model = LanguageModel(config, mesh.over(ops, place)).double()
     how = starts(model)
     if recompute:
@@ -300,10 +300,11 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool):
 MESHES = [(mesh.Degrees(sequence=3), False), (mesh.Degrees(sequence=3), True), (mesh.Degrees(data=3), False)]
 TRAINED = {  # with the softmax attention beside them
     "rwkv6": {},
-    "gated_delta_net": {"window": 3, "qk_norm": True, "attention_gate": True, "rope_share": 0.5},
+    "gated_delta_product": {"window": 3, "qk_norm": True, "attention_gate": True, "rope_share": 0.5},
     "mamba2": {"attention": "latent", "query_rank": 3},
     "retention": {"attention": "latent", "window": 3},
-    "mom_gla": {},
+    "mom_gated_delta_net": {},
+    "rwkv7": {"pattern": "LNLE"},
 }
 
 

@@ -3,6 +3,7 @@
 The oracles (`tests/oracles`) are functions of our layer's weights, so that every weight's gradient is compared too.
 """
 
+import re
 import sys
 from itertools import pairwise
 
@@ -18,6 +19,7 @@ from oracles.linear_attention import FEATURES
 from reference import mixers, ops
 from reference.lsm import LSM
 from reference.mixers.linear_attention import FEATURE_MAP, POSITIVE, dpfp, feature_map
+from reference.mixers.parts import Mixer
 from reference.mixers.softmax import ATTENTION, Latents
 from reference.model import Side, state_bytes
 from reference.presets import Model
@@ -42,7 +44,10 @@ every = pytest.mark.parametrize("name", MIXERS)
 
 
 class Layer(torch.nn.Module):
-    """A mixer and what its kind shares, with random weights: called with tokens, states and where they stand."""
+    """A mixer and what its kind shares, with random weights: called with tokens, states and where they stand.
+
+    The values that an earlier layer would hand to it are here a matrix times its own tokens.
+    """
 
     def __init__(self, name, number=1, layers=3, seed=0, dtype=torch.float64, ops=ops, **given):
         super().__init__()
@@ -56,6 +61,8 @@ class Layer(torch.nn.Module):
                 mixers.kind(config.lsm).common(config, layers),
             )
         self.common = torch.nn.ParameterDict(common)
+        if getattr(self.inner, "needs_values", False):
+            self.values = torch.nn.Parameter(torch.empty(self.inner.values, config.width))
         rng = torch.Generator().manual_seed(seed)
         for weight in self.parameters():
             scale = weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.7
@@ -70,7 +77,9 @@ class Layer(torch.nn.Module):
             lengths = cu_seqlens.diff().tolist()
             starts = [0] * len(lengths) if at is None else at.tolist()
             places = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])[None]
-        return self.inner(x, Side(places, cu_seqlens, common=dict(self.common.items())), state)[:2]
+        values = x @ self.values.T if hasattr(self, "values") else None
+        side = Side(places, cu_seqlens, common=dict(self.common.items()), values=values)
+        return self.inner(x, side, state)[:2]
 
 
 @pytest.fixture(autouse=True)
@@ -273,6 +282,60 @@ def test_attention_knows_positions_by_their_distance_or_not_at_all():
 
 
 # ------------------------------------------------------------------------------------------- single models
+SHARE = [name for name in LSM if "value_heads" in mixers.kind(name).takes and issubclass(mixers.kind(name), Mixer)]
+
+
+@pytest.mark.parametrize("name", SHARE)
+@given(heads=st.integers(1, 3), share=st.integers(1, 3), cut=st.integers(1, 6), seed=st.integers(0, 99))
+@settings(max_examples=5)
+@torch.no_grad()
+def test_heads_that_share_keys_equal_heads_with_the_same_keys(name, heads, share, cut, seed):
+    """Value head j has key head j // share: in a prefill, and in a step after it."""
+    sizes = {"seed": seed, "width": 12 * heads}
+    layer, alone = (
+        Layer(name, heads=heads, value_heads=heads * share, **sizes),
+        Layer(name, heads=heads * share, **sizes),
+    )
+    owner, steps = torch.arange(heads * share) // share, layer.inner.steps
+
+    def own(weight, steps=1):
+        """The rows of every value head's key head, for each step."""
+        return weight.unflatten(0, (steps, heads, -1))[:, owner].flatten(0, 2)
+
+    given = dict(layer.inner.named_parameters())
+    q, k, v = given["conv"].split(layer.inner.parts)
+    given |= {"q.weight": own(given["q.weight"]), "k.weight": own(given["k.weight"], steps)}
+    given |= {"conv": torch.cat([own(q), own(k, steps), v])}
+    given |= {n: given[n][owner] for n in ("c", "D") if n in given}
+    alone.inner.load_state_dict(given)
+    x = draw(2, cut + 1, 12 * heads, seed=seed)
+    whole = alone(x)[0]
+    torch.testing.assert_close(layer(x)[0], whole, **close)
+    head, state = layer(x[:, :cut])
+    torch.testing.assert_close(torch.cat([head, layer(x[:, cut:], state)[0]], 1), whole, **close)
+
+
+WANTED = {"value_heads": 4, "gate_floor": -5.0}
+
+
+@pytest.mark.parametrize("field", WANTED)
+@pytest.mark.parametrize("name", LSM)
+def test_a_field_that_the_layer_does_not_have_is_refused_in_one_line(name, field):
+    if field in mixers.kind(name).takes:
+        Layer(name, **{field: WANTED[field]})
+        return
+    message = f"{re.escape(LSM[name].title)} has no {field}: it is .*, expected None"
+    with pytest.raises(ValueError, match=message) as caught:
+        Layer(name, **{field: WANTED[field]})
+    assert "\n" not in str(caught.value)
+
+
+@given(floor=st.floats(-20, -0.01), seed=st.integers(0, 99))
+def test_a_floor_keeps_the_log_decay_above_it(floor, seed):
+    """Whatever the tokens; and at the floor's own depth where a gate without one would be far below."""
+    layer = Layer("kda", seed=seed, gate_floor=floor)
+    g = layer.inner.decay(100 * draw(2, 9, 12, seed=seed))["g"]
+    assert (floor <= g).all() and (g <= 0).all() and g.min() < 0.9 * floor and g.max() > 0.1 * floor
 
 
 @pytest.mark.parametrize("peak", [0, 1, 2])

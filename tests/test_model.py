@@ -66,6 +66,7 @@ def part_of(state, i):
 
 CASES = [{"pattern": p} for p in PATTERNS] + [{"pattern": "NL", "lsm": name} for name in LSM]
 CASES += [{"pattern": "NL", "window": 3}, {"pattern": "NL", "attention": "latent"}]
+CASES += [{"pattern": "NLDNL", "lsm": "rwkv7"}]  # whose first L hands its values to the second
 CASES += [{"pattern": "LN", "router": name, "groups": 1} for name in ROUTER]
 stable = [c for c in CASES if ROUTER[c.get("router", "linear_moe")].prefix_stable]
 
@@ -153,6 +154,23 @@ def test_layers_are_numbered_over_both_kinds():
     model = make(pattern="NLNL", lsm="hgrn2")
     layers = [s.inner.layer for block in model.blocks for s in block.sublayers if hasattr(s.inner, "layer")]
     assert layers == [1, 3] and len(model.common["lower_bounds"]) == 4
+
+
+def test_the_first_layer_of_its_kind_hands_its_values_to_all_later_ones():
+    """Whatever stands before and between. Where they take nothing but those, their own matrices do not matter."""
+    model, tokens = make(pattern="NLDNLL", lsm="rwkv7"), text(2, 8)
+    first, *later = (s.inner for block in model.blocks for s in block.sublayers if hasattr(s.inner, "needs_values"))
+    assert [layer.needs_values for layer in (first, *later)] == [False, True, True]
+    with torch.no_grad():
+        first.o.weight.zero_()  # from here on its values are all that it does
+        for layer in later:
+            layer.nu[2].bias.fill_(100.0)
+        before = model(tokens).logits
+        for layer in later:
+            layer.v.weight.zero_()
+    after = model(tokens).logits
+    torch.testing.assert_close(after, before, **close)
+    assert torch.autograd.grad(after.square().sum(), first.v.weight)[0].abs().min() > 0
 
 
 @torch.no_grad()
@@ -265,11 +283,14 @@ class Recomputed(nn.Module):
         return checkpoint(self.block, x, side, state, use_reentrant=False)
 
 
-@pytest.mark.parametrize("router", ROUTER)
-def test_recomputing_blocks_changes_nothing(router):
+RECOMPUTED = [{"router": name} for name in ROUTER] + [{"lsm": "rwkv7"}]
+
+
+@pytest.mark.parametrize("config", RECOMPUTED, ids=names(RECOMPUTED))
+def test_recomputing_blocks_changes_nothing(config):
     """Losses, loads and gradients, bit by bit, with dropout and with the load's own gradient."""
     model, tokens, labels = (
-        make(pattern="LLN", router=router, dropout=0.2, dtype=torch.float32),
+        make(pattern="LLN", dropout=0.2, dtype=torch.float32, **config),
         text(2, 9),
         text(2, 9, 1),
     )
@@ -421,11 +442,12 @@ def test_parameters_begin_from_the_seed_and_their_name_alone(lsm):
     assert all(torch.equal(first[name], again[name]) for name in first)
     other = values(4, lsm=lsm, pattern="LN")
     differ = {name for name in first if not torch.equal(first[name], other[name])}
-    ramp = RAMPS.get(lsm, "no ramp")
-    random = {name for name in first if first[name].unique().numel() > 1 and not name.endswith(ramp)}
+    draws = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    how = starts(make(lsm=lsm, pattern="LN"))
+    random = {name for name, (shape, start) in how.items() if not torch.equal(*(start(shape, rng) for rng in draws))}
     assert differ == random and {"embedding", "head"} < differ
     deeper = values(3, lsm=lsm, pattern="LNLN")
-    shared = set(first) & {n for n in deeper if deeper[n].shape == first.get(n, torch.empty(0)).shape}
+    shared = random & {n for n in deeper if deeper[n].shape == first.get(n, torch.empty(0)).shape}
     assert (
         all(torch.equal(first[name], deeper[name]) for name in shared)
         and "blocks.1.sublayers.0.inner.q.weight" in shared
@@ -433,9 +455,10 @@ def test_parameters_begin_from_the_seed_and_their_name_alone(lsm):
     assert not torch.equal(deeper["blocks.0.sublayers.1.inner.w2"], deeper["blocks.2.sublayers.1.inner.w2"])
 
 
-def test_a_model_made_without_memory_begins_the_same():
+@pytest.mark.parametrize("lsm", LSM)
+def test_a_model_made_without_memory_begins_the_same(lsm):
     """Memory comes later (as when it is sharded), which makes new parameters: `starts` is asked before."""
-    config = make(pattern="LN", lsm="mamba2").config
+    config = make(pattern="LN", lsm=lsm).config
     with torch.device("meta"):
         model = LanguageModel(config, ops)
     how = starts(model)
@@ -461,7 +484,7 @@ def test_starts_and_decay_know_every_parameter(kind):
     falls = decayed(model)
     assert falls <= set(weights) and {"embedding", "head"} <= falls
     own = ("conv", "mix_up", "mix_bias", "u", "lower_bounds", "dt_up", "A_log", "rate", "frequency", "c")
-    own += ("W", "scale", "shift", "ridge")
+    own += ("W", "scale", "shift", "ridge", "mix", "rho")
     own += ("A", "q", "k", "dt")  # of rows as printed: matrices under these names are no projections
     for name, weight in weights.items():
         last = name.split(".")[-1]
@@ -475,8 +498,12 @@ def test_starts_and_decay_know_every_parameter(kind):
 def test_parameters_begin_where_they_should(kind):
     model = make(**kind, pattern="LLN", width=64, heads=4, shared_width=8, router="deepseek_v3")
     initialize(model, 0)
+    lsm = model.config.lsm
+    other = [f"inner.{name}" for name in goose(0, 3, 64, 16)] if lsm == "rwkv7" else []
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-        last, x, lsm = name.split(".")[-1], weight.detach(), model.config.lsm
+        last, x = name.split(".")[-1], weight.detach()
+        if any(name.endswith(known) for known in other):
+            continue  # below
         if last.endswith("norm"):
             assert (x == 1).all(), name
         elif name in decayed(model):
@@ -489,12 +516,12 @@ def test_parameters_begin_where_they_should(kind):
             step = nn.functional.softplus(x)
             assert step.min() > 0.99e-3 and step.max() < 0.101
         elif last == "A_log":
-            assert x.exp().max() <= 16 and x.exp().min() >= (1e-4 if lsm == "gated_delta_net" else 1)
+            assert x.exp().max() <= 16 and x.exp().min() >= (1 if lsm.startswith("mamba") or lsm == "kda" else 1e-4)
         elif last == "dt_up":
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± rank^-1/2
         elif last == "conv":
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± w^-1/2
-        elif last == "L":
+        elif last == "L" or (last == "c" and lsm == "comba"):
             assert (x == 1).all()
         elif last == "D":
             assert 0.7 < x.std() < 1.3 if lsm == "s4" else (x == 1).all()
@@ -535,6 +562,39 @@ def test_hedgehog_begins_as_the_identity():
     maps = {name: x for name, x in model.named_parameters() if "phi_" in name}
     assert len(maps) == 4 and not set(maps) & decayed(model)
     assert all(torch.equal(x.float(), torch.eye(4) if x.ndim == 2 else torch.zeros(4)) for x in maps.values())
+
+
+def goose(layer, layers, width, size):
+    """RWKV7's vectors, channel by channel, as in its authors' training code (RWKV-LM, RWKV-v7): all are square."""
+    depth, rest = layer / (layers - 1), 1 - layer / layers
+    channels = range(width)
+    line = [n / (width - 1) - 0.5 for n in channels]
+    bend = [(n % size - (size - 1) / 2) / ((size - 1) / 2) for n in channels]
+    bend = [z * abs(z) for z in bend]
+    slow = [-6 + 6 * (n / (width - 1)) ** (1 + depth**0.3) + 0.5 for n in channels]
+    return {
+        "mix": [
+            [1 - (n / width) ** (p * rest) for n in channels] for p in (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)
+        ],  # r w k v a g
+        "w.2.bias": [a + 2.5 * b for a, b in zip(slow, bend, strict=True)],
+        "a.2.bias": [-0.19 + 0.3 * b + 0.4 * a for a, b in zip(line, bend, strict=True)],
+        "nu.2.bias": [0.73 - 0.4 * a for a in line],
+        "xi": [0.71 - 0.1 * a for a in line],
+        "alpha": [1.02] * width,
+        "rho": [[-0.04] * size] * (width // size),
+        "norm": [((layer + 1) / layers) ** 0.7] * width,
+    }
+
+
+def test_rwkv7_begins_as_its_authors_let_it():
+    model = make(lsm="rwkv7", pattern="LLN", width=64, heads=4, key_size=16, value_size=16)
+    initialize(model, 0)
+    for layer in range(2):
+        got = dict(model.blocks[layer].sublayers[0].inner.named_parameters())
+        wanted = goose(layer, 3, 64, 16)
+        assert ("nu.2.bias" in got) == (layer > 0)
+        for name in wanted.keys() & got.keys():
+            torch.testing.assert_close(got[name], torch.tensor(wanted[name], dtype=torch.float64), rtol=0, atol=2e-6)
 
 
 # ------------------------------------------------------------------------------------- released models as oracles

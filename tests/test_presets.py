@@ -89,6 +89,7 @@ HEADS = {
     "gated_delta_net": (3 / 4, 3 / 2),
     "kda": (1, 1),
     "mom_gla": (1 / 2, 1),
+    "mom_gated_delta_net": (3 / 4, 3 / 2),
     "log_linear_mamba2": (None, 2),
     **dict.fromkeys(PRINTED, (1, 1)),
     "based": (None, 1),
@@ -103,6 +104,9 @@ HEADS = {
     "ttt_linear": (1, 1),
     "titans": (1, 1),
     "mesa": (1, 1),
+    "rwkv7": (1, 1),
+    "comba": (3 / 4, 3 / 2),
+    "gated_delta_product": (3 / 4, 3 / 2),
 }
 
 
@@ -135,7 +139,8 @@ BAD = {
         name: ({name: 0}, f"{name} is 0; it must be at least 1")
         for name in (
             *("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"),
-            *("convolution", "key_heads", "key_size", "value_size", "slots", "mini_batch"),
+            *("convolution", "key_heads", "key_size", "value_size", "slots", "mini_batch", "delta_steps"),
+            *("value_heads", "levels", "memories"),
         )
     },
     "divide": ({"width": 130, "heads": 4}, "width 130 does not divide into 4 heads"),
@@ -154,6 +159,9 @@ BAD = {
     "odd latent": ({"attention": "latent", "rope_size": 3}, "share 1.0 of a head of 3: 3 channels cannot rotate"),
     "share above": ({"rope_share": 1.5}, "rope_share is 1.5; it must be at least 0 and at most 1"),
     "share below": ({"rope_share": -0.5}, "rope_share is -0.5; it must be at least 0 and at most 1"),
+    "values": ({"heads": 4, "value_heads": 6}, "6 value_heads cannot share 4 heads: they must be a multiple"),
+    "few values": ({"heads": 4, "value_heads": 2}, "2 value_heads cannot share 4 heads: they must be a multiple"),
+    "floor": ({"gate_floor": 0.0}, "gate_floor is 0.0; it must be below 0"),
     "top_k": ({"top_k": 9}, "top_k 9 needs at least as many experts, got 8"),
     "state_groups": ({"state_groups": 0}, "state_groups is 0; it must be at least 1"),
     "step_limits": ({"step_limits": (0.1, 0.01)}, r"step_limits are \(0.1, 0.01\); .* below the largest"),

@@ -278,7 +278,8 @@ EXTREME = (0.0, -1e4, -torch.inf, -1e-7, -60.0)
 @pytest.mark.parametrize("name", [n for n in LSM if "g" in LSM[n].tokens])
 @given(seed=st.integers(0, 99), t=st.sampled_from([1, 5, 63, 70]))
 def test_extreme_gates(name, seed, t):
-    row, tokens, constants = make(name, t=t, k=4, v=3, seed=seed, dtype=torch.float32)
+    # eight heads: the largest error of a few numbers is a matter of luck
+    row, tokens, constants = make(name, t=t, h=8, k=4, v=3, seed=seed, dtype=torch.float32)
     tokens |= {n: example.extreme(tokens[n], seed) for n in example.GATES if n in tokens}
     M = start(name, row, tokens, constants)
     wide = [{n: x.double() if x.is_floating_point() else x for n, x in y.items()} for y in (tokens, constants)]

@@ -1,8 +1,9 @@
 """The layers around the rows, as their papers publish them: projections, convolutions, gates, norms.
 
 A mixer is a module `mixer(x, side, state) -> (y, state)` with x, y : b t d. Its state is a named tuple of tensors
-whose size does not depend on how many tokens went by; None stands for the start of a text. The table of rows names
-the mixer of each model as "file:Class".
+whose size does not depend on how many tokens went by; None stands for the start of a text. A mixer that has something
+to hand to later layers returns a third thing, the `side` that they get. The table of rows names the mixer of each
+model as "file:Class".
 """
 
 from importlib import import_module

@@ -1,5 +1,9 @@
 """Mixture-of-Memories (2502.13685): several memories, of which each token writes to a few and to one that all share."""
 
+from inspect import isfunction
+from types import MethodType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -10,6 +14,19 @@ from reference.mixers.gated import GLA
 from reference.mixers.parts import Mixer
 from reference.routers import Load, load, route
 from reference.routers import row as router
+
+
+class Apart:
+    """A layer with some of its submodules replaced: its methods find those, and everything else where it was."""
+
+    def __init__(self, layer: Mixer, own: nn.ModuleDict):
+        self.layer, self.own = layer, own
+
+    def __getattr__(self, name: str):
+        if name in self.own:
+            return self.own[name]
+        method = getattr(type(self.layer), name, None)
+        return MethodType(method, self) if isfunction(method) else getattr(self.layer, name)
 
 
 class MixtureOfMemories(nn.Module):
@@ -35,18 +52,18 @@ class MixtureOfMemories(nn.Module):
             )
         self.ops, self.count, self.kept = ops, config.memories, config.memories_kept
         self.router = nn.Parameter(torch.empty(self.count, config.width))
-        self.memories = nn.ModuleList(self.inner(config, layer, layers, ops) for _ in range(self.count + 1))
-        first, *others = self.memories
-        for other in others:
-            for name in {n.split(".")[0] for n, _ in first.named_parameters()} - set(self.inner.own):
-                setattr(other, name, getattr(first, name))
-        self.key_size, self.value_size = first.key_size, first.value_size
+        self.first, *others = (self.inner(config, layer, layers, ops) for _ in range(self.count + 1))
+        self.others = nn.ModuleList(nn.ModuleDict({n: getattr(m, n) for n in self.inner.own}) for m in others)
+        self.key_size, self.value_size = self.first.key_size, self.first.value_size
+
+    def __init_subclass__(cls):
+        cls.takes = cls.inner.takes
 
     @classmethod
     def common(cls, config, layers: int) -> dict[str, nn.Parameter]:
         return cls.inner.common(config, layers)
 
-    def forward(self, x: Float[Tensor, "b t d"], side, state=None) -> tuple[Tensor, tuple, Load]:
+    def forward(self, x: Float[Tensor, "b t d"], side, state=None) -> tuple[Tensor, tuple, Any, Load]:
         (b, t), flat = x.shape[:2], x.flatten(0, 1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -58,7 +75,7 @@ class MixtureOfMemories(nn.Module):
         one_each = t == 1 and side.cu_seqlens is None and state is not None and not torch.is_grad_enabled()
         run = self.stepped if one_each else self.packed
         o, after = 0.0, []
-        for e, memory in enumerate(self.memories):
+        for e, memory in enumerate([self.first, *(Apart(self.first, own) for own in self.others)]):
             chosen = routing.index == e
             who = chosen.any(-1).nonzero()[:, 0] if e < self.count else torch.arange(len(flat), device=x.device)
             before = None if state is None else type(state)(*(part[:, e] for part in state))
@@ -67,26 +84,26 @@ class MixtureOfMemories(nn.Module):
                 y = y * (routing.gate * chosen).sum(-1)[who, None, None].to(y.dtype)
             o = o + y.new_zeros(len(flat), *y.shape[1:]).index_copy(0, who, y)
             after.append(own)
-        y = self.memories[0].output(o.unflatten(0, (b, t)), x)
+        y = self.first.output(o.unflatten(0, (b, t)), x)
         state = type(after[0])(*(torch.stack(parts, 1) for parts in zip(*after, strict=True)))
-        return y, state, load(router("mixtral"), logits, routing)
+        return y, state, side, load(router("mixtral"), logits, routing)
 
-    def packed(self, memory: Mixer, x: Float[Tensor, "n d"], who: Int[Tensor, " p"], cu_seqlens, side, state):
+    def packed(self, memory: Mixer | Apart, x: Float[Tensor, "n d"], who: Int[Tensor, " p"], cu_seqlens, side, state):
         """The memory over its tokens `who`, packed in as many documents as there are: outputs p h v, and its state."""
         borders = torch.searchsorted(who, cu_seqlens.long()).int()
         own = side._replace(positions=side.positions.flatten()[who][None], cu_seqlens=borders)
         tokens, constants, carried = memory.inputs(x[who][None], own, state)
-        o, M = self.ops.recurrence(memory.row, tokens, constants, state and state.memory, borders)
+        o, M = memory.advance(tokens, constants, state and state.memory, own)
         if not len(who):  # a memory that nobody visits gets a gradient of zeros, not none: optimizers tell them apart
             o = o + 0 * sum(y.sum() for y in tokens.values())
         return o[0], memory.state(M, *carried)
 
-    def stepped(self, memory: Mixer, x: Float[Tensor, "b d"], who: Int[Tensor, " p"], cu_seqlens, side, state):
+    def stepped(self, memory: Mixer | Apart, x: Float[Tensor, "b d"], who: Int[Tensor, " p"], cu_seqlens, side, state):
         """One token for each of the sequences `who`; the others keep their state."""
         own = side._replace(positions=side.positions[who])
         before = type(state)(*(part[who] for part in state))
         tokens, constants, carried = memory.inputs(x[who][:, None], own, before)
-        o, M = self.ops.step(memory.row, tokens, constants, before.memory)
+        o, M = memory.advance(tokens, constants, before.memory, own)
         parts = zip(state, (M, *carried), strict=True)
         return o[:, 0], type(state)(*(old.index_copy(0, who, new.to(old.dtype)) for old, new in parts))
 

@@ -67,9 +67,13 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def dt_gate(u: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
-    """g = -exp(A_log) softplus(u + dt_bias), float32: the log decay of Mamba2 and of the gated delta rules."""
-    return -wide(A_log).exp() * F.softplus(wide(u) + wide(dt_bias))
+def dt_gate(u: Tensor, A_log: Tensor, dt_bias: Tensor, floor: float | None = None) -> Tensor:
+    """g = -exp(A_log) softplus(u + dt_bias), float32: the log decay of Mamba2 and of the gated delta rules.
+
+    With a floor below 0 it stays above it: g = floor sigmoid(exp(A_log) (u + dt_bias)).
+    """
+    rate, u = wide(A_log).exp(), wide(u) + wide(dt_bias)
+    return -rate * F.softplus(u) if floor is None else floor * torch.sigmoid(rate * u)
 
 
 class Taps(NamedTuple):
@@ -85,22 +89,34 @@ class Only(NamedTuple):
     memory: Memory
 
 
+OPTIONAL = ("value_heads", "gate_floor")  # fields of the configuration, None unless wanted, that few layers have
+
+
 class Mixer(nn.Module):
     """A layer around the row `config.lsm`. `key_size` and `value_size` of the configuration go before the defaults.
 
     Most layers are three steps, `inputs(x, side, state) -> (tokens, constants, carried)`, the row, and
     `output(o, x) -> y`; `carried` is what their `state` has besides the memory.
+    Some have more heads of values than of keys; value head j then has key head j // (value_heads / heads).
+    Raises ValueError, in one line, for a field of the configuration that this layer does not have.
     """
 
     state = Only
     own: tuple[str, ...] = ()  # the submodules that each memory of a mixture of this layer has for itself
+    takes: tuple[str, ...] = ()  # those of OPTIONAL that the layer has
+    needs_values = False  # whether it needs those that an earlier layer handed on, `side.values`
 
     def __init__(self, config, ops, key_size: int, value_size: int):
         super().__init__()
+        for name in OPTIONAL:
+            if getattr(config, name) is not None and name not in self.takes:
+                title = row(config.lsm).title
+                raise ValueError(f"{title} has no {name}: it is {getattr(config, name)}, expected None")
         self.ops, self.row, self.heads, self.eps = ops, row(config.lsm), config.heads, config.eps
         self.key_size = config.key_size or key_size
         self.value_size = config.value_size or value_size
-        self.keys, self.values = self.heads * self.key_size, self.heads * self.value_size
+        self.value_heads = config.value_heads or self.heads
+        self.keys, self.values = self.heads * self.key_size, self.value_heads * self.value_size
 
     @classmethod
     def common(cls, config, layers: int) -> dict[str, nn.Parameter]:
@@ -115,11 +131,23 @@ class Mixer(nn.Module):
     def split(self, x: Float[Tensor, "b t hd"]) -> Float[Tensor, "b t h d"]:
         return x.unflatten(-1, (self.heads, -1))
 
-    def advance(self, tokens: dict, constants: dict, memory: Memory | None, side) -> tuple[Tensor, Memory]:
-        """The row over these tokens: one step if a running sequence gets one token, else the whole recurrence."""
-        if memory is not None and side.cu_seqlens is None and not torch.is_grad_enabled() and tokens["v"].shape[1] == 1:
-            return self.ops.step(self.row, tokens, constants, memory)
-        return self.ops.recurrence(self.row, tokens, constants, memory, side.cu_seqlens)
+    def split_values(self, x: Float[Tensor, "b t hd"]) -> Float[Tensor, "b t h d"]:
+        return x.unflatten(-1, (self.value_heads, -1))
+
+    def advance(self, tokens: dict, constants: dict, memory: Memory | None, side, steps=1) -> tuple[Tensor, Memory]:
+        """The row over these tokens, each of which takes `steps` steps, with an output after every step.
+
+        Step by step if a running sequence gets one token, else the whole recurrence.
+        """
+        running = memory is not None and side.cu_seqlens is None and not torch.is_grad_enabled()
+        if not running or tokens["v"].shape[1] != steps:
+            return self.ops.recurrence(self.row, tokens, constants, memory, side.cu_seqlens)
+        outputs = []
+        for i in range(steps):
+            now = {name: x[:, i : i + 1] for name, x in tokens.items()}
+            o, memory = self.ops.step(self.row, now, constants, memory)
+            outputs.append(o)
+        return torch.cat(outputs, 1), memory
 
 
 def head_norm(size: int) -> nn.Parameter:

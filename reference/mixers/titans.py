@@ -28,5 +28,5 @@ class Titans(DeltaNet):
         """log(1 - α) and log η, as logarithms of sigmoids: no difference that rounds to nothing."""
         return {"g": F.logsigmoid(-wide(self.forget(x))), "f": F.logsigmoid(wide(self.momentum(x)))}
 
-    def output(self, o, x):
+    def normed(self, o, x):
         return self.ops.norm(o, self.norm, self.eps, self.split(self.gate(x)))

@@ -105,8 +105,8 @@ def classes(lsm, make, value_size, tolerance=2e-6, **layer):
     return Oracle(lsm, make, sizes | layer, tolerance=tolerance)
 
 
-def written(lsm, step, columns=V, **layer):
+def written(lsm, step, columns=V, memories=H, **layer):
     """A formula is compared in float64 on a short text."""
     sizes = {"width": 6, "heads": H, "key_size": K, "value_size": V}
-    memories = [torch.zeros(K, columns, dtype=torch.float64)] * H
+    memories = [torch.zeros(K, columns, dtype=torch.float64)] * memories
     return Oracle(lsm, lambda: sequence(step, memories), sizes | layer, 9, 1e-12, torch.float64)
