@@ -24,7 +24,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -163,10 +166,11 @@ def learn(cell: Cell, rate: float, device: str = "cpu", bar: tqdm | None = None)
 
 
 def narrow(model: LanguageModel) -> dict:
-    """How the parameters start: as always, but matrices by their inputs' number. 0.02 is for a thousand channels."""
-    ends = ("embedding", "head")
+    """How the parameters start: as the model says, but the matrices inside as torch's linear layers do, with a standard
+    deviation of (3 inputs)^-0.5. The model's own 0.02 is that of a thousand channels and too still for a few."""
+    matrices = decayed(model) - {"embedding", "head"}
     return {
-        name: (shape, normal(shape[-1] ** -0.5) if name in decayed(model) and name not in ends else start)
+        name: (shape, normal((3 * shape[-1]) ** -0.5) if name in matrices else start)
         for name, (shape, start) in starts(model).items()
     }
 
@@ -329,6 +333,9 @@ def read(file: Path) -> list[dict]:
 LABELS, COLUMN, GAP, STATE, HEAD, LINE = 236, 61, 8, 52, 72, 20  # pixels of a picture about 800 wide
 PAPER, INK, QUIET = "#ffffff", "#1f2933", "#66727f"
 SHADES = ((0.94, 0.95, 0.97), (0.13, 0.36, 0.58))  # of chance and of 1
+# the same bytes every time, letters as paths
+STYLE = {"svg.fonttype": "path", "svg.hashsalt": "learn"}
+METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 FONT = {"family": "DejaVu Sans", "va": "center_baseline"}  # comes with matplotlib
 
 
@@ -336,10 +343,14 @@ def draw(args) -> None:
     """A heat map from the lines of the grid: accuracy in percent, on the trained and on the longer sizes."""
     with command.mistakes("learn.py"):
         found = [line for file in args.files for line in read(opened(Path(file)))]
+        file = Path(args.figure)
+        if file.suffix not in METADATA:
+            raise ValueError(f"a picture ends in {' or '.join(METADATA)}, found {args.figure}")
         figure = picture(found)
-        Path(args.figure).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.figure, dpi=200, metadata={"Software": None} if args.figure.endswith(".png") else None)
-    print(args.figure)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(file, dpi=200, metadata=METADATA[file.suffix])
+    print(file)
 
 
 def opened(file: Path) -> Path:
@@ -385,11 +396,8 @@ class Page(NamedTuple):
         self.text(x + COLUMN / 2, y + LINE / 2, said, color=PAPER if depth > 0.55 else INK)
 
 
-def picture(found: list[dict]):
+def picture(found: list[dict]) -> Figure:
     """The figure: rows in the order of `variants()`, two columns for each task, and what a model keeps of a text."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not found:
         raise ValueError("there are no cells to draw")
     titles, cells = {line["row"]: line["title"] for line in found}, means(found)
@@ -462,7 +470,7 @@ def parser() -> Parser:
     run.set_defaults(run=grid)
     show = commands.add_parser("draw", help=draw.__doc__.splitlines()[0])
     show.add_argument("files", nargs="+", help="what `grid` wrote")
-    show.add_argument("--figure", required=True, help="picture to write: .png, .svg or .pdf")
+    show.add_argument("--figure", required=True, help="picture to write: .png or .svg")
     show.set_defaults(run=draw)
     return top
 

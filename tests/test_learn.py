@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,6 @@ import torch
 import learn
 from data.tasks import TASK
 from learn import Cell, variants
-from processes import run
 from reference.lsm import LSM
 from reference.recurrence import delta
 
@@ -86,20 +87,59 @@ def test_one_rows_fault_is_its_line(monkeypatch):
     assert found["reason"] == "RuntimeError: no such thing" and "accuracy" not in found
 
 
-def test_the_grid_writes_a_line_a_cell_once(tmp_path):
+def asked(monkeypatch, *arguments):
+    """The program with that command line, in this process."""
+    monkeypatch.setattr("sys.argv", ["learn.py", *map(str, arguments)])
+    learn.main()
+
+
+def test_the_grid_writes_a_line_a_cell_once(tmp_path, monkeypatch):
     out = tmp_path / "new" / "grid.jsonl"
     ask = ["grid", "--rows", "gla", "delta_net_negative", "--tasks", "parity", "--out", out, "--commit", "abc", *TINY]
-    done = run("learn.py", *ask, "--workers", "2")
-    assert done.returncode == 0, done.stderr
+    asked(monkeypatch, *ask, "--workers", 2)
     first = lines(out)
     assert sorted(x["row"] for x in first) == ["delta_net_negative", "gla"]
     for x in first:
         assert x["task"] == "parity" and x["steps"] == 2 and x["commit"] == "abc" and 0 <= x["accuracy"] <= 1
         assert x["torch"] == torch.__version__ and x["command"].startswith("python learn.py grid --rows gla")
         assert str(tmp_path) not in json.dumps(x)
-    done = run("learn.py", *ask, "--seeds", "2")
-    assert done.returncode == 0, done.stderr
+    asked(monkeypatch, *ask, "--seeds", 2)
     assert lines(out)[:2] == first and [x["seed"] for x in lines(out)[2:]] == [1, 1]
+    parts = ("row", "accuracy", "longer", "loss")
+    alone = {
+        x["row"]: [
+            learn.line_of(Cell(x["row"], "parity", 0, 2, 2, (1e-2,), 1, 16, 2, "dense", 3), "cpu")[n] for n in parts
+        ]
+        for x in first
+    }
+    assert alone == {x["row"]: [x[n] for n in parts] for x in first}, "a process of its own changes nothing"
+
+
+WRONG = {
+    "task": (["grid", "--tasks", "chess", "--out", "x"], "'chess'.*'recall'.*'parity'"),
+    "steps": (["grid", "--steps", "0", "--out", "x"], "--steps: 0 is below 1"),
+    "rates": (["grid", "--rates", "fast", "--out", "x"], "--rates: invalid float value: 'fast'"),
+    "width": (["grid", "--heads", "3", "--out", "x"], "width 64 does not divide into 3 heads"),
+    "kernels": (["grid", "--backend", "fast", "--out", "x"], "fast need --device cuda"),
+    "file": (["grid", "--out", "bad.jsonl"], "bad.jsonl: line 2 is no cell of a grid"),
+    "no file": (["draw", "nowhere", "--figure", "x.png"], "no results at nowhere"),
+    "no cells": (["draw", "empty.jsonl", "--figure", "x.png"], "no cells to draw"),
+    "picture": (["draw", "good.jsonl", "--figure", "x.txt"], ".png or .svg, found x.txt"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, capsys):
+    ask, message = WRONG[case]
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"empty": "", "good": json.dumps(line()), "bad": json.dumps(line()) + "\nnot json\n"}.items():
+        Path(f"{name}.jsonl").write_text(text)
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        asked(monkeypatch, *ask)
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and re.search(message, said[0]), said
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
 # ------------------------------------------------------------------------------------------------------- the picture
@@ -137,10 +177,14 @@ def test_forty_rows_fit_the_picture():
             assert not a.overlaps(b), (one, two)
 
 
-def test_drawing_from_the_command_line(tmp_path):
-    results = tmp_path / "grid.jsonl"
-    results.write_text("".join(json.dumps(x) + "\n" for x in (line(), line("softmax"))))
-    for name in ("tasks.png", "tasks.svg"):
-        done = run("learn.py", "draw", results, "--figure", tmp_path / name)
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / name).stat().st_size > 1000
+@pytest.mark.parametrize("name", ["tasks.png", "tasks.svg"])
+def test_drawing_from_files(tmp_path, monkeypatch, name):
+    for row in ("gla", "softmax"):
+        (tmp_path / row).write_text(json.dumps(line(row)) + "\n")
+    drawn = []
+    for folder in ("one", "two"):
+        figure = tmp_path / folder / name
+        files = [tmp_path / row for row in ("gla", "softmax")]
+        asked(monkeypatch, "draw", *files, "--figure", figure)
+        drawn.append(figure.read_bytes())
+    assert len(drawn[0]) > 1000 and drawn[0] == drawn[1], "the same bytes every time"
