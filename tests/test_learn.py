@@ -1,8 +1,10 @@
 """What small models learn, told apart by their rows; and the grid around it: cells, lines, resuming, the picture."""
 
+import ast
 import json
 import math
 import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,6 +33,27 @@ def lines(file):
 
 
 # ---------------------------------------------------------------------------------------------------- what is learned
+
+
+def small(monkeypatch, row, task, sizes, steps):
+    """One layer of width 32 on a task of these sizes, trained in seconds."""
+    monkeypatch.setitem(TASK, task, TASK[task]._replace(sizes=sizes))
+    return learn.learn(Cell(row, task, steps=steps, batch=16, layers=1, width=32, tests=64), 1e-2)
+
+
+def test_parity_needs_negative_eigenvalues(monkeypatch):
+    """Trained on 16 bits, asked about 64 (2411.12537): a state that can flip counts on, others guess."""
+    rows = ("delta_net_negative", "delta_net", "gla")
+    flips, delta_rule, decays = (small(monkeypatch, row, "parity", {"length": 16}, 300) for row in rows)
+    assert flips.accuracy > 0.95 and flips.longer > 0.9
+    assert max(delta_rule.longer, decays.longer) < 0.7
+
+
+def test_recall_needs_more_than_a_sum(monkeypatch):
+    """Eight pairs of sixteen keys (2312.04927): one layer of a delta rule behind its convolution tells them apart."""
+    sizes = {"length": 32, "pairs": 8, "keys": 16, "values": 8}
+    corrects, adds = (small(monkeypatch, row, "recall", sizes, 300) for row in ("delta_net", "linear_attention"))
+    assert corrects.accuracy > 0.9 and adds.accuracy < 0.6
 
 
 def test_training_is_a_function_of_the_cell():
@@ -113,6 +136,15 @@ def test_the_grid_writes_a_line_a_cell_once(tmp_path, monkeypatch):
         for x in first
     }
     assert alone == {x["row"]: [x[n] for n in parts] for x in first}, "a process of its own changes nothing"
+
+
+def test_it_starts_where_there_is_no_tyro():
+    """As the benchmark does: on machines with torch and little else."""
+    for module in (learn, learn.command, sys.modules["bench"]):
+        body = ast.parse(Path(module.__file__).read_text()).body
+        names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in body if isinstance(node, ast.ImportFrom)}
+        assert not names & {"tyro", "transformers", "train", "generate"}, module.__name__
 
 
 WRONG = {
