@@ -10,8 +10,6 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import tyro
-
 
 def read(parse: Callable, prog: str):
     """`parse()` (a call of tyro) with its errors in one line: what was asked, what is allowed; exit code 2."""
@@ -31,6 +29,8 @@ def choose(presets: dict[str, tuple[str, object]], prog: str, description: str):
         refuse(prog, f"a preset comes first; expected one of {', '.join(presets)}")
     if sys.argv[1] not in (*presets, "-h", "--help"):
         refuse(prog, f"unknown preset {sys.argv[1]!r}; expected one of {', '.join(presets)}")
+    import tyro  # not above: what needs no typed configuration runs without it
+
     return read(lambda: tyro.extras.overridable_config_cli(presets, prog=prog, description=description), prog)
 
 

@@ -1,1 +1,1 @@
-"""Text as bytes: where it comes from (corpus), samples cut from it (stream), simple models of it (baselines)."""
+"""Text as bytes: its sources (corpus), samples of it (stream), simple models of it (baselines); small tasks (tasks)."""

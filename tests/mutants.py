@@ -295,6 +295,27 @@ MUTANTS = [
         "seen = seen * 1.0",
         "tests/test_fast.py",
     ),
+    Mutant(
+        "held-out samples are trained on",
+        "data/tasks.py",
+        "np.flatnonzero(held_out(tokens) != test)",
+        "np.flatnonzero(held_out(tokens) < test)",
+        "tests/test_tasks.py",
+    ),
+    Mutant(
+        "a sample depends on its place in the batch",
+        "data/tasks.py",
+        "row.draw(Draw(seed, turn, indices[wrong]), **sizes)",
+        "row.draw(Draw(seed, turn, wrong), **sizes)",
+        "tests/test_tasks.py",
+    ),
+    Mutant(
+        "eigenvalues stay positive",
+        "reference/mixers/delta.py",
+        "2 if config.negative_eigenvalues else 1",
+        "1",
+        "tests/test_learn.py -k parity",
+    ),
 ]
 
 

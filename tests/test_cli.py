@@ -36,6 +36,7 @@ WRONG = {
     "empty prompt": ("generate.py", ["--prompt", ""], "prompt is empty"),
     "temperature": ("generate.py", ["--temperature", "-1"], "temperature"),
     "no run to evaluate": ("evaluate.py", ["--run", "nowhere", "--data", "README.md"], "no run at nowhere"),
+    "unknown row to learn": ("learn.py", ["grid", "--rows", "glaa", "--out", "{folder}/x"], "'glaa'.*'gla'.*'softmax'"),
     "no text to evaluate": ("evaluate.py", ["--data", "nowhere.txt"], "nowhere.txt"),
 }
 
