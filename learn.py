@@ -39,6 +39,7 @@ from reference.mixers.parts import normal
 from reference.model import LanguageModel, decayed, initialize, starts, state_bytes
 from reference.ops import Ops
 from reference.presets import Model
+from reference.printed import PRINTED
 from reference.recurrence import delta
 from reference.routers import balance_loss
 
@@ -55,9 +56,12 @@ class Variant(NamedTuple):
 
 
 def variants() -> dict[str, Variant]:
-    """Every row of the table; delta rules once more with write strengths up to 2; softmax attention beside them."""
+    """Every row of the table but the survey's looser ones; delta rules once more with write strengths up to 2; softmax
+    attention beside them."""
     found = {}
     for name, row in LSM.items():
+        if name in PRINTED:
+            continue
         found[name] = Variant(row.title, "L", {"lsm": name})
         if row.update is delta:
             found[f"{name}_negative"] = Variant(f"{row.title}, β ≤ 2", "L", {"lsm": name, "negative_eigenvalues": True})
@@ -149,7 +153,8 @@ def learn(cell: Cell, rate: float, device: str = "cpu", bar: tqdm | None = None)
         loss = out.losses.sum() / (batch.labels >= 0).sum()
         losses = [*losses[-99:], loss.detach()]
         optimizer.zero_grad()
-        (loss + balance(out.loads, config.top_k)).backward()
+        balanced = balance(out.loads, config.top_k) + balance(out.memory_loads, config.memories_kept)
+        (loss + balanced).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if bar is not None:
@@ -199,7 +204,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def balance(loads, top_k: int) -> Tensor | float:
-    """A little of the experts' balance loss, where there are experts."""
+    """A little of the balance loss, where there are experts or memories."""
     if loads is None:
         return 0.0
     return 0.01 * balance_loss(loads.counts, loads.probability, loads.tokens, top_k).sum()
