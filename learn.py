@@ -305,7 +305,7 @@ def facts(args) -> dict:
     """Where, when and with what: repeated on every line, so that a line can be read alone."""
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine(args.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": args.commit,
