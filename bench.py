@@ -467,7 +467,9 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
 
 def inputs(name: str, b: int, t: int, h: int, d: int, dtype) -> tuple:
     """(row, tokens, constants): tokens in dtype but for gates; gates near 1 as trained models have them."""
-    row, sizes = LSM[name], {"b": b, "t": t, "h": h, "k": d, "v": d}
+    row = LSM[name]
+    keys = d if row.features is None else 16  # polynomial features of more are thousands
+    sizes = {"b": b, "t": t, "h": h, "k": keys, "v": d, "m": 64, "l": 15}
     tokens, constants = example.inputs(row, sizes, dtype=torch.float32, drawn=example.TRAINED)
     narrow = {n for n, x in tokens.items() if x.is_floating_point()} - set(example.GATES)
     return row, {n: x.to(dtype) if n in narrow else x for n, x in tokens.items()}, constants

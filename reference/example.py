@@ -33,7 +33,12 @@ DRAWN: Drawn = {
 }
 GATES = ("g", "f", "G")  # the inputs that are log decays: `extreme` spoils these
 # As trained models have them: gates near 1, write strengths below 1.
-TRAINED: Drawn = {**DRAWN, **dict.fromkeys(GATES, lambda x: F.logsigmoid(x + 3)), "beta": torch.sigmoid}
+TRAINED: Drawn = {
+    **DRAWN,
+    **dict.fromkeys(GATES, lambda x: F.logsigmoid(x + 3)),
+    "beta": torch.sigmoid,
+    "place": lambda x: (torch.arange(x.shape[1]) % 16).expand(x.shape),
+}
 # What a word asks beyond that: a normaliser divides by the sum of the weights, which must be positive; momentum takes
 # every step of beta again and again.
 ASKED: Mapping[Callable, Drawn] = {
