@@ -83,7 +83,11 @@ UPDATES = {
     "delta": Word(CORRECTS, r"M + \beta k^T (v - k M)", "write the difference to what the key finds"),
     "foresight": Word(CORRECTS, r"M + \beta k^T (v - a M_{t-1})", "the difference to what another key found before"),
     "replace": Word(CORRECTS, r"M + b^T a M_{t-1} + k^T v", "what one key found before moves to another; then add"),
-    "independent": Word(CORRECTS, r"M + k^T (\beta v - \alpha k M)", "erase with one strength, write with another"),
+    "independent": Word(
+        CORRECTS,
+        r"M + k^T (\beta v - \alpha k M)",
+        "erase with one strength (α is 1 if there is none), write with another",
+    ),
     "momentum": Word(
         DESCENDS,
         r"M + N_t",
