@@ -33,6 +33,7 @@ format: .venv/ready
 
 docs: .venv/ready
 	$(BIN)/python docs/figure.py
+	$(BIN)/python docs/gallery.py
 	$(BIN)/python notebooks/build.py
 	$(BIN)/python docs/tables.py
 

@@ -23,7 +23,7 @@ import torch
 
 from reference.lsm import LSM
 from reference.model import LanguageModel, sizes, state_bytes
-from reference.ops import ops
+from reference.ops import Ops, ops
 from reference.presets import PRESETS, Model
 from reference.printed import PRINTED
 from reference.recurrence import Row
@@ -65,6 +65,15 @@ def paper(title: str, arxiv: str) -> str:
 # ------------------------------------------------------------------------------------------------------ the tables
 
 
+@torch.no_grad()
+def published(name: str, ops: Ops = ops) -> LanguageModel:
+    """The row's published layer, alone in a model of `WIDTH` and `HEADS`, in bfloat16, all its weights 0."""
+    model = LanguageModel(Model(pattern="L", lsm=name, width=WIDTH, heads=HEADS), ops).bfloat16()
+    for weight in model.parameters():
+        weight.zero_()
+    return model
+
+
 @functools.cache
 @torch.no_grad()
 def layer_bytes(name: str) -> int:
@@ -72,10 +81,7 @@ def layer_bytes(name: str) -> int:
 
     Measured behind one token: `tests/test_mixers.py` shows that it does not grow.
     """
-    config = Model(pattern="L", lsm=name, width=WIDTH, heads=HEADS)
-    model = LanguageModel(config, ops).bfloat16()
-    for weight in model.parameters():
-        weight.zero_()
+    model = published(name)
     return state_bytes(model(torch.zeros(1, 1, dtype=torch.int64), keep_state=True).state.mixers)
 
 

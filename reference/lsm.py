@@ -86,9 +86,22 @@ LSM: dict[str, Row] = {
         "linear_attention:Lightning",
         "Lightning Attention",
         "2501.08313",
+        used="MiniMax-01, Ring-linear-2.0",
     ),
-    "retention": Row(fixed, outer, inclusive, QKV, SLOPES, "linear_attention:Retention", "Retention", "2307.08621"),
-    "mamba2": Row(scalar, outer, inclusive, QKV | ONE, {}, "mamba2:Mamba2", "Mamba2", "2405.21060"),
+    "retention": Row(
+        fixed, outer, inclusive, QKV, SLOPES, "linear_attention:Retention", "Retention", "2307.08621", used="RetNet"
+    ),
+    "mamba2": Row(
+        scalar,
+        outer,
+        inclusive,
+        QKV | ONE,
+        {},
+        "mamba2:Mamba2",
+        "Mamba2",
+        "2405.21060",
+        used="Nemotron-H, Nemotron 3, Granite 4.0 H, Hunyuan-TurboS, Falcon-H1, Bamba, Codestral Mamba",
+    ),
     "gla": Row(channel, outer, inclusive, QKV | EACH, {}, "gated:GLA", "GLA", "2312.06635"),
     "hgrn2": Row(
         channel,
@@ -100,7 +113,17 @@ LSM: dict[str, Row] = {
         "HGRN2",
         "2404.07904",
     ),
-    "rwkv6": Row(channel, outer, bonus, QKV | EACH, {"u": "h k"}, "rwkv:RWKV6", "RWKV6", "2404.05892"),
+    "rwkv6": Row(
+        channel,
+        outer,
+        bonus,
+        QKV | EACH,
+        {"u": "h k"},
+        "rwkv:RWKV6",
+        "RWKV6",
+        "2404.05892",
+        used="RWKV-6 Finch, QRWKV6",
+    ),
     "delta_net": Row(keep, delta, inclusive, QKV | BETA, {}, "delta:DeltaNet", "DeltaNet", "2406.06484"),
     "gated_delta_net": Row(
         scalar,
@@ -111,6 +134,7 @@ LSM: dict[str, Row] = {
         "delta:GatedDeltaNet",
         "Gated DeltaNet",
         "2412.06464",
+        used="Qwen3-Next, Qwen3.5, OLMo-Hybrid",
     ),
     "kda": Row(
         channel,
@@ -121,6 +145,7 @@ LSM: dict[str, Row] = {
         "delta:KDA",
         "Kimi Delta Attention",
         "2510.26692",
+        used="Kimi Linear, Ling 3.0, GLM-5.3",
     ),
     "mom_gla": Row(
         channel,
@@ -207,6 +232,7 @@ LSM: dict[str, Row] = {
         "mamba:Mamba",
         "Mamba",
         "2312.00752",
+        used="Jamba, Falcon-Mamba",
     ),
     "s4": Row(
         spiral,
@@ -313,6 +339,7 @@ LSM: dict[str, Row] = {
         "rwkv:RWKV7",
         "RWKV7",
         "2503.14456",
+        used="RWKV-7 Goose",
     ),
 } | PRINTED
 

@@ -45,6 +45,7 @@ class Row(NamedTuple):
     paper: str
     memory: str = "k v"  # rows and columns of one head's memory, in the letters of the inputs
     features: Callable[[Tensor], Tensor] | None = None  # what queries and keys become before they meet the memory
+    used: str = ""  # released models that have it
 
 
 # ---------------------------------------------------------------------------------------------------- the words

@@ -1,18 +1,21 @@
-"""The README's picture and tables are those of the code, and what it links to exists."""
+"""The README's picture and tables and the gallery are those of the code, and what they link to exists."""
 
-import importlib.util
+import inspect
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import torch
+from matplotlib.mathtext import MathTextParser
 
-from reference import recurrence
+from docs import cost, figure, gallery, tables
+from docs.words import DECAYS, FEATURES, MEANING, READS, UPDATES, meaning
+from reference import printed, recurrence
 from reference.lsm import LSM
 from reference.presets import PRESETS
 from reference.printed import PRINTED
 from reference.routers import ROUTER
-from reference.span import KIND, transition
+from reference.span import KIND, TRANSITION, transition
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -20,15 +23,6 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 has_readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md")
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # NamedTuple looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-tables, figure = script("tables"), script("figure")
 SHOWN = {name: row for name, row in LSM.items() if name not in PRINTED}
 
 
@@ -190,6 +184,7 @@ def test_the_picture_is_that_of_the_table(tmp_path):
     drawn = texts(svg.read_text())
     words = {word.__name__ for row in SHOWN.values() for word in row[:3]}
     assert words <= {text.split("  ")[0] for text in drawn}
+    assert {meaning(word.__name__).group for row in SHOWN.values() for word in row[:2]} <= set(drawn)
     assert texts((ROOT / "docs" / "grid.svg").read_text()) == drawn, "run python docs/figure.py"
 
 
@@ -197,10 +192,12 @@ def test_every_model_stands_in_its_cell():
     placed = figure.cells(room=130)
     assert sum(map(len, placed.values())) == len(SHOWN)
     for row in SHOWN.values():
-        chips = placed[row.decay.__name__, row.update.__name__]
-        (chip,) = [chip for chip in chips if " ".join(chip.lines) == row.title]
+        chips = placed[meaning(row.decay.__name__).group, meaning(row.update.__name__).group]
+        (chip,) = [chip for chip in chips if chip.title == row.title]
+        assert "".join(chip.lines).replace(" ", "") == row.title.replace(" ", "")
         assert chip.kind == transition(row)
-        assert bool(chip.sign) == (row.read is not recurrence.inclusive)
+        words = [word.__name__ for word in row[:3] if word is not recurrence.inclusive]
+        assert " ".join(chip.words).split(", ") == words
 
 
 def test_words_and_rows_to_come_have_a_place(monkeypatch, tmp_path):
@@ -223,8 +220,147 @@ def test_words_and_rows_to_come_have_a_place(monkeypatch, tmp_path):
 def test_no_two_texts_overlap():
     texts = figure.draw().axes[0].texts
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
-    signs = {figure.sign(row) for row in SHOWN.values()}
     for i, (one, a) in enumerate(boxes):
         for two, b in boxes[:i]:
-            if not {one, two} & signs:  # a sign sits on its chip's corner
-                assert not a.overlaps(b), (one, two)
+            assert not a.overlaps(b), (one, two)
+
+
+def test_every_chip_holds_its_text_and_every_class_has_a_colour():
+    chips = [chip for cell in figure.cells(room=120).values() for chip in cell]
+    assert {chip.kind for chip in chips} <= figure.CLASS.keys()
+    assert set(TRANSITION) | {None} == figure.CLASS.keys()
+    for chip in chips:
+        assert all(figure.size(line, 12.5) <= 120 for line in chip.lines), chip
+        assert all(figure.size(line, 10.5) <= 120 for line in chip.words), chip
+
+
+# ------------------------------------------------------------------------------------------------------ words
+
+
+def words_of(*arguments):
+    """The functions of the words' files that take these."""
+    return {
+        name
+        for module in (recurrence, printed)
+        for name, f in vars(module).items()
+        if inspect.isfunction(f)
+        and f.__module__ == module.__name__
+        and [*inspect.signature(f).parameters] == [*arguments]
+    }
+
+
+def test_every_word_has_its_formula():
+    assert words_of("M", "x") == DECAYS.keys()
+    assert words_of("M", "before", "x") == UPDATES.keys() | READS.keys()
+    assert {row.features.__name__ for row in LSM.values() if row.features} == FEATURES.keys()
+    assert len(MEANING) == len(DECAYS) + len(UPDATES) + len(READS) + len(FEATURES)
+    parse = MathTextParser("path").parse
+    for name, word in MEANING.items():
+        assert word.formula and word.about, name
+        assert "|" not in word.formula + word.about + word.second, f"{name}: a cell of a table would end here"
+        for formula in filter(None, (word.formula, word.second)):
+            parse(f"${formula}$")
+
+
+# ------------------------------------------------------------------------------------------------------ gallery
+
+
+def test_the_gallery_is_up_to_date(capsys, monkeypatch, tmp_path):
+    assert gallery.main(["--check"]) == 0
+    monkeypatch.setattr(gallery, "FILE", tmp_path / "gallery.md")
+    (tmp_path / "gallery.md").write_text("another")
+    assert gallery.main(["--check"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "gallery.md").read_text() == "another"
+
+
+def test_the_gallery_holds_every_row_and_its_links_lead_somewhere():
+    text = gallery.page()
+    titles = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert titles == [row.title for row in LSM.values()]
+    anchors = {anchor(title) for title in titles}
+    assert len(anchors) == len(titles)
+    for _, target in LINK.findall(text):
+        file, _, place = target.partition("#")
+        if target.startswith("#"):
+            assert place in anchors, target
+        elif not target.startswith("https:"):
+            assert linked_line(target.removeprefix("../")).strip() if place else (ROOT / "docs" / file).exists(), target
+    for name, row in LSM.items():
+        section = text.split(f"\n### {row.title}\n")[1].split("\n### ")[0]
+        assert f"- `{name}`, [{row.paper}]" in section
+        assert f"- used in: {row.used or '–'}\n" in section
+        assert all(f"`{word.__name__}`: " in section for word in row[:3])
+    assert len({line.count("|") for line in gallery.overview().splitlines()}) == 1
+    assert text.count("$`") == text.count("`$") and "$$" not in text
+
+
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("kda", [("M_t", r"D M_{t-1} + \beta k' (v - k D M_{t-1})"), ("o_t", "q M_t")]),
+        ("rwkv6", [("M_t", r"D M_{t-1} + k' v"), ("o_t", r"q (M_{t-1} + (u \odot k)' v)")]),
+        (
+            "titans",
+            [
+                ("N_t", r"e^{f_t} N_{t-1} + 2 \beta k' (v - k M_{t-1})"),
+                ("M_t", "e^{g_t} M_{t-1} + N_t"),
+                ("o_t", r"q \, \mathrm{Re} \, M_t"),
+            ],
+        ),
+        (
+            "rebased_printed",
+            [
+                ("M_t", r"M_{t-1} + \varphi(k)' v"),
+                ("o_t", r"\varphi(q) M_t"),
+                (r"\varphi(q) \varphi(k)'", "(q k')^2 / d"),
+            ],
+        ),
+    ],
+)
+def test_equations_are_composed_of_the_words(name, lines):
+    long = {"D ": r"\mathrm{diag}(e^{g_t}) \, ", "'": r"^{\mathrm{T}}"}
+    for short, formula in long.items():
+        lines = [tuple(side.replace(short, formula) for side in line) for line in lines]
+    assert gallery.equations(LSM[name]) == lines
+
+
+def test_a_word_without_a_formula_is_its_name():
+    def new_word(M, before, x):
+        return M
+
+    row = LSM["gla"]._replace(update=new_word)
+    assert gallery.equations(row)[0] == ("M_t", r"\mathrm{new word}(\mathrm{diag}(e^{g_t}) \, M_{t-1})")
+
+
+# ------------------------------------------------------------------------------------------------------ costs
+
+
+def test_operations_by_hand():
+    a, b = torch.ones(3, 4), torch.ones(4, 5)
+    L = torch.eye(4, dtype=torch.float64)
+
+    def count(run):
+        with cost.Operations() as counter:
+            run()
+        return counter.total
+
+    assert count(lambda: a @ b) == 2 * 3 * 4 * 5
+    assert count(lambda: a.exp() + a) == 24
+    assert count(lambda: a.sum(0)) == 12
+    assert count(lambda: a.T.contiguous()[:2].clone()) == 0
+    assert count(lambda: torch.linalg.solve_triangular(L, b.double(), upper=False)) == 4 * 4 * 5
+    assert count(lambda: torch.linalg.solve(L, b[:, 0].double())) == 2 * 64 // 3 + 2 * 16
+    x = a.clone().requires_grad_()
+    assert count(lambda: torch.autograd.grad((x @ b).sum(), x)) == 2 * 60 + 15 + 2 * 60
+
+
+def test_layers_cost_what_their_formulas_say():
+    """8 heads of 128 x 128: a product of k and v, an addition, a query; and a delta rule looks once more."""
+    read, memory = 2 * 128 * 128, 128 * 128
+    assert cost.layer("linear_attention").decoding == 8 * (2 * memory + read)
+    assert cost.layer("delta_net").decoding == 8 * (2 * memory + 2 * read + 2 * 128)
+    products = 2 * read + 2 * 2 * 64 * 128  # reads and writes of the memory, scores of 64 tokens; twice more backward
+    assert 1 <= cost.layer("linear_attention").training / (8 * 3 * products) < 1.02
+    assert cost.layer("gla").bytes == tables.layer_bytes("gla")
+    assert cost.layer("linear_attention").parameters == 5 * 1024 * 1024 + 128
