@@ -138,9 +138,10 @@ def chunk_of(x: Normal) -> Chunk:
     if x.f is not None:
         fading, columns = suffix(x.f).exp(), x.f.sum(-2).exp()[..., None, :]
         total = columns if total is None else total * columns
-    earlier = start if x.u is None and x.a is None else prefix(g, exclusive=True).exp() if x.g is not None else start
+    undecayed = x.u is not None or x.a is not None  # whether something looks at the memory before it decays
+    earlier = prefix(g, exclusive=True).exp() if undecayed and x.g is not None else start
     inclusive = tril(x.g)
-    exclusive = inclusive if x.u is None and x.a is None else tril(x.g, exclusive=True)
+    exclusive = tril(x.g, exclusive=True) if undecayed else inclusive
     if x.u is not None:
         scores = exclusive(x.q, x.k).tril(-1) + torch.diag_embed((x.q * x.u[:, None] * x.k).sum(-1))
         return Chunk(x.q * earlier, scores, x.v, None, x.k * end, total, fading)

@@ -35,8 +35,11 @@ class Form(NamedTuple):
 
 
 def of(row: Row) -> Form:
-    """The form of the row's first word that asks for one."""
-    return next(FORM[word] for word in (row.read, row.update, row.decay) if word in FORM)
+    """The form of the row's first word that asks for one. NotImplementedError if none does."""
+    for word in (row.read, row.update, row.decay):
+        if word in FORM:
+            return FORM[word]
+    raise NotImplementedError(f"{row.title}: a word has no normal form, and none has a chunk form in reference.forms")
 
 
 # ------------------------------------------------------------------------------------------------------- rotation

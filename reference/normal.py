@@ -27,7 +27,7 @@ class Normal(NamedTuple):
     q: Float[Tensor, "b t h k"]
     k: Float[Tensor, "b t h k"]
     v: Float[Tensor, "b t h v"]
-    finish: Callable[[Tensor], Tensor]
+    finish: Callable[[Tensor], Tensor] | None  # None: whoever made it finishes
     g: Float[Tensor, "b t h"] | Float[Tensor, "b t h k"] | None = None
     f: Float[Tensor, "b t h v"] | None = None
     beta: Float[Tensor, "b t h"] | None = None

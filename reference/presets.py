@@ -138,6 +138,9 @@ class Model:
         for name in optional:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("rope_base", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.rope_size is not None and self.rope_size < 0:
             raise ValueError(f"rope_size is {self.rope_size}; it must be at least 0")
         if self.width % self.heads and (self.head_size is None or "L" in self.pattern):
@@ -146,8 +149,8 @@ class Model:
             raise ValueError(f"{self.heads} heads cannot share {self.key_heads} key_heads: heads must be a multiple")
         if (self.value_heads or self.heads) % self.heads:
             raise ValueError(f"{self.value_heads} value_heads cannot share {self.heads} heads: they must be a multiple")
-        if self.gate_floor is not None and not self.gate_floor < 0:
-            raise ValueError(f"gate_floor is {self.gate_floor}; it must be below 0")
+        if self.gate_floor is not None and not -math.inf < self.gate_floor < 0:
+            raise ValueError(f"gate_floor is {self.gate_floor}; it must be below 0 and finite")
         if not 0 <= self.rope_share <= 1:
             raise ValueError(f"rope_share is {self.rope_share}; it must be at least 0 and at most 1")
         if "N" in self.pattern:

@@ -91,13 +91,13 @@ def crossed(A: Tensor, M: Memory) -> Memory:
     return row * M * column
 
 
-def by_level(A: Tensor, M: Memory) -> Float[Tensor, "b h l k v"]:
+def with_levels(A: Tensor, M: Memory) -> Float[Tensor, "b h l k v"]:
     return M.unflatten(-2, (A.shape[-1], -1))
 
 
 def levels(A: Float[Tensor, "b h l l"], M: Memory) -> Memory:
     """A mixes the memories that stand above each other, whole."""
-    return einsum(A, by_level(A, M), "b h new old, b h old k v -> b h new k v").flatten(-3, -2)
+    return einsum(A, with_levels(A, M), "b h new old, b h old k v -> b h new k v").flatten(-3, -2)
 
 
 TRANSITION = {
@@ -112,7 +112,7 @@ TRANSITION = {
         levels,
         lambda A, D: levels(A.mT, D),
         lambda later, earlier: later @ earlier,
-        lambda A, D, M: einsum(by_level(A, D), by_level(A, M), "b h new k v, b h old k v -> b h new old"),
+        lambda A, D, M: einsum(with_levels(A, D), with_levels(A, M), "b h new k v, b h old k v -> b h new old"),
     ),
     "matrix": Transition(
         "h k k",
@@ -215,6 +215,14 @@ def spiral_left(g: Tensor, theta: Tensor, v: Tensor) -> Tensor:
     return turned(g * t, angle, -2).expand(b, -1, -1, -1)
 
 
+def merged(x: Inputs) -> Float[Tensor, "b h l l"]:
+    """What all merges do, which is what the highest of them does, times what all gates leave."""
+    place = x["place"].long()
+    highest = F.pad(place & -place, (1, 0)).amax(1)  # the lowest set bit of each place says how high it merges
+    A = words.merges(highest, x["weight"].shape[-1]).to(x["g"].dtype)
+    return x["g"].sum(1).exp()[..., None, None] * A[:, None]
+
+
 LEFT = {
     words.keep: lambda x: x["v"].new_ones(x["v"].shape[0], x["v"].shape[2]),
     words.fixed: lambda x: x["g"].expand(x["v"].shape[:3]).sum(1).exp(),
@@ -226,20 +234,9 @@ LEFT = {
     printed.stepped: lambda x: (x["A"] * x["dt"].sum(1)[..., None]).exp(),
     printed.full: lambda x: x["G"].sum(1).exp(),
     words.rotating: lambda x: turned(x["g"].sum(1), within_turn(x["theta"].double().sum(1)).to(x["g"].dtype), -1),
-    words.merging: lambda x: merged(x),
+    words.merging: merged,
     words.spiral: lambda x: spiral_left(x["g"], x["theta"], x["v"]),
 }
-
-
-def merged(x: Inputs) -> Float[Tensor, "b h l l"]:
-    """The product of all merges, the later ones on the left, times what all gates leave."""
-    A = words.merges(x["place"], x["weight"].shape[-1]).to(x["g"].dtype)
-    if not A.shape[1]:
-        A = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand(len(A), 1, -1, -1)
-    while A.shape[1] > 1:
-        pairs, rest = A[:, : A.shape[1] // 2 * 2], A[:, A.shape[1] // 2 * 2 :]
-        A = torch.cat([pairs[:, 1::2] @ pairs[:, ::2], rest], 1)
-    return x["g"].sum(1).exp()[..., None, None] * A
 
 
 def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None, run=words.recurrence) -> Span:

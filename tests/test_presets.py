@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -149,6 +150,8 @@ BAD = {
         name: ({name: 0}, f"{name} is 0; it must be at least 1")
         for name in ("window", "head_size", "latent_rank", "query_rank", "nope_size", "latent_value_size")
     },
+    "base": ({"rope_base": 0.0}, "rope_base is 0.0; it must be above 0"),
+    "eps": ({"eps": -1.0}, "eps is -1.0; it must be above 0"),
     "rope_size": ({"rope_size": -1}, "rope_size is -1; it must be at least 0"),
     "attention": ({"attention": "sparse"}, "unknown attention 'sparse'; expected one of grouped, latent"),
     "told heads": ({"width": 130, "heads": 4, "head_size": 32}, "width 130 does not divide into 4 heads"),
@@ -161,7 +164,8 @@ BAD = {
     "share below": ({"rope_share": -0.5}, "rope_share is -0.5; it must be at least 0 and at most 1"),
     "values": ({"heads": 4, "value_heads": 6}, "6 value_heads cannot share 4 heads: they must be a multiple"),
     "few values": ({"heads": 4, "value_heads": 2}, "2 value_heads cannot share 4 heads: they must be a multiple"),
-    "floor": ({"gate_floor": 0.0}, "gate_floor is 0.0; it must be below 0"),
+    "floor": ({"gate_floor": 0.0}, "gate_floor is 0.0; it must be below 0 and finite"),
+    "deep floor": ({"gate_floor": -math.inf}, "gate_floor is -inf; it must be below 0 and finite"),
     "top_k": ({"top_k": 9}, "top_k 9 needs at least as many experts, got 8"),
     "state_groups": ({"state_groups": 0}, "state_groups is 0; it must be at least 1"),
     "step_limits": ({"step_limits": (0.1, 0.01)}, r"step_limits are \(0.1, 0.01\); .* below the largest"),

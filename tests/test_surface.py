@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import reference
+from mutants import MUTANTS, out_of_date
 from reference.lsm import LSM
 from reference.mixers.softmax import ATTENTION
 from reference.ops import Ops
@@ -183,3 +184,12 @@ def test_every_row_names_its_mixer_and_its_paper():
         assert re.fullmatch(r"\d{4}\.\d{5}", row.paper), name
     with pytest.raises(ValueError, match=f"unknown linear sequence model 'rnn'; expected one of {', '.join(LSM)}"):
         mixers.kind("rnn")
+
+
+# -------------------------------------------------------------------------------------------------- planted bugs
+
+
+def test_every_planted_bug_finds_its_place():
+    """`tests/mutants.py` breaks the code by its text, which must be there once; names tell the bugs apart."""
+    assert [line for line in map(out_of_date, MUTANTS) if line] == []
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)

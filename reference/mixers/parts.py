@@ -95,10 +95,11 @@ OPTIONAL = ("value_heads", "gate_floor")  # fields of the configuration, None un
 class Mixer(nn.Module):
     """A layer around the row `config.lsm`. `key_size` and `value_size` of the configuration go before the defaults.
 
-    Most layers are three steps, `inputs(x, side, state) -> (tokens, constants, carried)`, the row, and
-    `output(o, x) -> y`; `carried` is what their `state` has besides the memory.
+    A layer has a `forward` of its own, or is three steps: `inputs(x, side, state) -> (tokens, constants, carried)`, the
+    row, and `output(o, x) -> y`; `carried` is what its `state` has besides the memory.
     Some have more heads of values than of keys; value head j then has key head j // (value_heads / heads).
-    Raises ValueError, in one line, for a field of the configuration that this layer does not have.
+    Raises ValueError, in one line, for a field of the configuration that this layer does not have, and for a width that
+    leaves a head no channels.
     """
 
     state = Only
@@ -115,6 +116,11 @@ class Mixer(nn.Module):
         self.ops, self.row, self.heads, self.eps = ops, row(config.lsm), config.heads, config.eps
         self.key_size = config.key_size or key_size
         self.value_size = config.value_size or value_size
+        if not self.key_size or not self.value_size:
+            raise ValueError(
+                f"width {config.width} is too small for {config.heads} heads of {self.row.title}: a key would have "
+                f"{self.key_size} channels and a value {self.value_size}; use fewer heads, or give both sizes"
+            )
         self.value_heads = config.value_heads or self.heads
         self.keys, self.values = self.heads * self.key_size, self.value_heads * self.value_size
 

@@ -22,7 +22,7 @@ GATE = {
 class Printed(Mixer):
     """A projection of x for each input of the row, RMS norm a head, SiLU gate (2503.05447, section 2.1).
 
-    Rates A start near -1. Keys of rules that erase are of length one, as their own papers have them.
+    Rates A start near -1. Queries and keys of rules that erase are of length one, as their own papers have them.
     """
 
     fixed: tuple[str, ...] = ()  # inputs that are parameters, the same for every token

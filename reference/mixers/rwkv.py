@@ -66,8 +66,8 @@ class RWKV6(Mixer):
 
 def group_norm(o: Float[Tensor, "b t h v"], weight, bias, eps: float) -> Float[Tensor, "b t hv"]:
     """Each head's mean becomes 0 and its variance 1, in float32; then a weight and a bias for every channel."""
-    y = F.group_norm(wide(o).flatten(0, 1).flatten(1), o.shape[2], wide(weight), wide(bias), eps)
-    return y.unflatten(0, o.shape[:2]).to(o.dtype)
+    y = F.layer_norm(wide(o), o.shape[-1:], None, None, eps).flatten(-2)
+    return (y * wide(weight) + wide(bias)).to(o.dtype)
 
 
 MIX_POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
