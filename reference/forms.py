@@ -3,6 +3,7 @@
     rotation      a complex decay by channel is a real one once queries and keys are turned by the running angle
     two readings  slots are read twice: the first reading weighs the second
     convolution   a memory that treats every token alike is a convolution: powers of its decay
+    levels        memories that merge: the highest merge between two tokens says how one reads the other
     scan          decays that differ by element: every chunk by the loop itself, all chunks side by side
     momentum      two memories above each other, whose decays are 2×2 matrices
     mini-batches  gradients are taken where a mini-batch began: all tokens of one at once, one after the other
@@ -23,9 +24,30 @@ from torch.autograd.function import once_differentiable
 
 from reference import printed
 from reference import recurrence as words
-from reference.chunked import Chunk, cut, decays, fold, over_chunks, prefix, solved, well_conditioned
+from reference.chunked import (
+    Chunk,
+    cut,
+    decays,
+    fold,
+    over_chunks,
+    power_of_two,
+    prefix,
+    solved,
+    suffix,
+    well_conditioned,
+)
 from reference.normal import Normal
-from reference.recurrence import Inputs, Memory, Row, in_full_precision, inner_slope, loop, standard, with_one
+from reference.recurrence import (
+    Inputs,
+    Memory,
+    Row,
+    highest_full,
+    in_full_precision,
+    inner_slope,
+    loop,
+    standard,
+    with_one,
+)
 from reference.span import TRANSITION, left, parted, transition
 
 
@@ -109,6 +131,41 @@ def convolved_chunks(u: Float[Tensor, "b n c h v"], x: Inputs, M: Memory) -> tup
     o = einsum(parted((read * z[1:]).conj(), -2), torch.stack(before, 1), "c h k v, b n h k v -> b n c h v")
     o = o + einsum(K, u, "c s h v, b n s h v -> b n c h v")
     return rearrange(o, "b n c h v -> b (n c) h v"), M
+
+
+# --------------------------------------------------------------------------------------------------------- levels
+
+
+def by_levels(row: Row, x: Inputs, constants: Inputs, M: Memory, chunk: int) -> tuple[Tensor, Memory]:
+    """Log-linear attention (2506.04761, section 3.3): what is on level m and meets merges into levels up to r is then
+    on level max(m, r). So the highest merge between two tokens says by which weight one reads the other, and the
+    highest since a chunk began what became of the memories that came in."""
+    t, levels = x["v"].shape[1], x["weight"].shape[-1]
+    if not t:
+        return x["v"], M
+    chunk = min(chunk, power_of_two(t))
+    rise = cut(highest_full(x["place"], levels)[..., None], chunk)  # b n 1 c, of each token
+    q, k, v, g, weight = (cut(x[name], chunk) for name in ("q", "k", "v", "g", "weight"))
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=rise.device).triu(1)
+    level = torch.where(later, rise[..., None, :], 0).cummax(-1).values.mT  # of each earlier token at each later one
+    became = torch.maximum(torch.arange(levels, device=rise.device), rise.cummax(-1).values[..., None])
+
+    def weights(index: Tensor) -> Tensor:
+        return weight.gather(-1, index.expand(*weight.shape[:-1], -1))
+
+    def on_levels(share: Float[Tensor, "b n h c l"], y: Float[Tensor, "b n h c k"]) -> Tensor:
+        return (share[..., :, None] * y[..., None, :]).flatten(-2)
+
+    g = g.clamp(min=-1e4)
+    start, end = prefix(g[..., None]).exp(), suffix(g[..., None]).exp()
+    reach = on_levels(weights(became), start * q)
+    scores = (q @ k.mT) * decays(g) * weights(level)
+    lasting = on_levels(F.one_hot(level[..., -1, :], levels).to(k.dtype), end * k)
+    total = start[..., -1:, :] * F.one_hot(became[..., -1, :], levels).to(k.dtype).mT
+    inside = Chunk(reach, scores, v, None, lasting, total)
+    before, written, M = fold(inside, M, TRANSITION["levels"].act)
+    o = inside.reach @ before + inside.scores @ written
+    return rearrange(o, "b n h c v -> b (n c) h v")[:, :t], M
 
 
 # ----------------------------------------------------------------------------------------------------------- scan
@@ -291,7 +348,7 @@ FORM = {
     words.element: Form(scan),
     printed.stepped: Form(scan),
     printed.full: Form(scan),
-    words.merging: Form(scan, still=False),
+    words.merging: Form(by_levels),
     words.erased: Form(scan),
     words.level: Form(convolved, still=False),
     words.momentum: Form(with_momentum, still=False),

@@ -139,11 +139,16 @@ def merging(M, x):  # memories of 1, 2, 4, ... tokens: those that are full move 
 def merges(place: Int[Tensor, "..."], levels: int) -> Float[Tensor, "... new old"]:
     """What happens to the memories of each level before the token at that place: 0 ... l - 1 go into l, which is one
     above the lowest set bit of the place (the last level, if there are no more); at place 0 nothing moves."""
-    place, level = place.long()[..., None], torch.arange(levels, device=place.device)
-    target = (place & -place).clamp(min=1).log2().long().add(1).clamp(max=levels - 1)
-    target = torch.where(place > 0, target, 0)
+    level, target = torch.arange(levels, device=place.device), highest_full(place, levels)[..., None]
     stays, arrives = level >= target, level == target
     return torch.diag_embed(stays.float()) + (arrives[..., :, None] & ~stays[..., None, :])
+
+
+def highest_full(place: Int[Tensor, "..."], levels: int) -> Int[Tensor, "..."]:
+    """The level that all lower ones merge into before the token at that place; 0: none does."""
+    place = place.long()
+    target = (place & -place).clamp(min=1).log2().long().add(1).clamp(max=levels - 1)
+    return torch.where(place > 0, target, 0)
 
 
 def begins(x: Inputs) -> Tensor:
