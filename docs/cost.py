@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from docs import tables
 from reference.chunked import CHUNK
@@ -42,6 +41,8 @@ class Operations(TorchDispatchMode):
 
 def operations(function, args, kwargs, out) -> int:
     """Those of one operator."""
+    from torch.utils.flop_counter import flop_registry  # which loads triton, if there is one
+
     name, packet = function._overloadpacket.__name__, function._overloadpacket
     if packet in flop_registry:
         return flop_registry[packet](*args, **kwargs, out_val=out)
