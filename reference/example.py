@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reference.printed import ascent
-from reference.recurrence import Row, counted, momentum
+from reference.recurrence import Row, counted, foresight, momentum, replace
 
 Drawn = Mapping[str, Callable[[Tensor], Tensor]]
 
@@ -45,6 +45,12 @@ ASKED: Mapping[Callable, Drawn] = {
     counted: dict.fromkeys("qk", lambda x: x.abs() + 0.1),
     momentum: {"beta": lambda x: x / 8},
     ascent: {"beta": lambda x: x / 8},  # which grows what it should undo
+}
+# Keys that erase, along what they erase, as the layers have them: with unrelated ones, as the tests draw them, a memory
+# that hardly decays has no bound.
+ALIGNED: Mapping[Callable, Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]]] = {
+    foresight: {"a": lambda x: 0.7 * x["k"]},
+    replace: {"b": lambda x: -x["a"]},
 }
 OTHER = 4  # the size of a letter that the caller does not know, such as a row's number of slots
 
