@@ -261,9 +261,8 @@ def drift(args) -> Iterable[dict]:
         passed = all(x["output"] <= 1 and x["memory"] <= 1 for x in bounded.values())  # NaN fails
         verdict = "within budget" if passed else "BUDGET EXCEEDED"
         if len(bounded) < len(found):
-            verdict += (
-                f" but for {', '.join(found.keys() - bounded.keys())}, where the exact loop leaves float32's range"
-            )
+            unbounded = ", ".join(n for n in found if n not in bounded)
+            verdict += f" but for {unbounded}, where the exact loop leaves float32's range"
         yield {**head, "what": "drift", "verdict": verdict, "seconds": time.perf_counter() - begin, "settings": found}
 
 
