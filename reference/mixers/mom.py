@@ -5,14 +5,13 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference.mixers.delta import GatedDeltaNet
 from reference.mixers.gated import GLA
 from reference.mixers.parts import Mixer
-from reference.routers import Load, load, route
+from reference.routers import Load, load, route, wanted
 from reference.routers import row as router
 
 
@@ -65,9 +64,7 @@ class MixtureOfMemories(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], side, state=None) -> tuple[Tensor, tuple, Any, Load]:
         (b, t), flat = x.shape[:2], x.flatten(0, 1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(flat.to(dtype), self.router.to(dtype))
+        logits = wanted(flat, self.router)
         routing = route(router("mixtral"), logits, self.kept)
         cu_seqlens = side.cu_seqlens
         if cu_seqlens is None:
