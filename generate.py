@@ -20,7 +20,7 @@ from torch import Tensor
 
 import command
 from data import baselines, corpus
-from reference.model import LanguageModel, state_bytes
+from reference.model import LanguageModel, for_writing, state_bytes
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def stream(
     model: LanguageModel, prompt: bytes, tokens: int, temperature=0.8, top_k=0, top_p=1.0, seed=0, chunk=512
 ) -> Iterator[tuple[int, object]]:
     """(token, state of the model) for each token written after the prompt."""
+    model = for_writing(model)[0]
     device, rng = model.embedding.device, torch.Generator().manual_seed(seed)
     line = torch.tensor([[corpus.START, *prompt]], device=device)
     model.check(line)
@@ -130,7 +131,9 @@ def load(run: str, backend: str, device: str) -> LanguageModel:
 def main() -> None:
     config = command.read(lambda: tyro.cli(Generate, prog="generate.py", description=__doc__), "generate.py")
     with command.mistakes("generate.py"):
-        model = load(config.run, config.backend, config.device)
+        model, otherwise = for_writing(load(config.run, config.backend, config.device))
+    if otherwise:
+        print(otherwise, file=sys.stderr)
     print(config.prompt, end="", flush=True)
     options = (config.temperature, config.top_k, config.top_p, config.seed, config.chunk)
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import command
 from bench import commit, machine
 from data.tasks import TASK, Samples, samples
+from reference.balance import LOSS
 from reference.lsm import LSM
 from reference.mixers.parts import normal
 from reference.model import LanguageModel, decayed, initialize, starts, state_bytes
@@ -41,7 +42,6 @@ from reference.ops import Ops
 from reference.presets import Model
 from reference.printed import PRINTED
 from reference.recurrence import delta
-from reference.routers import balance_loss
 
 SOLVED = 0.99  # of the held-out labels: no further rate is tried
 FEED_FORWARD = {"dense": "D", "experts": "E"}  # what stands behind each mixer
@@ -207,7 +207,7 @@ def balance(loads, top_k: int) -> Tensor | float:
     """A little of the balance loss, where there are experts or memories."""
     if loads is None:
         return 0.0
-    return 0.01 * balance_loss(loads.counts, loads.probability, loads.tokens, top_k).sum()
+    return 0.01 * LOSS["switch"].value(loads, loads, top_k, 1).sum()
 
 
 def on(device: str, batch: Samples) -> Samples:

@@ -32,11 +32,13 @@ from data import corpus
 from data.stream import Batch, Stream, evaluation
 from parallel import checkpoint, lasp, shard
 from parallel import mesh as meshes
-from reference.model import LanguageModel, decayed, initialize, seed_of, starts
+from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
+from reference.model import LanguageModel, decayed, experts_of, initialize, starts
 from reference.moe import MoE
+from reference.noise import seed_of
 from reference.presets import PRESETS as SHAPES
 from reference.presets import Model
-from reference.routers import Load, balance_loss, row, updated_bias, violation, z_loss
+from reference.routers import Load, row
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -84,12 +86,11 @@ class Train:
     """Samples a step, over all ranks."""
     micro: int | None = None
     """Samples a rank takes at once; the step adds up as many as the batch needs (None: all at once)."""
-    balance: float | None = None
-    """Weight of the experts' balance loss, a layer (None: 0.01, or 0 for a router that is balanced by its bias)."""
+    balance: dict[str, float] | None = None
+    """Losses that keep the experts equally busy, by name, and their weights a layer, as in: switch 0.01 z 0.001 (None:
+    the router's own)."""
     memory_balance: float = 0.01
     """Weight of the balance loss of a mixture of memories, a layer."""
-    z: float = 0.0
-    """Weight of the router's z-loss, a layer."""
     bias_rate: float = 1e-3
     """How fast a balancing bias moves, for the routers that have one."""
     seed: int = 0
@@ -138,6 +139,12 @@ class Train:
                 f"the vocabulary is {self.model.vocabulary}; "
                 f"text is read as bytes and needs at least {corpus.VOCABULARY}"
             )
+        self.balances()
+
+    def balances(self) -> dict[str, float]:
+        """The balance losses in force and their weights a layer."""
+        model = self.model
+        return weights_of(row(model.router), model.groups, self.balance) if "E" in model.letters else {}
 
 
 LARGE = Train(
@@ -251,13 +258,22 @@ def rate(config: Train, step: int) -> float:
 
 
 def refuse_to_cut(config: Train, mesh) -> None:
-    """Tokens that compete for an expert's room must be on one rank."""
-    chosen = row(config.model.router)
-    capacity = chosen.capacity if config.model.capacity_factor is None else config.model.capacity_factor
-    if mesh.sequence_size > 1 and "E" in config.model.letters and capacity < math.inf:
+    """Tokens that are routed together must be on one rank."""
+    if mesh.sequence_size == 1 or "E" not in config.model.letters:
+        return
+    layer, name = experts_of(config.model), config.model.router
+    ranks = f"they cannot be cut over {mesh.sequence_size} ranks; use --mesh.sequence 1"
+    if row(name).pooled != "never":
+        raise ValueError(f"router {name!r} routes the tokens of a sequence together: {ranks}")
+    if layer.capacity < math.inf:
         raise ValueError(
-            f"router {config.model.router!r} has a capacity ({capacity}), for which the tokens of a sequence compete: "
-            f"they cannot be cut over {mesh.sequence_size} ranks; use --mesh.sequence 1 or --model.capacity-factor inf"
+            f"router {name!r} has a capacity ({layer.capacity}), for which a sequence's tokens compete: {ranks} or "
+            "--model.capacity-factor inf"
+        )
+    if "sequence" in config.balances():
+        raise ValueError(
+            f"the sequence-wise balance loss of router {name!r} is one of whole sequences: {ranks} or other losses, "
+            "such as --balance switch 0.0001"
         )
 
 
@@ -292,64 +308,44 @@ class Sums(NamedTuple):
     """What a step adds up, over its micro-batches."""
 
     loss: Tensor  # of token losses, in nats
-    balance: Tensor  # mean over layers, 1 at perfect balance
-    counts: Tensor  # pairs by layer and expert, over all ranks
-    dropped: Tensor  # of them
-    entropy: Tensor  # of the router, mean over tokens and layers, in nats
-
-
-def balance_weight(config: Train) -> float:
-    if config.balance is not None:
-        return config.balance
-    return 0.01 if row(config.model.router).balance == "loss" else 0.0
+    load: Load | None  # of the routers, by layer, over all ranks
 
 
 def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int, step: int) -> Sums:
     """Forward and backward of one micro-batch. `tokens` counts the labels of the whole step, over all ranks."""
-    key = seed_of(config.seed, "dropout", step) if config.model.dropout else None
+    key = seed_of(config.seed, "dropout", step)
     out = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens, batch.indices, key)
     total = out.losses.sum()
     loss = total / tokens
-    zero = total.detach().new_zeros(())
-    sums = Sums(total.detach(), zero, zero, zero, zero)
     if out.memory_loads is not None:
-        balance = balanced(ops, out.memory_loads, config.model.memories_kept, loss.dtype)[0]
-        loss = loss + config.memory_balance * balance.sum() / times
+        memories = {"switch": config.memory_balance}
+        loss = loss + asked(memories, out.memory_loads, ops, config.model.memories_kept)[0].to(loss) / times
+    load = None
     if out.loads is not None:
-        balance, counts, dropped, entropy, seen = balanced(ops, out.loads, config.model.top_k, loss.dtype)
-        z = z_loss(out.loads.z, seen).sum()
-        loss = loss + (balance_weight(config) * balance.sum() + config.z * z) / times
-        mean = ops.total(balance.detach().mean())
-        sums = Sums(total.detach(), mean / times, counts, dropped, entropy / times)
+        weights = config.balances()
+        if "penalty" in weights:
+            weights["penalty"] *= float(expert_layers(model)[0].penalty)
+        aside, load = asked(weights, out.loads, ops, config.model.top_k, config.model.groups)
+        loss = loss + aside.to(loss) / times
     loss.backward()
-    return sums
+    return Sums(total.detach(), load)
 
 
-def balanced(ops, load: Load, k: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(this rank's share of the balance loss, counts, drops, mean entropy, tokens), by layer, but for the last two.
-
-    One exchange for all layers.
-    """
-    parts = [load.counts.flatten(), load.dropped.flatten(), load.tokens]
-    everyone = ops.total(torch.cat([*(x.double() for x in parts), load.entropy.double()]))
-    size = load.counts.numel()
-    counts, dropped = (x.view_as(load.counts).long() for x in everyone[: 2 * size].split(size))
-    seen = everyone[2 * size]
-    balance = balance_loss(counts, load.probability, seen.to(dtype), k)
-    return balance, counts, dropped, everyone[-len(load.entropy) :].mean() / seen, seen.to(dtype)
+def asked(weights: dict[str, float], mine: Load, ops, k: int, groups: int = 1) -> tuple[Tensor, Load]:
+    """This rank's share of the weighted losses, summed over layers, and the load of all ranks."""
+    total = add_up(mine, ops.total)
+    zero = mine.probability.sum() * 0
+    return sum((w * LOSS[name].value(total, mine, k, groups).sum() for name, w in weights.items()), zero), total
 
 
 class Result(NamedTuple):
     """What a step did."""
 
     loss: float  # nats a token
-    balance: float
     norm: float
     finite: bool
     stop: bool
-    worst: float  # largest violation of balance, over layers
-    dropped: float  # share of pairs
-    entropy: float
+    load: Load | None  # of the routers, by layer
 
 
 def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: int, stop: bool) -> Result:
@@ -363,7 +359,8 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
         shard.synchronize(model, i == len(batches) - 1)
         with precise(config, device):
             sums.append(backward(config, model, ops, batch, tokens, len(batches), step))
-    loss, balance, counts, dropped, entropy = (sum(xs) for xs in zip(*sums, strict=True))
+    loss = sum(s.loss for s in sums)
+    load = Load(*map(sum, zip(*(s.load for s in sums), strict=True))) if sums[0].load is not None else None
     norm = shard.grad_norm(model.parameters())
     finite = bool(torch.isfinite(norm))
     if finite:
@@ -371,27 +368,23 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
         for group in optimizer.param_groups:
             group["lr"] = rate(config, step)
         optimizer.step()
-        move_biases(config, model, counts)
+        move_balance(config, model, load)
     optimizer.zero_grad(set_to_none=True)
-    total = counts.sum().item() if counts.ndim else 0
-    return Result(
-        loss=(ops.total(loss) / everyone[0]).item(),
-        balance=balance.item(),
-        norm=norm.item(),
-        finite=finite,
-        stop=everyone[1].item() > 0,
-        worst=violation(counts).max().item() if total else 0.0,
-        dropped=dropped.sum().item() / total if total else 0.0,
-        entropy=entropy.item(),
-    )
+    return Result((ops.total(loss) / everyone[0]).item(), norm.item(), finite, everyone[1].item() > 0, load)
 
 
-def move_biases(config: Train, model, counts: Tensor) -> None:
-    """Overloaded experts become less attractive, underloaded ones more (2408.15664): once a step, over all ranks."""
-    layers = [m for m in model.modules() if isinstance(m, MoE)]
-    for layer, own in zip(layers, counts if layers else [], strict=True):
+def expert_layers(model) -> list[MoE]:
+    return [m for m in model.modules() if isinstance(m, MoE)]
+
+
+def move_balance(config: Train, model, load: Load | None) -> None:
+    """Once a step, over all ranks: overloaded experts become less attractive, underloaded ones more (2408.15664);
+    ReMoE's penalty grows while tokens visit too many experts (2412.14711)."""
+    for i, layer in enumerate(expert_layers(model)):
         if layer.bias is not None:
-            layer.bias.copy_(updated_bias(layer.bias, own, config.bias_rate))
+            layer.bias.copy_(updated_bias(layer.bias, load.counts[i], config.bias_rate))
+        if layer.penalty is not None:
+            layer.penalty.copy_(updated_penalty(layer.penalty, load.counts, load.tokens, config.model.top_k))
 
 
 @torch.no_grad()
@@ -470,11 +463,7 @@ class Folder:
         """Training and validation loss in bits per byte, over steps."""
         if not self.first:
             return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
+        pyplot = drawing()
         figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
         for name, label, style in (
             ("bits", "training", "-"),
@@ -489,6 +478,30 @@ class Folder:
         axis.legend()
         figure.savefig(self.path / "loss.png", dpi=120)
         pyplot.close(figure)
+
+    def heat(self, step: int, load: Load) -> None:
+        """Pairs by layer and expert over the mean, in `experts.png`. The numbers are in the metrics."""
+        if not self.first:
+            return
+        share = load.counts * load.counts.shape[-1] / load.counts.sum(-1, keepdim=True).clamp(min=1)
+        pyplot = drawing()
+        figure, axis = pyplot.subplots(figsize=(7, 1.2 + 0.3 * len(share)), layout="constrained")
+        image = axis.imshow(share.cpu(), vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
+        axis.set(xlabel="expert", ylabel="expert layer", title=f"{self.path.name}, step {step}: use over the mean")
+        axis.set_yticks(range(len(share)))
+        figure.colorbar(image, extend="max")
+        figure.savefig(self.path / "experts.png", dpi=120)
+        pyplot.close(figure)
+
+
+def drawing():
+    """matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -552,6 +565,9 @@ def train(config: Train) -> None:
                     config, model, ops, mesh, validation, device, config.evaluate_batches
                 )
                 start, tokens = time.perf_counter(), 0
+            if (look or last) and result.load is not None:
+                line |= {"counts": result.load.counts.tolist(), "full": result.load.dropped.tolist()}
+                folder.heat(step, result.load)
             folder.log(**line)
             bar.write(spoken(line, result)) if mesh.rank == 0 else None
         if bad >= config.patience:
@@ -577,24 +593,49 @@ def line_of(config: Train, result: Result, step: int, skipped: int, speed: float
         "step": step,
         "loss": result.loss,
         "bits": result.loss / math.log(2),
-        "balance": result.balance,
-        "violation": result.worst,
-        "dropped": result.dropped,
-        "entropy": result.entropy,
         "norm": result.norm,
         "rate": rate(config, step - 1),
         "skipped": skipped,
         "tokens_per_second": round(speed),
         "memory_mib": round(memory_mib(device)),
     }
-    return {name: x if math.isfinite(x) else None for name, x in line.items()}  # JSON knows no NaN
+    return json_numbers(line | (experts_of_line(config, result.load) if result.load is not None else {}))
+
+
+def experts_of_line(config: Train, load: Load) -> dict:
+    """How the experts were used: over all layers, and a list a layer."""
+    model, n = config.model, load.tokens.clamp(min=1)
+    pairs = load.counts.sum(-1).clamp(min=1)
+    layers = {
+        "violation": violation(load.counts),  # the busiest expert over the mean, - 1
+        "dropped": load.dropped.sum(-1) / pairs,  # share of pairs
+        "entropy": load.entropy / n,  # of a token's distribution over experts, nats
+    }
+    losses = {name: LOSS[name].value(load, load, model.top_k, model.groups) for name in {"switch", *config.balances()}}
+    return {
+        "balance": losses["switch"].mean().item(),  # 1 at perfect balance
+        "violation": layers["violation"].max().item(),
+        "dropped": (load.dropped.sum() / pairs.sum()).item(),
+        "entropy": layers["entropy"].mean().item(),
+        "losses": {name: value.mean().item() for name, value in losses.items()},
+        "layers": {name: value.tolist() for name, value in (layers | losses).items()},
+    }
+
+
+def json_numbers(x):
+    """NaN and infinity, which JSON does not know, as null."""
+    if isinstance(x, dict):
+        return {name: json_numbers(y) for name, y in x.items()}
+    if isinstance(x, list):
+        return [json_numbers(y) for y in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def spoken(line: dict, result: Result) -> str:
-    text = (
-        f"step {line['step']:5d}  loss {result.loss:.4f} ({result.loss / math.log(2):.3f} bits per byte)  "
-        f"balance {line['balance']:.3f}  {line['tokens_per_second']} tokens/s  {line['memory_mib']} MiB"
-    )
+    text = f"step {line['step']:5d}  loss {result.loss:.4f} ({result.loss / math.log(2):.3f} bits per byte)  "
+    if result.load is not None:
+        text += f"balance {line['balance']:.3f}  "
+    text += f"{line['tokens_per_second']} tokens/s  {line['memory_mib']} MiB"
     if "validation_part" in line:
         text += f"  part of validation {line['validation_part']:.3f}"
     return text if result.finite else text + f"  gradients not finite: step skipped ({line['skipped']} so far)"
@@ -610,8 +651,9 @@ def introduce(say, config: Train, model, mesh, ops, device, step: int) -> None:
     )
     say(f"backend {ops.name} on {device}, {config.precision}; {mesh}; run folder {config.out}")
     if "E" in config.model.letters:
-        rule = row(config.model.router).balance
-        say(f"experts balanced by {rule}; balance loss {balance_weight(config)} a layer, z-loss {config.z}")
+        rules = [f"{name} loss x {weight:g}" for name, weight in config.balances().items()]
+        rules += [f"a bias that moves by {config.bias_rate:g} a step"] * row(config.model.router).bias
+        say(f"experts kept busy by {', '.join(rules) or 'nothing'} (a layer)")
     if step:
         say(f"resumed at step {step} of {config.steps}" + ("; nothing left to train" if step >= config.steps else ""))
 

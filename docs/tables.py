@@ -58,8 +58,9 @@ def link(text: str, file: str, pattern: str) -> str:
     return f"[{text}]({file}#L{line_of(file, pattern)})"
 
 
-def paper(title: str, arxiv: str) -> str:
-    return f"[{title}](https://arxiv.org/abs/{arxiv})"
+def paper(title: str, source: str) -> str:
+    """A link to an arXiv id or an address."""
+    return f"[{title}]({source if '://' in source else f'https://arxiv.org/abs/{source}'})"
 
 
 # ------------------------------------------------------------------------------------------------------ the tables
@@ -112,10 +113,11 @@ def routers() -> str:
 
 
 def router(name: str, row: Router) -> list:
-    yes = ["yes" if flag else "no" for flag in (row.causal, row.prefix_stable)]
+    yes = ["yes" if flag else "no" for flag in (row.causal(), row.prefix_stable())]
     capacity = "none" if row.capacity == float("inf") else f"{row.capacity:g}"
+    rules = ["bias"] * row.bias + [f"{loss} {weight:g}" for loss, weight in row.losses.items()]
     at = link("row", "reference/routers.py", rf'^    "{name}":')
-    return [paper(row.title, row.paper), f"`{name}`", *yes, capacity, row.balance, at]
+    return [paper(row.title, row.paper), f"`{name}`", *yes, capacity, ", ".join(rules) or "its choice", at]
 
 
 def presets() -> str:

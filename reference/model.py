@@ -7,8 +7,10 @@ unit that is sharded and recomputed. The model's state is a position and a state
     b batch   t time   d width   e experts
 """
 
-import hashlib
+import math
+import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,9 +22,10 @@ from reference.documents import document_of, position_in_document
 from reference.mixers.parts import constant, head_norm, normal, parameter
 from reference.mixers.softmax import ATTENTION
 from reference.moe import Dense, Experts, MoE
+from reference.noise import dropout, seed_of
 from reference.ops import Ops
 from reference.presets import Model as Config
-from reference.routers import Load
+from reference.routers import Load, row
 
 
 class Side(NamedTuple):
@@ -32,9 +35,10 @@ class Side(NamedTuple):
     cu_seqlens: Int[Tensor, " n1"] | None = None  # borders of packed documents
     documents: Int[Tensor, "b t"] | None = None  # which document a token belongs to, where they are packed
     index: Int[Tensor, "b t"] | None = None  # the token's number in the whole run, for randomness
-    key: int | None = None  # of the step's randomness; None: no dropout
+    key: int | None = None  # of the step's randomness; None: no training step, hence none
     common: Mapping[str, Tensor] = {}  # parameters that mixers of one kind share
     values: Float[Tensor, "b t hv"] | None = None  # that a first layer handed to all later ones
+    tokens: Int[Tensor, "b t"] | None = None  # the words themselves, for routers that go by them
 
 
 class State(NamedTuple):
@@ -104,6 +108,13 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         letters = config.letters
+        if "E" in letters and not experts_of(config).causal:
+            title = row(config.router).title
+            warnings.warn(
+                f"router {title} is not causal here: which experts a token gets depends on later tokens, so a "
+                "language model trained with it looks ahead, and its loss is no likelihood",
+                stacklevel=1,
+            )
         count = sum(letter in "LN" for letter in letters)
         self.embedding = parameter(config.vocabulary, config.width, start=normal(0.02))
         self.common = nn.ParameterDict(common(config, count))
@@ -126,7 +137,8 @@ class LanguageModel(nn.Module):
         """The model over these tokens, from `state` (the start of a text if None).
 
         `positions` and `cu_seqlens` describe packed documents (b = 1); without them every row goes on from its state.
-        `key` switches dropout on, as a function of key and `index` alone; ValueError without `index`.
+        `key` makes it a training step: dropout and the routers' noise are functions of key and `index` alone;
+        ValueError without `index`.
         """
         side = self.side(tokens, positions, cu_seqlens, index, key, state)
         x = nn.functional.embedding(tokens, self.embedding)
@@ -148,7 +160,7 @@ class LanguageModel(nn.Module):
 
     def side(self, tokens, positions, cu_seqlens, index, key, state) -> Side:
         if key is not None and index is None:
-            raise ValueError(f"dropout with key {key} needs the tokens' index: their numbers in the whole run, b t")
+            raise ValueError(f"a training step with key {key} needs the tokens' index: their numbers in the run, b t")
         documents = None if cu_seqlens is None else document_of(cu_seqlens, tokens.shape[1])[None]
         if positions is None:
             start = 0 if state is None else state.position
@@ -158,7 +170,7 @@ class LanguageModel(nn.Module):
             else:
                 own = position_in_document(cu_seqlens, tokens.shape[1])[None]
                 positions = own if state is None else own + start[documents]
-        return Side(positions, cu_seqlens, documents, index, key, dict(self.common.items()))
+        return Side(positions, cu_seqlens, documents, index, key, dict(self.common.items()), tokens=tokens)
 
     def check(self, tokens: Tensor) -> None:
         """One line for tokens outside the vocabulary. Reads the tokens, so a GPU waits: for entry points, not steps."""
@@ -191,16 +203,16 @@ def blocks(config: Config, letters: str, count: int, ops: Ops) -> Iterator[Block
         if letter in "LN" and group:
             yield Block(group)
             group = []
-        group.append(Sublayer(config, INNER[letter](config, layer, count, ops), number, ops))
+        group.append(Sublayer(config, INNER[letter](config, layer, count, ops, number), number, ops))
         layer += letter in "LN"
     yield Block(group)
 
 
 INNER = {
-    "L": mixers.build,
-    "N": lambda config, layer, layers, ops: ATTENTION[config.attention](config, ops),
-    "E": lambda config, layer, layers, ops: MoE(experts_of(config), ops),
-    "D": lambda config, layer, layers, ops: Dense(config.width, config.dense_width),
+    "L": lambda config, layer, layers, ops, number: mixers.build(config, layer, layers, ops),
+    "N": lambda config, layer, layers, ops, number: ATTENTION[config.attention](config, ops),
+    "E": lambda config, layer, layers, ops, number: MoE(experts_of(config), ops, number),
+    "D": lambda config, layer, layers, ops, number: Dense(config.width, config.dense_width, config.expert_kind),
 }
 
 
@@ -211,45 +223,22 @@ def experts_of(config: Config) -> Experts:
         top_k=config.top_k,
         hidden=config.expert_width,
         router=config.router,
+        kind=config.expert_kind,
+        biases=config.expert_biases,
         capacity_factor=config.capacity_factor,
+        drop=config.drop,
+        pad=config.pad,
         groups=config.groups,
         groups_kept=config.groups_kept,
         shared=config.shared_width,
         shared_gate=config.shared_gate,
+        identity=config.identity,
+        latent=config.latent,
+        slots=config.expert_slots,
+        jitter=config.jitter,
+        dropout=config.expert_dropout,
+        vocabulary=config.vocabulary,
     )
-
-
-# ------------------------------------------------------------------------------- randomness that is a function
-
-
-def dropout(x: Float[Tensor, "b t d"], share: float, key: int, index: Int[Tensor, "b t"]) -> Tensor:
-    """Zero a `share` of x and scale up the rest, by a hash of (key, token's number, channel): no ranks, no order."""
-    draw = noise(key, index, x.shape[-1])
-    return torch.where(draw < share, 0.0, x / (1 - share)).to(x.dtype)
-
-
-def noise(key: int, index: Int[Tensor, "b t"], width: int) -> Float[Tensor, "b t d"]:
-    """Even in [0, 1), 24 bits: the splitmix64 finaliser of each counter (Steele et al., OOPSLA 2014)."""
-    z = index[..., None] * width + torch.arange(width, device=index.device)
-    z = z + wrapped(key * 0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ shifted(z, shift)) * wrapped(factor)
-    return (shifted(z ^ shifted(z, 31), 40)).float() * 2.0**-24
-
-
-def wrapped(x: int) -> int:
-    """x modulo 2^64 as a signed 64-bit number, in which torch multiplies."""
-    return (x + 2**63) % 2**64 - 2**63
-
-
-def shifted(x: Tensor, bits: int) -> Tensor:
-    """A right shift that brings in zeros; torch's own repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def seed_of(*what) -> int:
-    """63 bits that depend on all of `what`, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], "little") >> 1
 
 
 # --------------------------------------------------------------------------------------------- the parameters
@@ -285,6 +274,9 @@ def initialize(model: nn.Module, seed: int, how: dict | None = None) -> None:
             weight.copy_(value)
     for _, buffer in model.named_buffers():
         buffer.zero_()
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoE):
+            layer.begin(seed_of(seed, name))
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -294,13 +286,37 @@ def sizes(config: Config) -> dict[str, int]:
     with torch.device("meta"):
         model = LanguageModel(config, ops)
     count = {name: p.numel() for name, p in model.named_parameters()}
-    routed = sum(m.w13.numel() + m.w2.numel() for m in model.modules() if isinstance(m, MoE))
+    layers = [m for m in model.modules() if isinstance(m, MoE)]
+    routed = sum(p.numel() for m in layers for p in (m.w13, m.w2, m.b13, m.b2) if p is not None)
     return {
         "total": sum(count.values()),
         "active": sum(count.values()) - routed + routed * config.top_k // config.experts,
         "embeddings": sum(n for name, n in count.items() if name in ("embedding", "head")),
         "norms": sum(n for name, n in count.items() if name.endswith("norm")),
     }
+
+
+def for_writing(model: LanguageModel) -> tuple[LanguageModel, str]:
+    """The model that writes token by token, with the same parameters, and what it does otherwise ("": nothing).
+
+    Where a token's experts depend on the text around it, it chooses them by itself: no expert is ever full, and
+    routers whose experts choose give way to their token choice (`Router.decode`). ValueError for a router that has
+    none: Soft MoE mixes all tokens of a text.
+    """
+    config, router = model.config, row(model.config.router)
+    if "E" not in config.letters or experts_of(config).prefix_stable:
+        return model, ""
+    if router.pooled == "always":
+        raise ValueError(f"router {router.title} mixes all tokens of a text: it cannot write them one by one")
+    name = router.decode or config.router
+    alone = replace(config, router=name, capacity_factor=math.inf, pad=False)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer = LanguageModel(alone, model.ops)
+    writer.load_state_dict(model.state_dict(), assign=True)
+    choice = f"each token chooses its own {config.top_k} experts as in {row(name).title}"
+    what = choice if router.decode else "no expert is ever full"
+    return writer.train(model.training), f"router {router.title} goes by the whole text: in writing, {what}"
 
 
 def state_bytes(state) -> int:

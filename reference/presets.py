@@ -7,7 +7,8 @@ from typing import Literal
 from reference.lsm import LSM
 from reference.mixers.linear_attention import FEATURE_MAP
 from reference.mixers.softmax import ATTENTION
-from reference.routers import ROUTER
+from reference.moe import EXPERT
+from reference.routers import QUEUE, ROUTER
 
 LATENT_SIZES = ("latent_rank", "query_rank", "nope_size", "latent_value_size")
 LETTERS = {"L": "linear", "N": "softmax attention", "E": "experts", "D": "dense"}
@@ -94,6 +95,10 @@ class Model:
     """Experts a token visits."""
     expert_width: int = 256
     """Hidden channels of one expert."""
+    expert_kind: Literal[tuple(EXPERT)] = "swiglu"
+    """What stands between the two matrices of an expert, and of a D."""
+    expert_biases: bool = False
+    """Whether router and experts add biases (GPT-OSS)."""
     shared_width: int = 0
     """Hidden channels of the expert that every token visits (0: none)."""
     shared_gate: bool = False
@@ -103,7 +108,22 @@ class Model:
     groups_kept: int = 1
     """Groups that a token may visit."""
     capacity_factor: float | None = None
-    """For routers with a capacity (None: as published)."""
+    """An expert's room over its share of the tokens (None: as published; inf: never full)."""
+    drop: Literal[tuple(QUEUE)] | None = None
+    """Whom a full expert turns away first: the latest position, the second slots, the least probability, the second
+    slots of the least probable tokens (None: as published)."""
+    pad: bool = False
+    """Whether every expert computes as many rows as it has room for."""
+    identity: int = 0
+    """Experts besides, that return the token as it is."""
+    latent: int = 0
+    """Channels that the experts see of a token (0: the token itself)."""
+    expert_slots: int = 1
+    """Of one expert, for Soft MoE."""
+    jitter: float | None = None
+    """In training the router sees the token times 1 - jitter to 1 + jitter (None: as published)."""
+    expert_dropout: float = 0.0
+    """Share of the experts' hidden channels set to zero in training."""
     dense_width: int = 512
     """Hidden channels of a D."""
     rope_base: float = 10000.0

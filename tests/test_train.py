@@ -47,7 +47,7 @@ def whole(corpus, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_its_folder(whole):
     names = {p.name for p in whole.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "train.py", "commit.txt", "checkpoints", "loss.png"}
+    assert names == {"config.json", "metrics.jsonl", "train.py", "commit.txt", "checkpoints", "loss.png", "experts.png"}
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {"step-6", "step-8"}
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = metrics(whole)
@@ -143,7 +143,7 @@ def test_resume_on_another_number_of_ranks(corpus, tmp_path):
 def test_micro_batches_add_up(corpus, tmp_path):
     """Without the balance loss, whose loads are those of a micro-batch, three small batches are one large one."""
     for name, more in (("one", ()), ("three", ("--micro", 2))):
-        done = run("train.py", *line(corpus, tmp_path / name, *EXACT, "--balance", 0, *more, steps=3))
+        done = run("train.py", *line(corpus, tmp_path / name, *EXACT, "--balance", "z", 0, *more, steps=3))
         assert done.returncode == 0, done.stderr
     assert_same(checkpoint(tmp_path / "three", 3), checkpoint(tmp_path / "one", 3), 1e-12)
 

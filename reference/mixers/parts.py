@@ -38,6 +38,10 @@ def uniform(low: float, high: float) -> Start:
     return lambda shape, rng: low + (high - low) * torch.rand(shape, generator=rng)
 
 
+def orthogonal(gain: float) -> Start:
+    return lambda shape, rng: nn.init.orthogonal_(torch.empty(shape), gain, rng)
+
+
 def log_uniform(low: float, high: float) -> Start:
     """log of a number drawn evenly from (low, high): Mamba's A_log."""
     return lambda shape, rng: uniform(low, high)(shape, rng).clamp(min=1e-4).log()
