@@ -119,6 +119,7 @@ def router(name: str, row: Router) -> list:
 
 
 def presets() -> str:
+    """Total and active parameters of each preset. Its heads are of L and N alike, or of L, then of N."""
     columns = (
         "preset | what | pattern | width: | heads: | experts × width, top-k"
         " | parameters without embeddings: | active of them: | embeddings:"
@@ -128,10 +129,11 @@ def presets() -> str:
 
 def preset(name: str, what: str, config) -> list:
     count = sizes(config)
-    experts = f"{config.experts} × {config.expert_width}, {config.top_k}"
+    heads = f"{config.heads}, {config.attention_heads}" if config.attention_heads else config.heads
+    experts = f"{config.experts} × {config.expert_width}, {config.top_k}" if "E" in config.letters else "none"
     inner = [millions(count[kind] - count["embeddings"]) for kind in ("total", "active")]
-    stack = f"{config.pattern} × {config.repeat}"
-    return [f"`{name}`", what, stack, config.width, config.heads, experts, *inner, millions(count["embeddings"])]
+    stack = ", ".join(part for part in (config.first, f"{config.pattern} × {config.repeat}", config.last) if part)
+    return [f"`{name}`", what, stack, config.width, heads, experts, *inner, millions(count["embeddings"])]
 
 
 def millions(count: int) -> str:
