@@ -119,7 +119,6 @@ def router(name: str, row: Router) -> list:
 
 
 def presets() -> str:
-    """Total and active parameters of each preset. Its heads are of L and N alike, or of L, then of N."""
     columns = (
         "preset | what | pattern | width: | heads: | experts × width, top-k"
         " | parameters without embeddings: | active of them: | embeddings:"
@@ -133,6 +132,7 @@ def preset(name: str, what: str, config) -> list:
     experts = f"{config.experts} × {config.expert_width}, {config.top_k}" if "E" in config.letters else "none"
     inner = [millions(count[kind] - count["embeddings"]) for kind in ("total", "active")]
     stack = ", ".join(part for part in (config.first, f"{config.pattern} × {config.repeat}", config.last) if part)
+    stack += ", bare" * config.bare
     return [f"`{name}`", what, stack, config.width, heads, experts, *inner, millions(count["embeddings"])]
 
 

@@ -12,7 +12,6 @@ from reference.routers import ROUTER
 
 LATENT_SIZES = ("latent_rank", "query_rank", "nope_size", "latent_value_size")
 LETTERS = {"L": "linear", "N": "softmax attention", "E": "experts", "D": "dense"}
-FOLLOWING = {"experts": "E", "dense": "D", "none": ""}
 
 
 @dataclass(frozen=True)
@@ -20,15 +19,15 @@ class Model:
     """What a model is made of. Sizes are channels unless said."""
 
     pattern: str = "LLLN"
-    """One letter a sublayer: L linear, N softmax attention, E experts, D dense. Only L and N: each has its `follow`."""
+    """One letter a sublayer: L linear, N softmax attention, E experts, D dense. Only L and N: each is followed by E."""
     repeat: int = 1
     """How many times the pattern stands in the stack."""
     first: str = ""
     """Letters that stand once, before all patterns: say, a dense first layer."""
     last: str = ""
     """Letters that stand once, behind all patterns."""
-    follow: Literal[tuple(FOLLOWING)] = "experts"
-    """What follows every letter of a pattern (or first, or last) of only L and N."""
+    bare: bool = False
+    """Whether a pattern (or first, or last) of only L and N stays as it is: no E is put behind its letters."""
     lsm: Literal[tuple(LSM)] = "gated_delta_net"
     """The linear sequence model of every L."""
     vocabulary: int = 257
@@ -132,8 +131,6 @@ class Model:
     def __post_init__(self):
         for name in ("pattern", "first", "last"):
             self.check_letters(name, getattr(self, name))
-        if self.follow not in FOLLOWING:
-            raise ValueError(f"unknown follow {self.follow!r}; expected one of {', '.join(FOLLOWING)}")
         if self.lsm not in LSM:
             raise ValueError(f"unknown linear sequence model {self.lsm!r}; expected one of {', '.join(LSM)}")
         if self.feature_map not in FEATURE_MAP:
@@ -206,8 +203,8 @@ class Model:
         return self.spelled(self.first) + self.spelled(self.pattern) * self.repeat + self.spelled(self.last)
 
     def spelled(self, part: str) -> str:
-        short = not set(part) & set("ED")
-        return "".join(letter + FOLLOWING[self.follow] if short else letter for letter in part)
+        short = not self.bare and not set(part) & set("ED")
+        return "".join(letter + "E" if short else letter for letter in part)
 
 
 TINY = Model(pattern="LLLN", lsm="mamba2", key_size=32, value_size=64, experts=8, top_k=2, expert_width=128)

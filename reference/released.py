@@ -73,6 +73,7 @@ QWEN3_NEXT = {
     "rope_share": 0.25,
     "eps": 1e-6,
 }
+# Its router is DeepSeek-V3's without groups, whose gates sum to 2.446 where the row's sum to 2.5.
 KIMI_LINEAR = {
     "first": "LDLELENE",
     "pattern": "LLLN",
@@ -175,6 +176,7 @@ MIXTRAL = {
     "expert_width": 14336,
     "rope_base": 1e6,
 }
+# Its router chooses among the best 3 of 8 groups and multiplies its gates by 16: the row does neither.
 DEEPSEEK_V2 = {
     "first": "ND",
     "pattern": "N",
@@ -236,9 +238,8 @@ QWEN2_MOE = QWEN15_MOE | {
     "shared_width": 20480,
 }
 LLAMA3 = {
-    "pattern": "N",
+    "pattern": "ND",
     "repeat": 32,
-    "follow": "dense",
     "vocabulary": 128256,
     "width": 4096,
     "heads": 32,
@@ -264,9 +265,9 @@ RELEASED: dict[str, tuple[str, dict]] = {
         "MoE-Mamba 100M with 42 experts (2401.04081)",
         MOE_MAMBA | {"repeat": 16, "width": 768, "experts": 42, "expert_width": 1536},
     ),
-    "mamba-25m": ("Mamba alone, of MoE-Mamba (2401.04081)", MOE_MAMBA | {"repeat": 16, "follow": "none"}),
-    "mamba-mlp-25m": ("Mamba and dense layers, of MoE-Mamba (2401.04081)", MOE_MAMBA | {"follow": "dense"}),
-    "transformer-25m": ("Transformer, of MoE-Mamba (2401.04081)", TRANSFORMER | {"follow": "dense"}),
+    "mamba-25m": ("Mamba alone, of MoE-Mamba (2401.04081)", MOE_MAMBA | {"repeat": 16, "bare": True}),
+    "mamba-mlp-25m": ("Mamba and dense layers, of MoE-Mamba (2401.04081)", MOE_MAMBA | {"pattern": "LD"}),
+    "transformer-25m": ("Transformer, of MoE-Mamba (2401.04081)", TRANSFORMER | {"pattern": "ND"}),
     "transformer-moe-25m": ("Transformer with 32 experts, of MoE-Mamba (2401.04081)", TRANSFORMER),
     "mixtral-8x7b": ("Mixtral 8x7B, 46.7B-A12.9B (2401.04088)", MIXTRAL),
     "deepseek-v2": ("DeepSeek-V2 236B-A21B (2405.04434)", DEEPSEEK_V2),

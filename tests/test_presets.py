@@ -323,8 +323,7 @@ def test_letters():
     assert Model(pattern="LLD").letters == "LLD"
     assert Model(pattern="LN", repeat=2, first="LD", last="N").letters == "LD" + "LENELENE" + "NE"
     assert Model(pattern="LD", repeat=2, first="N", last="L").letters == "NE" + "LDLD" + "LE"
-    assert Model(pattern="LN", follow="dense").letters == "LDND"
-    assert Model(pattern="LN", repeat=2, last="LE", follow="none").letters == "LNLNLE"
+    assert Model(pattern="LN", repeat=2, last="LE", bare=True).letters == "LNLNLE"
 
 
 BAD = {
@@ -332,7 +331,6 @@ BAD = {
     "pattern empty": ({"pattern": ""}, "pattern ''.* allowed are L .*, N .*, E .*, D"),
     "first": ({"first": "LX"}, "first 'LX' has letters 'X'; allowed are L .*, N .*, E .*, D"),
     "last": ({"last": "nE"}, "last 'nE' has letters 'n'; allowed are L .*, N .*, E .*, D"),
-    "follow": ({"follow": "expert"}, "unknown follow 'expert'; expected one of experts, dense, none"),
     "lsm": ({"lsm": "mambo"}, f"'mambo'; expected one of {', '.join(LSM)}"),
     "features": ({"feature_map": "elo"}, f"'elo'; expected one of {', '.join(FEATURE_MAP)}"),
     "router": ({"router": "mixtrall"}, f"'mixtrall'; expected one of {', '.join(ROUTER)}"),
