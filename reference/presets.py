@@ -142,17 +142,9 @@ class Model:
         for name in ("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        optional = (
-            "convolution",
-            "attention_heads",
-            "key_heads",
-            "key_size",
-            "value_size",
-            "value_heads",
-            "state_groups",
-            "slots",
-        )
-        optional += ("mini_batch", "delta_steps", "levels", "memories", "window", "head_size", *LATENT_SIZES)
+        optional = ("convolution", "key_heads", "key_size", "value_size", "value_heads", "state_groups", "slots")
+        optional += ("mini_batch", "delta_steps", "levels", "memories", "window", "attention_heads", "head_size")
+        optional += LATENT_SIZES
         for name in optional:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
