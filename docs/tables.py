@@ -130,10 +130,12 @@ def presets() -> str:
 
 def preset(name: str, what: str, config) -> list:
     count = sizes(config)
-    experts = f"{config.experts} × {config.expert_width}, {config.top_k}"
+    heads = f"{config.heads}, {config.attention_heads}" if config.attention_heads else config.heads
+    experts = f"{config.experts} × {config.expert_width}, {config.top_k}" if "E" in config.letters else "none"
     inner = [millions(count[kind] - count["embeddings"]) for kind in ("total", "active")]
-    stack = f"{config.pattern} × {config.repeat}"
-    return [f"`{name}`", what, stack, config.width, config.heads, experts, *inner, millions(count["embeddings"])]
+    stack = ", ".join(part for part in (config.first, f"{config.pattern} × {config.repeat}", config.last) if part)
+    stack += ", bare" * config.bare
+    return [f"`{name}`", what, stack, config.width, heads, experts, *inner, millions(count["embeddings"])]
 
 
 def millions(count: int) -> str:

@@ -8,6 +8,7 @@ from reference.lsm import LSM
 from reference.mixers.linear_attention import FEATURE_MAP
 from reference.mixers.softmax import ATTENTION
 from reference.moe import EXPERT
+from reference.released import RELEASED
 from reference.routers import QUEUE, ROUTER
 
 LATENT_SIZES = ("latent_rank", "query_rank", "nope_size", "latent_value_size")
@@ -22,6 +23,12 @@ class Model:
     """One letter a sublayer: L linear, N softmax attention, E experts, D dense. Only L and N: each is followed by E."""
     repeat: int = 1
     """How many times the pattern stands in the stack."""
+    first: str = ""
+    """Letters that stand once, before all patterns: say, a dense first layer."""
+    last: str = ""
+    """Letters that stand once, behind all patterns."""
+    bare: bool = False
+    """Whether a pattern (or first, or last) of only L and N stays as it is: no E is put behind its letters."""
     lsm: Literal[tuple(LSM)] = "gated_delta_net"
     """The linear sequence model of every L."""
     vocabulary: int = 257
@@ -29,17 +36,21 @@ class Model:
     width: int = 128
     """Of the residual stream."""
     heads: int = 4
-    """Of L and of N."""
+    """Of L, and of N unless it has its own."""
+    attention_heads: int | None = None
+    """Of N (None: heads)."""
     attention: Literal[tuple(ATTENTION)] = "grouped"
     """The softmax attention of every N: heads of keys and values, or a latent from which all heads read theirs."""
     window: int | None = None
     """Tokens that a token of N sees, itself included (None: all before it)."""
     head_size: int | None = None
-    """Of one head of N (None: width / heads)."""
+    """Of one head of N (None: width / its heads)."""
     key_heads: int | None = None
-    """Key and value heads of grouped attention that the query heads share (None: as many as heads)."""
+    """Key and value heads of grouped attention that the query heads share (None: one each)."""
     qk_norm: bool = False
     """Whether grouped attention has an RMS norm on each head's query and key."""
+    qkv_bias: bool = False
+    """Whether the queries, keys and values of grouped attention have a bias (Qwen2)."""
     attention_gate: bool = False
     """Whether a sigmoid gates the output of N, channel by channel."""
     latent_rank: int | None = None
@@ -138,10 +149,8 @@ class Model:
     """Of every RMS norm."""
 
     def __post_init__(self):
-        if not self.pattern or set(self.pattern) - set(LETTERS):
-            wrong = "".join(sorted(set(self.pattern) - set(LETTERS)))
-            known = ", ".join(f"{letter} ({what})" for letter, what in LETTERS.items())
-            raise ValueError(f"pattern {self.pattern!r} has letters {wrong!r}; allowed are {known}")
+        for name in ("pattern", "first", "last"):
+            self.check_letters(name, getattr(self, name))
         if self.lsm not in LSM:
             raise ValueError(f"unknown linear sequence model {self.lsm!r}; expected one of {', '.join(LSM)}")
         if self.feature_map not in FEATURE_MAP:
@@ -154,7 +163,8 @@ class Model:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         optional = ("convolution", "key_heads", "key_size", "value_size", "value_heads", "state_groups", "slots")
-        optional += ("mini_batch", "delta_steps", "levels", "memories", "window", "head_size", *LATENT_SIZES)
+        optional += ("mini_batch", "delta_steps", "levels", "memories", "window", "attention_heads", "head_size")
+        optional += LATENT_SIZES
         for name in optional:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -163,17 +173,20 @@ class Model:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.rope_size is not None and self.rope_size < 0:
             raise ValueError(f"rope_size is {self.rope_size}; it must be at least 0")
-        if self.width % self.heads and (self.head_size is None or "L" in self.pattern):
+        queries = self.attention_heads or self.heads
+        if self.width % self.heads and "L" in self.letters:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
-        if self.heads % (self.key_heads or self.heads):
-            raise ValueError(f"{self.heads} heads cannot share {self.key_heads} key_heads: heads must be a multiple")
+        if self.width % queries and "N" in self.letters and self.head_size is None:
+            raise ValueError(f"width {self.width} does not divide into {queries} heads of attention")
+        if queries % (self.key_heads or queries):
+            raise ValueError(f"{queries} heads cannot share {self.key_heads} key_heads: heads must be a multiple")
         if (self.value_heads or self.heads) % self.heads:
             raise ValueError(f"{self.value_heads} value_heads cannot share {self.heads} heads: they must be a multiple")
         if self.gate_floor is not None and not -math.inf < self.gate_floor < 0:
             raise ValueError(f"gate_floor is {self.gate_floor}; it must be below 0 and finite")
         if not 0 <= self.rope_share <= 1:
             raise ValueError(f"rope_share is {self.rope_share}; it must be at least 0 and at most 1")
-        if "N" in self.pattern:
+        if "N" in self.letters:
             self.check_turning()
         if self.top_k > self.experts and "E" in self.letters:
             raise ValueError(f"top_k {self.top_k} needs at least as many experts, got {self.experts}")
@@ -181,6 +194,12 @@ class Model:
             raise ValueError(f"step_limits are {self.step_limits}; the least must be at least 0 and below the largest")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def check_letters(self, name: str, text: str) -> None:
+        if set(text) - set(LETTERS) or (name == "pattern" and not text):
+            wrong = "".join(sorted(set(text) - set(LETTERS)))
+            known = ", ".join(f"{letter} ({what})" for letter, what in LETTERS.items())
+            raise ValueError(f"{name} {text!r} has letters {wrong!r}; allowed are {known}")
 
     def check_turning(self) -> None:
         """Channels turn in pairs; a share above 0 must turn one at least, if there is anything to turn."""
@@ -193,8 +212,11 @@ class Model:
     @property
     def letters(self) -> str:
         """The whole stack, one letter a sublayer: LLLN stands for LELELENE."""
-        short = not set(self.pattern) & set("ED")
-        return "".join(letter + "E" if short else letter for letter in self.pattern * self.repeat)
+        return self.spelled(self.first) + self.spelled(self.pattern) * self.repeat + self.spelled(self.last)
+
+    def spelled(self, part: str) -> str:
+        short = not self.bare and not set(part) & set("ED")
+        return "".join(letter + "E" if short else letter for letter in part)
 
 
 TINY = Model(pattern="LLLN", lsm="mamba2", key_size=32, value_size=64, experts=8, top_k=2, expert_width=128)
@@ -217,4 +239,5 @@ PRESETS: dict[str, tuple[str, Model]] = {
     "a0.3b-2b-hybrid": ("Linear-MoE A0.3B-2B, one layer in four softmax", replace(A03B, pattern="LLLN", repeat=3)),
     "a1b-7b": ("Linear-MoE A1B-7B, pure linear (2503.05447)", A1B),
     "a1b-7b-hybrid": ("Linear-MoE A1B-7B, one layer in four softmax", replace(A1B, pattern="LLLN", repeat=4)),
+    **{name: (what, Model(**fields)) for name, (what, fields) in RELEASED.items()},
 }

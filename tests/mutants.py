@@ -164,6 +164,20 @@ MUTANTS = [
         "tests/test_mixers.py -k oracles",
     ),
     Mutant(
+        "attention has the heads of the linear model",
+        "reference/mixers/softmax.py",
+        "return config.attention_heads or config.heads",
+        "return config.heads",
+        "tests/test_mixers.py -k 'oracles and KimiLinearAttention'",
+    ),
+    Mutant(
+        "the last letters stand behind every pattern",
+        "reference/presets.py",
+        "self.spelled(self.pattern) * self.repeat + self.spelled(self.last)",
+        "(self.spelled(self.pattern) + self.spelled(self.last)) * self.repeat",
+        "tests/test_presets.py -k letters",
+    ),
+    Mutant(
         "latent attention's scale is that of the latent space",
         "reference/mixers/softmax.py",
         "o, past = self.ops.attention(q, k, v, past, cu_seqlens, self.window, self.scale)",

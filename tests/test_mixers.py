@@ -30,6 +30,7 @@ SOFTMAX = {
     "window": {"window": 4},
     "partial": {"rope_share": 0.5, "head_size": 8, "qk_norm": True, "attention_gate": True},
     "nope": {"rope_share": 0.0},
+    "bias": {"qkv_bias": True},
     "latent": {"attention": "latent", "latent_value_size": 5},
     "latent, window": {"attention": "latent", "query_rank": 7, "window": 5},
 }

@@ -1,8 +1,10 @@
 """The published shapes have the published sizes, and a configuration that cannot be built says so in one line."""
 
 import ast
+import importlib
 import inspect
 import math
+import re
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -16,6 +18,7 @@ from reference.mixers.linear_attention import FEATURE_MAP
 from reference.model import LanguageModel, sizes
 from reference.presets import PRESETS, Model
 from reference.printed import PRINTED
+from reference.released import RELEASED
 from reference.routers import ROUTER
 
 # Billions of parameters without embeddings and norms, then of those one token uses, as 2503.05447 counts them (its
@@ -62,6 +65,196 @@ def test_tiny_is_a_small_model_of_the_same_kind():
     tiny = PRESETS["tiny"][1]
     assert tiny.experts >= 8 and tiny.top_k >= 2 and {"L", "N", "E"} <= set(tiny.letters)
     assert sizes(tiny)["total"] < 20e6
+
+
+# The released configurations, where they are not the defaults of transformers' classes: file, class, fields.
+GRANITE = {"vocab_size": 100352, "num_hidden_layers": 40, "mamba_d_state": 128, "tie_word_embeddings": True}
+GRANITE |= {"layer_types": ["full_attention" if i % 10 == 5 else "linear_attention" for i in range(40)]}
+KIMI = {"full_attn_layers": [4, 8, 12, 16, 20, 24, 27]}  # counted from 1
+KIMI |= {"kda_layers": [i for i in range(1, 28) if i not in KIMI["full_attn_layers"]]}
+CLASSES = {
+    "minimax-01": (
+        *("minimax", "MiniMax"),
+        {
+            "vocab_size": 200064,
+            "hidden_size": 6144,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "head_dim": 128,
+            "num_local_experts": 32,
+            "layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 10,
+        },
+    ),
+    "qwen3-next-80b-a3b": ("qwen3_next", "Qwen3Next", {}),
+    "kimi-linear-48b-a3b": ("kimi_linear", "KimiLinear", {"linear_attn_config": KIMI}),
+    "jamba-v0.1": ("jamba", "Jamba", {}),
+    "granite-4.0-h-small": (
+        *("granitemoehybrid", "GraniteMoeHybrid"),
+        GRANITE
+        | {
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "mamba_n_heads": 128,
+            "num_local_experts": 72,
+            "num_experts_per_tok": 10,
+            "intermediate_size": 768,
+            "shared_intermediate_size": 1536,
+        },
+    ),
+    "granite-4.0-h-tiny": (
+        *("granitemoehybrid", "GraniteMoeHybrid"),
+        GRANITE
+        | {
+            "hidden_size": 1536,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "mamba_n_heads": 48,
+            "num_local_experts": 64,
+            "num_experts_per_tok": 6,
+            "intermediate_size": 512,
+            "shared_intermediate_size": 1024,
+        },
+    ),
+    "mixtral-8x7b": ("mixtral", "Mixtral", {}),
+    "deepseek-v2": (
+        *("deepseek_v2", "DeepseekV2"),
+        {
+            "hidden_size": 5120,
+            "num_hidden_layers": 60,
+            "num_attention_heads": 128,
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 1536,
+            "n_routed_experts": 160,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "deepseek-v3": ("deepseek_v3", "DeepseekV3", {}),
+    "qwen1.5-moe-a2.7b": ("qwen2_moe", "Qwen2Moe", {}),
+    "qwen2-57b-a14b": (
+        *("qwen2_moe", "Qwen2Moe"),
+        {
+            "hidden_size": 3584,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2560,
+            "shared_expert_intermediate_size": 20480,
+        },
+    ),
+    "llama3-8b": (
+        *("llama", "Llama"),
+        {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8},
+    ),
+}
+
+
+def of_transformers(name):
+    """The released model of that preset, without memory."""
+    file, kind, settings = CLASSES[name]
+    configuration = importlib.import_module(f"transformers.models.{file}.configuration_{file}")
+    modeling = importlib.import_module(f"transformers.models.{file}.modeling_{file}")
+    with torch.device("meta"):
+        return getattr(modeling, f"{kind}ForCausalLM")(getattr(configuration, f"{kind}Config")(**settings))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_released_models_have_as_many_parameters_as_in_transformers(name):
+    """To the last one: no norm, bias or gate is more or less than released."""
+    model, config = of_transformers(name), PRESETS[name][1]
+    assert sizes(config)["total"] == sum(p.numel() for p in model.parameters())
+    assert config.top_k == getattr(model.config, "num_experts_per_tok", config.top_k)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_released_models_have_their_layers_in_the_order_of_transformers(name):
+    model, config = of_transformers(name), PRESETS[name][1]
+    layers = [{path.split(".")[1] for path, _ in layer.named_modules() if "." in path} for layer in model.model.layers]
+    assert [letter for letter in config.letters if letter in "ED"] == ["DE"["experts" in parts] for parts in layers]
+    kinds = getattr(model.config, "layer_types", len(layers) * ["full_attention"])
+    linear = [kind == "linear_attention" for kind in kinds]
+    assert [letter for letter in config.letters if letter in "LN"] == ["NL"[is_linear] for is_linear in linear]
+
+
+# Billions of parameters as published, all and those that one token uses, then how many of the two matrices of the
+# vocabulary each of the two numbers has in it. Hunyuan-TurboS was not released: some of its sizes are chosen to fit.
+BILLIONS = {
+    "minimax-01": ("456", "45.9", 2, 0),
+    "hunyuan-turbos": ("560", "56", 2, 0),
+    "qwen3-next-80b-a3b": ("80", "3", 2, 0),
+    "kimi-linear-48b-a3b": ("48", "3", 0, 0),
+    "jamba-v0.1": ("52", "12", 2, 2),
+    "granite-4.0-h-small": ("32", "9", 2, 2),
+    "granite-4.0-h-tiny": ("7", "1", 2, 2),
+    "mixtral-8x7b": ("46.7", "12.9", 2, 2),
+    "deepseek-v2": ("236", "21", 2, 2),
+    "deepseek-v3": ("671", "37", 2, 1),
+    "qwen1.5-moe-a2.7b": ("14.3", "2.7", 2, 2),
+    "qwen2-57b-a14b": ("57", "14", 2, 2),
+    "llama3-8b": ("8.03", "8.03", 2, 2),
+}
+# Millions without embeddings and norms, as MoE-Mamba (2401.04081) counts them: all, those that one token uses.
+MILLIONS = {
+    "moe-mamba-4": (63.9, 26.2),
+    "moe-mamba-8": (114.3, 26.2),
+    "moe-mamba-16": (214.9, 26.2),
+    "moe-mamba-32": (416.3, 26.3),
+    "moe-mamba-42": (542.2, 26.3),
+    "moe-mamba-100m": (2439.0, 117.5),
+    "mamba-25m": (27.1, 27.1),
+    "mamba-mlp-25m": (26.1, 26.1),
+    "transformer-25m": (25.2, 25.2),
+    "transformer-moe-25m": (545.3, 25.3),
+}
+# Sublayers as published: linear, softmax, experts, dense.
+SUBLAYERS = {
+    "minimax-01": (70, 10, 80, 0),
+    "hunyuan-turbos": (57, 7, 64, 0),
+    "qwen3-next-80b-a3b": (36, 12, 48, 0),
+    "kimi-linear-48b-a3b": (20, 7, 26, 1),
+    "jamba-v0.1": (28, 4, 16, 16),
+    "granite-4.0-h-small": (36, 4, 40, 0),
+    "granite-4.0-h-tiny": (36, 4, 40, 0),
+    **{f"moe-mamba-{experts}": (8, 0, 8, 0) for experts in (4, 8, 16, 32, 42)},
+    "moe-mamba-100m": (16, 0, 16, 0),
+    "mamba-25m": (16, 0, 0, 0),
+    "mamba-mlp-25m": (8, 0, 0, 8),
+    "transformer-25m": (0, 8, 0, 8),
+    "transformer-moe-25m": (0, 8, 8, 0),
+    "mixtral-8x7b": (0, 32, 32, 0),
+    "deepseek-v2": (0, 60, 59, 1),
+    "deepseek-v3": (0, 61, 58, 3),
+    "qwen1.5-moe-a2.7b": (0, 24, 24, 0),
+    "qwen2-57b-a14b": (0, 28, 28, 0),
+    "llama3-8b": (0, 32, 0, 32),
+}
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_released_models_have_the_published_billions(name):
+    count = sizes(PRESETS[name][1])
+    total, active, *counted = BILLIONS[name]
+    for text, kind, matrices in zip((total, active), ("total", "active"), counted, strict=True):
+        n = count[kind] - count["embeddings"] * (2 - matrices) // 2
+        assert f"{n / 1e9:.{len(text.partition('.')[2])}f}" == text
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_moe_mamba_and_its_baselines_have_the_published_millions(name):
+    count = sizes(PRESETS[name][1])
+    besides = count["embeddings"] + count["norms"]
+    assert tuple(round((count[kind] - besides) / 1e6, 1) for kind in ("total", "active")) == MILLIONS[name]
+
+
+def test_every_released_model_is_checked_and_has_the_published_layers():
+    assert set(RELEASED) == set(SUBLAYERS) == {*BILLIONS, *MILLIONS} and set(CLASSES) < set(RELEASED)
+    for name, (what, _) in RELEASED.items():
+        assert re.search(r"\(\d{4}\.\d{5}\)$", what), name
+        assert tuple(PRESETS[name][1].letters.count(letter) for letter in "LNED") == SUBLAYERS[name], name
 
 
 def head(lsm, key_size, value_size):
@@ -128,11 +321,16 @@ def test_letters():
     assert Model(pattern="LN", repeat=2).letters == "LENELENE"
     assert Model(pattern="LDNE", repeat=2).letters == "LDNELDNE"
     assert Model(pattern="LLD").letters == "LLD"
+    assert Model(pattern="LN", repeat=2, first="LD", last="N").letters == "LD" + "LENELENE" + "NE"
+    assert Model(pattern="LD", repeat=2, first="N", last="L").letters == "NE" + "LDLD" + "LE"
+    assert Model(pattern="LN", repeat=2, last="LE", bare=True).letters == "LNLNLE"
 
 
 BAD = {
     "pattern X": ({"pattern": "LXN"}, "pattern 'LXN' has letters 'X'; allowed are L .*, N .*, E .*, D"),
     "pattern empty": ({"pattern": ""}, "pattern ''.* allowed are L .*, N .*, E .*, D"),
+    "first": ({"first": "LX"}, "first 'LX' has letters 'X'; allowed are L .*, N .*, E .*, D"),
+    "last": ({"last": "nE"}, "last 'nE' has letters 'n'; allowed are L .*, N .*, E .*, D"),
     "lsm": ({"lsm": "mambo"}, f"'mambo'; expected one of {', '.join(LSM)}"),
     "features": ({"feature_map": "elo"}, f"'elo'; expected one of {', '.join(FEATURE_MAP)}"),
     "router": ({"router": "mixtrall"}, f"'mixtrall'; expected one of {', '.join(ROUTER)}"),
@@ -141,10 +339,16 @@ BAD = {
         for name in (
             *("repeat", "vocabulary", "width", "heads", "experts", "top_k", "expert_width", "dense_width"),
             *("convolution", "key_heads", "key_size", "value_size", "slots", "mini_batch", "delta_steps"),
-            *("value_heads", "levels", "memories"),
+            *("value_heads", "levels", "memories", "attention_heads"),
         )
     },
     "divide": ({"width": 130, "heads": 4}, "width 130 does not divide into 4 heads"),
+    "divide for N": ({"attention_heads": 3}, "width 128 does not divide into 3 heads of attention"),
+    "divide behind": (
+        {"pattern": "N", "attention_heads": 4, "heads": 3, "last": "L"},
+        "128 does not divide into 3 heads",
+    ),
+    "share of N": ({"attention_heads": 6, "head_size": 8, "key_heads": 4}, "6 heads cannot share 4 key_heads"),
     "share": ({"heads": 4, "key_heads": 3}, "4 heads cannot share 3 key_heads"),
     **{
         name: ({name: 0}, f"{name} is 0; it must be at least 1")
@@ -190,6 +394,8 @@ def test_rules_only_bind_what_the_model_has():
     Model(attention="latent", rope_size=0)
     Model(attention="latent", width=12, heads=4)  # what turns is half a head, made even
     Model(pattern="N", width=130, heads=4, head_size=32)  # heads that the width does not know
+    Model(pattern="N", heads=3, attention_heads=4)  # nothing has heads
+    Model(attention_heads=6, head_size=8, key_heads=3)
     Model(dropout=0.0)
 
 

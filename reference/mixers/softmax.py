@@ -44,16 +44,17 @@ class Softmax(Attention):
     """Causal softmax attention with rotary positions; `key_heads` heads of keys and values serve all queries.
 
     As in Llama (2302.13971, 2305.13245), and in Mistral (2310.06825) with a window. An RMS norm of every head's query
-    and key comes before the rotation, if asked (as in Qwen3). Its state grows with the text: keys and values of every
-    token, or of the last window - 1.
+    and key comes before the rotation, if asked (as in Qwen3); q, k and v have a bias, if asked (as in Qwen2). Its state
+    grows with the text: keys and values of every token, or of the last window - 1.
     """
 
     def __init__(self, config, ops):
-        super().__init__(config, ops, config.heads * size_of(config))
+        heads, bias = heads_of(config), config.qkv_bias
+        super().__init__(config, ops, heads * size_of(config))
         self.size = size_of(config)
-        keys = (config.key_heads or config.heads) * self.size
-        self.q = linear(config.width, config.heads * self.size)
-        self.k, self.v = linear(config.width, keys), linear(config.width, keys)
+        keys = (config.key_heads or heads) * self.size
+        self.q = linear(config.width, heads * self.size, bias)
+        self.k, self.v = linear(config.width, keys, bias), linear(config.width, keys, bias)
         self.q_norm, self.k_norm = (head_norm(self.size) if config.qk_norm else None for _ in "qk")
 
     @staticmethod
@@ -89,8 +90,9 @@ class Latent(Attention):
 
     def __init__(self, config, ops):
         size, value = size_of(config), config.latent_value_size or size_of(config)
-        super().__init__(config, ops, config.heads * value)
-        self.heads, self.value, self.rank = config.heads, value, config.latent_rank or 4 * size
+        heads = heads_of(config)
+        super().__init__(config, ops, heads * value)
+        self.heads, self.value, self.rank = heads, value, config.latent_rank or 4 * size
         self.own, self.shared = config.nope_size or size, self.may_turn(config)
         self.scale = (self.own + self.shared) ** -0.5
         self.down, self.norm = linear(config.width, self.rank + self.shared), head_norm(self.rank)
@@ -145,8 +147,12 @@ class Latent(Attention):
         return einsum(o, v_up, "b t h r, h e r -> b t h e"), Latents(past.k[:, :, 0], past.length)
 
 
+def heads_of(config) -> int:
+    return config.attention_heads or config.heads
+
+
 def size_of(config) -> int:
-    return config.head_size or config.width // config.heads
+    return config.head_size or config.width // heads_of(config)
 
 
 ATTENTION = {"grouped": Softmax, "latent": Latent}

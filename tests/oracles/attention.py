@@ -37,6 +37,11 @@ def sliding(*asked):
     return create_sliding_window_causal_mask(*asked)
 
 
+def qwen2():
+    names = GROUPED + " " + " ".join(f"{n}_proj.bias={n}.bias" for n in "qkv")
+    return grouped("qwen2_moe", "Qwen2Moe", weights=lambda w: renamed(w, names))
+
+
 def qwen3_next():
     """Its query and gate share a matrix, head after head, and its norms keep their weight's distance from one."""
 
@@ -96,6 +101,7 @@ ORACLES = {
     "NemotronHAttention": Oracle(
         "nope", lambda: grouped("nemotron_h", "NemotronH", False, head_dim=5), OURS | {"head_size": 5}
     ),
+    "Qwen2MoeAttention": Oracle("bias", qwen2, OURS | {"heads": 4, "attention_heads": 6}),
     "Qwen3NextAttention": Oracle("partial", qwen3_next, OURS),
     "DeepseekV2Attention": Oracle("latent", lambda: latent("deepseek_v2", "DeepseekV2"), LATENT | {"eps": 1e-6}),
     "DeepseekV3Attention": Oracle(
@@ -106,5 +112,7 @@ ORACLES = {
         lambda: latent("deepseek_v3", "DeepseekV3", 7, mask=sliding, sliding_window=5),
         LATENT | {"window": 5, "eps": 1e-6},
     ),
-    "KimiLinearAttention": Oracle("latent", kimi, LATENT | {"rope_share": 0.0, "eps": 1e-6}),
+    "KimiLinearAttention": Oracle(
+        "latent", kimi, LATENT | {"heads": 2, "attention_heads": 3, "rope_share": 0.0, "eps": 1e-6}
+    ),
 }
