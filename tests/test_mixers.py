@@ -384,7 +384,7 @@ def test_heads_without_channels_are_refused_in_one_line(name):
 
 
 def test_pairs_of_half_a_key_turn_in_mamba3():
-    message = "half a key of 3 channels cannot rotate: Mamba3's key_size must be at least 4"
+    message = r"half a key of 3 channels cannot rotate: Mamba3 \(SISO\)'s key_size must be at least 4"
     with pytest.raises(ValueError, match=message) as caught:
         Layer("mamba3", key_size=3)
     assert "\n" not in str(caught.value)
