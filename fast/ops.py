@@ -8,5 +8,14 @@ ops = reference.ops._replace(
     recurrence=recurrence.recurrence,
     span=recurrence.span,
     step=recurrence.step,
-    kept=("short_convolution", "token_shift", "attention", "experts", "norm", "token_losses", "total"),
+    kept=(
+        "short_convolution",
+        "token_shift",
+        "running_sum",
+        "attention",
+        "experts",
+        "norm",
+        "token_losses",
+        "total",
+    ),
 )

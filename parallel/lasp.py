@@ -203,6 +203,20 @@ def token_shift(ops: Ops, group: Group) -> Callable:
     return run
 
 
+def running_sum(ops: Ops, group: Group) -> Callable:
+    """One gather each way, of a segment's sum and, forward, one number a sequence. A sum is a memory that keeps."""
+
+    def run(x, last=None, cu_seqlens=None):
+        refuse("running_sum", last)
+        S = attached(ops.running_sum(x, None, cu_seqlens)[1], None, [x])[-x.shape[0] :, None, None]
+        whole = cu_seqlens is None or len(cu_seqlens) == 2  # else only the last document goes on
+        before = enter(Span(S.new_full(S.shape[:2], float(whole)), S, "scalar"), group)
+        y, last = ops.running_sum(x, for_first(before[:, 0, 0], cu_seqlens), cu_seqlens)
+        return attached(y, before, [x]), last
+
+    return run
+
+
 def window(x: Float[Tensor, "b t c"], reach: int, cu_seqlens) -> Span:
     """What a segment does to the last `reach` inputs: they move up by T_r places, and its own follow.
 
@@ -321,6 +335,7 @@ CUT = {
     "recurrence": recurrence,
     "short_convolution": short_convolution,
     "token_shift": token_shift,
+    "running_sum": running_sum,
     "attention": attention,
 }
 # Acts on each token alone, is about my own tokens by definition, or belongs to the mesh (total).

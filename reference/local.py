@@ -1,6 +1,7 @@
-"""What looks at a token and its nearest neighbours: short convolution, token shift, norms.
+"""What looks at a token and its nearest neighbours: short convolution, token shift, norms; and running sums.
 
 Both neighbours' states are the last inputs: `taps` the last w - 1 of a convolution, `last` the one before for a shift.
+A running sum's is the sum so far.
 """
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from reference.documents import document_of
+from reference.documents import document_of, over_documents
 
 ACTIVATION = {None: lambda x: x, "silu": F.silu, "sigmoid": torch.sigmoid, "relu": F.relu, "gelu": F.gelu}
 
@@ -40,6 +41,24 @@ def token_shift(
     """x_{t-1} for every t, with `last` (zeros if None) before the first; and the new last. RWKV (2404.05892)."""
     line, seat, taps = lined_up(x, None if last is None else last[:, None], 1, cu_seqlens)
     return line[:, :-1] if seat is None else line.index_select(1, seat), taps[:, 0]
+
+
+def running_sum(
+    x: Float[Tensor, "b t c"], last: Float[Tensor, "b c"] | None = None, cu_seqlens=None
+) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b c"]]:
+    """last + x_1 + ... + x_t for every t (`last` zeros if None), and the new last; document by document.
+
+    Float64: the angles that layers sum up would, in float32, be off by hundredths of a radian after 65,536 tokens.
+    """
+    n = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    last = x.new_zeros(n, x.shape[-1], dtype=torch.float64) if last is None else last.double()
+    if cu_seqlens is None:
+        return summed({"v": x.double()}, last)
+    return over_documents(summed, {"v": x.double()}, last, cu_seqlens)
+
+
+def summed(x: dict[str, Float[Tensor, "b t c"]], last: Float[Tensor, "b c"]) -> tuple[Tensor, Tensor]:
+    return last[:, None] + x["v"].cumsum(1), last + x["v"].sum(1)
 
 
 def lined_up(x: Float[Tensor, "b t c"], taps: Float[Tensor, "n r c"] | None, reach: int, cu_seqlens):

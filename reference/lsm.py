@@ -102,6 +102,7 @@ LSM: dict[str, Row] = {
         "2405.21060",
         used="Nemotron-H, Nemotron 3, Granite 4.0 H, Hunyuan-TurboS, Falcon-H1, Bamba, Codestral Mamba",
     ),
+    "mamba3": Row(scalar, outer, inclusive, QKV | ONE, {}, "mamba3:Mamba3", "Mamba3 (SISO)", "2603.15569"),
     "gla": Row(channel, outer, inclusive, QKV | EACH, {}, "gated:GLA", "GLA", "2312.06635"),
     "hgrn2": Row(
         channel,

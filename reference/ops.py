@@ -11,7 +11,7 @@ from typing import NamedTuple
 from reference import chunked, recurrence, span
 from reference.attention import attention
 from reference.head import token_losses
-from reference.local import norm, short_convolution, token_shift
+from reference.local import norm, running_sum, short_convolution, token_shift
 from reference.moe import experts
 
 
@@ -24,6 +24,7 @@ class Ops(NamedTuple):
     step: Callable  # (row, tokens of t = 1, constants, memory) -> (o, memory); may reuse the memory
     short_convolution: Callable  # (x : b t c, weight : c w, bias, activation, taps, cu_seqlens) -> (y, taps)
     token_shift: Callable  # (x : b t d, last : b d, cu_seqlens) -> (the token before each, last)
+    running_sum: Callable  # (x : b t c, last : b c, cu_seqlens) -> (the sum up to each token, last), float64
     attention: Callable  # (q : b t h d, k : b t g d, v : b t g e, past, cu_seqlens, window, scale) -> (o, past)
     experts: Callable  # (x : n d, routing, w13 : e 2f d, w2 : e d f) -> y : n d
     norm: Callable  # (x, weight, eps, gate, activation) -> RMS norm over the last axis
@@ -39,6 +40,7 @@ ops = Ops(
     step=recurrence.step,
     short_convolution=short_convolution,
     token_shift=token_shift,
+    running_sum=running_sum,
     attention=attention,
     experts=experts,
     norm=norm,

@@ -661,6 +661,27 @@ MUTANTS = [
         "tests/test_mixers.py -k heads_that_share",
     ),
     Mutant(
+        "a token that is written late has not faded",
+        "reference/mixers/mamba3.py",
+        "weight = g.exp()[..., None] * (late_now + then[..., None])",
+        "weight = late_now + then[..., None]",
+        "tests/test_mixers.py -k 'oracles and 2603.15569'",
+    ),
+    Mutant(
+        "keys turn from zero in every piece",
+        "reference/mixers/mamba3.py",
+        "state and state.angle, side.cu_seqlens",
+        "None, side.cu_seqlens",
+        "tests/test_mixers.py -k 'pieces and mamba3'",
+    ),
+    Mutant(
+        "a running sum passes the borders of documents between ranks",
+        "parallel/lasp.py",
+        "float(whole)",
+        "1.0",
+        "tests/test_lasp.py -k 'ranks_equal_one and running_sum'",
+    ),
+    Mutant(
         "every step of a product decays",
         "reference/mixers/delta.py",
         'F.pad(tokens["g"][:, :, None], (0, 0, 0, more)).flatten(1, 2)',

@@ -69,6 +69,13 @@ def call_shift():
     return call, lambda b, t: ({"x": draw(b, t, 4)}, {})
 
 
+def call_sum():
+    def call(ops, x, cu_seqlens):
+        return ops.running_sum(x["x"], None, cu_seqlens)[0]
+
+    return call, lambda b, t: ({"x": draw(b, t, 4)}, {})
+
+
 def call_attention(window=None, scale=None, value=3):
     def call(ops, x, cu_seqlens):
         return ops.attention(x["q"], x["k"], x["v"], None, cu_seqlens, window, scale)[0]
@@ -83,7 +90,7 @@ def draw(*shape, seed=0):
 AFFINE = [name for name in LSM if transition(LSM[name]) is not None]
 CALLS = {name: call_row(name) for name in AFFINE}
 CALLS |= {f"convolution {w}": call_convolution(w) for w in (1, 2, 4)}
-CALLS |= {"token_shift": call_shift()}
+CALLS |= {"token_shift": call_shift(), "running_sum": call_sum()}
 ATTENTION = {
     "attention": {},
     "attention, window 1": {"window": 1},
@@ -173,9 +180,13 @@ def for_all(state, cu_seqlens):
 BUGS = {
     "gradient of A dropped": ("gradient_of_transition", dropped, ("mamba2", "gla", "rwkv6", "gated_delta_net", "kda")),
     "A for its transpose": ("fold_back", untransposed, ("gated_delta_net", "kda", "convolution 4")),
-    "transition skipped": ("fold", skipped, ("mamba2", "lightning", "gla", "kda", "convolution 4")),
+    "transition skipped": ("fold", skipped, ("mamba2", "lightning", "gla", "kda", "convolution 4", "running_sum")),
     "halo across documents": ("window", unmasked, ("convolution 4",)),
-    "memory for every document": ("for_first", for_all, ("mamba2", "kda", "convolution 4", "token_shift")),
+    "memory for every document": (
+        "for_first",
+        for_all,
+        ("mamba2", "kda", "convolution 4", "token_shift", "running_sum"),
+    ),
 }
 
 
@@ -220,7 +231,7 @@ def numbers(what: str) -> tuple[int, int]:
         b, h, k, v = empty(row, tokens, constants).shape
         letters = {"h": h, "k": k, "v": v, "l": 4}
         return b * math.prod(measured(TRANSITION[transition(row)].shape, letters)), b * h * k * v
-    reach = 1 if what == "token_shift" else int(what.split()[1]) - 1
+    reach = 1 if what in ("token_shift", "running_sum") else int(what.split()[1]) - 1
     return 2 * reach * reach, 2 * reach * 4
 
 
@@ -305,6 +316,7 @@ TRAINED = {  # with the softmax attention beside them
     "retention": {"attention": "latent", "window": 3},
     "mom_gated_delta_net": {},
     "rwkv7": {"pattern": "LNLE"},
+    "mamba3": {"key_size": 8},
 }
 
 
@@ -387,6 +399,7 @@ def refusals():
         lambda: over.recurrence(row, tokens, constants, torch.zeros(2, 2, 4, 5)),
         lambda: over.short_convolution(x, draw(4, 4), taps=x),
         lambda: over.token_shift(x, x[:, 0]),
+        lambda: over.running_sum(x, x[:, 0]),
         lambda: over.attention(x[..., None], x[..., None], x[..., None], ()),
         lambda: lasp.over(type("Ops", (), {"_fields": ("recurrence", "bidirectional")})(), group),
         lambda: mesh.make(mesh.Degrees(sequence=2), torch.device("cpu")),
@@ -403,7 +416,7 @@ def refusals():
 
 def test_what_cannot_be_cut_is_refused_in_one_line():
     words = [
-        *["no state can be given"] * 4,
+        *["no state can be given"] * 5,
         "cannot cut ops.bidirectional",
         "1 data x 2 sequence needs 2 ranks, found 3",
     ]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference.local import norm, short_convolution, token_shift, unit
+from reference.local import norm, running_sum, short_convolution, token_shift, unit
 
 ACTIVATIONS = {
     None: lambda x: x,
@@ -142,6 +142,33 @@ def test_packed_token_shift_never_crosses_a_border(cu_seqlens, seed, with_last):
 def test_gradients_of_the_token_shift():
     inputs = [draw(1, 7, 2).requires_grad_(), draw(4, 2, seed=1).requires_grad_()]
     assert torch.autograd.gradcheck(lambda x, last: token_shift(x, last, PACKED), inputs)
+
+
+@given(cu_seqlens=borders(), seed=st.integers(0, 99), with_last=st.booleans())
+def test_running_sums_add_up_document_by_document(cu_seqlens, seed, with_last):
+    """Alone, packed, and in pieces; from what came before."""
+    n, t = len(cu_seqlens) - 1, int(cu_seqlens[-1])
+    x, last = draw(1, t, 2, seed=seed), draw(n, 2, seed=seed + 1) if with_last else None
+    y, end = running_sum(x, last, cu_seqlens)
+    for i, (a, b) in enumerate(pairwise(cu_seqlens.tolist())):
+        before = torch.zeros(1, 2, dtype=x.dtype) if last is None else last[i : i + 1]
+        alone = running_sum(x[:, a:b], before)
+        for s in range(a, b):
+            before = before + x[:, s]
+            torch.testing.assert_close(torch.stack([y[:, s], alone[0][:, s - a]]), torch.stack([before] * 2), **close)
+        torch.testing.assert_close(torch.stack([end[i], alone[1][0]]), before.expand(2, -1), **close)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["batch", "packed"])
+def test_running_sums_of_long_texts_keep_their_digits(cu_seqlens):
+    """Whatever the inputs' precision; and no document moves another one's last bit."""
+    x = draw(1, 65521, 1, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        y, end = running_sum(x.to(dtype))
+        assert y.dtype == end.dtype == torch.float64
+        torch.testing.assert_close(y[0, -1], x.to(dtype).double().sum(1)[0], rtol=1e-12, atol=1e-10)
+    inputs = [draw(1, 7, 2).requires_grad_(), draw(1 if cu_seqlens is None else 4, 2, seed=1).requires_grad_()]
+    assert torch.autograd.gradcheck(lambda x, last: running_sum(x, last, cu_seqlens), inputs)
 
 
 @given(

@@ -384,6 +384,14 @@ def test_heads_without_channels_are_refused_in_one_line(name):
     Layer(name, pattern="L", width=2, key_size=1, value_size=1)
 
 
+def test_pairs_of_half_a_key_turn_in_mamba3():
+    message = r"half a key of 3 channels cannot rotate: Mamba3 \(SISO\)'s key_size must be at least 4"
+    with pytest.raises(ValueError, match=message) as caught:
+        Layer("mamba3", key_size=3)
+    assert "\n" not in str(caught.value)
+    assert [Layer("mamba3", key_size=n).inner.turns for n in (4, 6, 7, 8, 10)] == [1, 1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("name", ["rwkv6", "rwkv7"])
 @torch.no_grad()
 def test_a_head_of_one_channel_has_no_variance_and_reads_nothing(name):

@@ -486,7 +486,7 @@ def test_starts_and_decay_know_every_parameter(kind):
     falls = decayed(model)
     assert falls <= set(weights) and {"embedding", "head"} <= falls
     own = ("conv", "mix_up", "mix_bias", "u", "lower_bounds", "dt_up", "A_log", "rate", "frequency", "c")
-    own += ("W", "scale", "shift", "ridge", "mix", "rho")
+    own += ("W", "scale", "shift", "ridge", "mix", "rho", "B_bias", "C_bias")
     own += ("A", "q", "k", "dt")  # of rows as printed: matrices under these names are no projections
     for name, weight in weights.items():
         last = name.split(".")[-1]
@@ -523,7 +523,7 @@ def test_parameters_begin_where_they_should(kind):
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± rank^-1/2
         elif last == "conv":
             assert x.abs().max() <= 0.5 and x.std() > 0.2  # even in ± w^-1/2
-        elif last == "L" or (last == "c" and lsm == "comba"):
+        elif last in ("L", "B_bias", "C_bias") or (last == "c" and lsm == "comba"):
             assert (x == 1).all()
         elif last == "D":
             assert 0.7 < x.std() < 1.3 if lsm == "s4" else (x == 1).all()

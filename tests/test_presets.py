@@ -268,7 +268,16 @@ def test_every_row_builds_in_the_tiny_preset(lsm):
 
 
 # Keys that are as large as published whatever the width.
-FIXED = {"mamba2": 128, "based": 16, "rebased": 16, "mamba": 16, "s4": 32, "longhorn": 16, "log_linear_mamba2": 128}
+FIXED = {
+    "mamba2": 128,
+    "based": 16,
+    "rebased": 16,
+    "mamba": 16,
+    "s4": 32,
+    "longhorn": 16,
+    "log_linear_mamba2": 128,
+    "mamba3": 128,
+}
 # The published size of a head's keys (None: fixed) and values, as parts of a head's share of the width.
 HEADS = {
     "linear_attention": (1, 1),
@@ -276,6 +285,7 @@ HEADS = {
     "lightning": (1, 1),
     "retention": (1, 2),
     "mamba2": (None, 2),
+    "mamba3": (None, 2),
     "gla": (1 / 2, 1),
     "hgrn2": (1, 1),
     "rwkv6": (1 / 2, 1),

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from oracles.common import Oracle, called, classes, released, renamed, sigmoid, silu
+from oracles.common import H, Oracle, V, called, classes, released, renamed, rms, sigmoid, silu
 
 
 def state_space(*kind, **config):
@@ -124,6 +124,86 @@ def longhorn():
     return run
 
 
+def mamba3(read):
+    """2603.15569 with one input and output a head: read(q, k, x, g, Δ, λ, Θ) -> y, of one head's whole text."""
+
+    def block(w, x):
+        heads, size = w["B_bias"].shape
+        wide, r = x @ w["project.weight"].T, size // 4
+        z, u, B, C, dt, rate, share, turn = wide.split([*[heads * V] * 2, size, size, *[heads] * 3, r], 1)
+        y = []
+        for h in range(heads):
+            step = torch.log(1 + torch.exp(dt[:, h] + w["dt_bias"][h]))
+            g = -torch.log(1 + torch.exp(rate[:, h])).clamp(min=1e-4) * step
+            angle = torch.cumsum(step[:, None] * math.pi * torch.tanh(turn), 0)
+            k, q = (
+                torch.stack([rms(row, w[f"{n}_norm"]) for row in part]) + w[f"{n}_bias"][h]
+                for n, part in (("B", B), ("C", C))
+            )
+            own = u[:, h * V : (h + 1) * V]
+            o = read(q, k, own, g, step, sigmoid(share[:, h]), angle) + w["D"][h] * own
+            y.append(o * silu(z[:, h * V : (h + 1) * V]))
+        return torch.cat(y, 1) @ w["o.weight"].T
+
+    return lambda w, x: torch.stack([block(w, text) for text in x.unbind()])
+
+
+def complex_state(q, k, x, g, step, share, angle):
+    """The paper's complex state space, step by step: pairs of channels are complex numbers that decay and turn, and the
+    trapezoid's earlier end is the last token's own key."""
+    r, turn = angle.shape[1], angle.diff(dim=0, prepend=torch.zeros_like(angle[:1]))
+    pairs = [y.unflatten(1, (-1, 2)) for y in (q, k)]
+    q, k = (torch.complex(y[..., 0], y[..., 1]) for y in pairs)
+    turn = torch.cat([turn, torch.zeros(len(x), q.shape[1] - r, dtype=x.dtype)], 1)
+    state, y = torch.zeros(q.shape[1], x.shape[1], dtype=q.dtype), []
+    for t in range(len(x)):
+        if t:
+            state = state + ((1 - share[t]) * step[t]) * k[t - 1][:, None] * x[t - 1]
+        state = torch.exp(g[t] - 1j * turn[t])[:, None] * state + share[t] * step[t] * k[t][:, None] * x[t]
+        y.append((q[t].conj() @ state).real)
+    return torch.stack(y)
+
+
+def rotated(y, angle):
+    """Its first channels in pairs, turned by a matrix each."""
+    pairs = list(y.split(2))
+    for i, a in enumerate(angle):
+        pairs[i] = torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()]).view(2, 2) @ pairs[i]
+    return torch.cat(pairs)
+
+
+def unrolled(q, k, x, g, step, share, angle):
+    """Every earlier token and the one behind it: o_t = the sum over s <= t of e^{g_{s+1} + ... + g_t} (q_t · k_s) times
+    λ_s Δ_s x_s, and, below t, (1 - λ_{s+1}) Δ_{s+1} x_s."""
+    q, k = (torch.stack([rotated(*pair) for pair in zip(y, angle, strict=True)]) for y in (q, k))
+    y = []
+    for t in range(len(x)):
+        o = torch.zeros_like(x[0])
+        for s in range(t + 1):
+            seen = torch.exp(g[s + 1 : t + 1].sum()) * (q[t] @ k[s])
+            o = o + seen * share[s] * step[s] * x[s]
+            if s < t:
+                o = o + seen * (1 - share[s + 1]) * step[s + 1] * x[s]
+        y.append(o)
+    return torch.stack(y)
+
+
+def looking_ahead(q, k, x, g, step, share, angle):
+    """A scalar row whose keys have both ends' weights at once, and an output without what the next token will add."""
+    q, k = (torch.stack([rotated(*pair) for pair in zip(y, angle, strict=True)]) for y in (q, k))
+    ahead = torch.cat([((1 - share) * step)[1:], torch.ones_like(step[:1])])  # the last one's cancels
+    M, y = torch.zeros(k.shape[1], x.shape[1], dtype=x.dtype), []
+    for t in range(len(x)):
+        M = torch.exp(g[t]) * M + (share[t] * step[t] + ahead[t]) * torch.outer(k[t], x[t])
+        y.append(q[t] @ M - ahead[t] * (q[t] @ k[t]) * x[t])
+    return torch.stack(y)
+
+
+def trapezoid(read, size, t=9):
+    sizes = {"width": 6, "heads": H, "key_size": size, "value_size": V}
+    return Oracle("mamba3", lambda: mamba3(read), sizes, t, 1e-12, torch.float64)
+
+
 ORACLES = {
     "Mamba2Mixer": classes("mamba2", mamba2, 16),
     "NemotronHMamba2Mixer": classes("mamba2", nemotron, 16),
@@ -148,4 +228,8 @@ ORACLES = {
         1e-12,
         torch.float64,
     ),
+    "formula of 2603.15569, unrolled": trapezoid(unrolled, 8),
+    "complex state of 2603.15569": trapezoid(complex_state, 8, 20),
+    "complex state of 2603.15569, keys that do not divide": trapezoid(complex_state, 10),
+    "scalar row of 2603.15569, looking ahead": trapezoid(looking_ahead, 4, 20),
 }
