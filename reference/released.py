@@ -19,7 +19,7 @@ MINIMAX = {
     "value_size": 128,
     "head_size": 128,
     "key_heads": 8,
-    "router": "mixtral",
+    "router": "minimax_01",
     "experts": 32,
     "top_k": 2,
     "expert_width": 9216,
@@ -42,7 +42,7 @@ HUNYUAN = {
     "key_heads": 8,
     "value_size": 64,
     "state_groups": 16,
-    "router": "mixtral",
+    "router": "hunyuan",
     "experts": 32,
     "top_k": 2,
     "expert_width": 17056,
@@ -63,7 +63,7 @@ QWEN3_NEXT = {
     "key_heads": 2,
     "qk_norm": True,
     "attention_gate": True,
-    "router": "mixtral",
+    "router": "qwen3_next",
     "experts": 512,
     "top_k": 10,
     "expert_width": 512,
@@ -73,7 +73,6 @@ QWEN3_NEXT = {
     "rope_share": 0.25,
     "eps": 1e-6,
 }
-# Its router is DeepSeek-V3's without groups, whose gates sum to 2.446 where the row's sum to 2.5.
 KIMI_LINEAR = {
     "first": "LDLELENE",
     "pattern": "LLLN",
@@ -90,7 +89,7 @@ KIMI_LINEAR = {
     "latent_rank": 512,
     "rope_size": 64,
     "rope_share": 0.0,
-    "router": "deepseek_v3",
+    "router": "kimi_linear",
     "experts": 256,
     "top_k": 8,
     "expert_width": 1024,
@@ -106,7 +105,7 @@ JAMBA = {
     "width": 4096,
     "heads": 32,
     "key_heads": 8,
-    "router": "linear_moe",
+    "router": "jamba",
     "experts": 16,
     "top_k": 2,
     "expert_width": 14336,
@@ -123,7 +122,7 @@ GRANITE_SMALL = {
     "heads": 128,
     "attention_heads": 32,
     "key_heads": 8,
-    "router": "mixtral",
+    "router": "granite",
     "experts": 72,
     "top_k": 10,
     "expert_width": 768,
@@ -142,10 +141,31 @@ GRANITE_TINY = GRANITE_SMALL | {
     "shared_width": 1024,
 }
 
+NEMOTRON = {
+    "pattern": "LELELNE",
+    "repeat": 5,
+    "last": "LELELELNELELELELE",
+    "lsm": "mamba2",
+    "vocabulary": 131072,
+    "width": 2688,
+    "heads": 64,
+    "value_size": 64,
+    "state_groups": 8,
+    "attention_heads": 32,
+    "head_size": 128,
+    "key_heads": 2,
+    "router": "nemotron_3",
+    "experts": 128,
+    "top_k": 6,
+    "expert_kind": "relu_squared",
+    "expert_width": 1856,
+    "shared_width": 3712,
+    "rope_share": 0.0,
+}
+
 # ---------------------------------------------------------------------------------------- MoE-Mamba and its baselines
 
-# Its experts and dense layers are MLPs of two matrices, 3 widths wide (in the Transformers 4): here SwiGLU layers of
-# two thirds of that, as many parameters in three matrices.
+# Its experts and dense layers are MLPs of two matrices, 3 widths wide (in the Transformers 4).
 MOE_MAMBA = {
     "pattern": "L",
     "repeat": 8,
@@ -153,13 +173,13 @@ MOE_MAMBA = {
     "vocabulary": 50257,
     "width": 512,
     "heads": 8,
-    "router": "switch",
-    "capacity_factor": 1.0,
+    "router": "moe_mamba",
     "top_k": 1,
-    "expert_width": 1024,
-    "dense_width": 1024,
+    "expert_kind": "relu",
+    "expert_width": 1536,
+    "dense_width": 1536,
 }
-TRANSFORMER = MOE_MAMBA | {"pattern": "N", "experts": 32, "expert_width": 1365, "dense_width": 1365}
+TRANSFORMER = MOE_MAMBA | {"pattern": "N", "experts": 32, "expert_width": 2048, "dense_width": 2048}
 
 # ------------------------------------------------------------------------------- softmax attention and other baselines
 
@@ -176,7 +196,6 @@ MIXTRAL = {
     "expert_width": 14336,
     "rope_base": 1e6,
 }
-# Its router chooses among the best 3 of 8 groups and multiplies its gates by 16: the row does neither.
 DEEPSEEK_V2 = {
     "first": "ND",
     "pattern": "N",
@@ -189,7 +208,9 @@ DEEPSEEK_V2 = {
     "latent_rank": 512,
     "query_rank": 1536,
     "rope_size": 64,
-    "router": "linear_moe",
+    "router": "deepseek_v2",
+    "groups": 8,
+    "groups_kept": 3,
     "experts": 160,
     "top_k": 6,
     "expert_width": 1536,
@@ -257,13 +278,14 @@ RELEASED: dict[str, tuple[str, dict]] = {
     "jamba-v0.1": ("Jamba v0.1 52B-A12B, experts in every other layer (2403.19887)", JAMBA),
     "granite-4.0-h-small": ("Granite 4.0 H Small 32B-A9B, Mamba2 (2405.21060)", GRANITE_SMALL),
     "granite-4.0-h-tiny": ("Granite 4.0 H Tiny 7B-A1B, Mamba2 (2405.21060)", GRANITE_TINY),
+    "nemotron-3-nano-30b-a3b": ("Nemotron 3 Nano 30B-A3B, Mamba2, experts of relu squared (2512.20848)", NEMOTRON),
     **{
         f"moe-mamba-{experts}": (f"MoE-Mamba 25M with {experts} experts (2401.04081)", MOE_MAMBA | {"experts": experts})
         for experts in (4, 8, 16, 32, 42)
     },
     "moe-mamba-100m": (
         "MoE-Mamba 100M with 42 experts (2401.04081)",
-        MOE_MAMBA | {"repeat": 16, "width": 768, "experts": 42, "expert_width": 1536},
+        MOE_MAMBA | {"repeat": 16, "width": 768, "experts": 42, "expert_width": 2304},
     ),
     "mamba-25m": ("Mamba alone, of MoE-Mamba (2401.04081)", MOE_MAMBA | {"repeat": 16, "bare": True}),
     "mamba-mlp-25m": ("Mamba and dense layers, of MoE-Mamba (2401.04081)", MOE_MAMBA | {"pattern": "LD"}),

@@ -72,6 +72,7 @@ GRANITE = {"vocab_size": 100352, "num_hidden_layers": 40, "mamba_d_state": 128, 
 GRANITE |= {"layer_types": ["full_attention" if i % 10 == 5 else "linear_attention" for i in range(40)]}
 KIMI = {"full_attn_layers": [4, 8, 12, 16, 20, 24, 27]}  # counted from 1
 KIMI |= {"kda_layers": [i for i in range(1, 28) if i not in KIMI["full_attn_layers"]]}
+NEMOTRON = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"  # M: Mamba2, *: attention, E: experts
 CLASSES = {
     "minimax-01": (
         *("minimax", "MiniMax"),
@@ -115,6 +116,20 @@ CLASSES = {
             "num_experts_per_tok": 6,
             "intermediate_size": 512,
             "shared_intermediate_size": 1024,
+        },
+    ),
+    "nemotron-3-nano-30b-a3b": (
+        *("nemotron_h", "NemotronH"),
+        {
+            "hybrid_override_pattern": NEMOTRON,
+            "hidden_size": 2688,
+            "num_key_value_heads": 2,
+            "mamba_num_heads": 64,
+            "mamba_head_dim": 64,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712,
         },
     ),
     "mixtral-8x7b": ("mixtral", "Mixtral", {}),
@@ -173,6 +188,12 @@ def test_released_models_have_as_many_parameters_as_in_transformers(name):
 @pytest.mark.parametrize("name", CLASSES)
 def test_released_models_have_their_layers_in_the_order_of_transformers(name):
     model, config = of_transformers(name), PRESETS[name][1]
+    if name.startswith("nemotron"):  # whose layers have one sublayer each
+        assert config.letters == NEMOTRON.translate(str.maketrans("M*", "LN"))
+        assert [type(layer.mixer).__name__.removeprefix("NemotronH") for layer in model.model.layers] == [
+            {"L": "Mamba2Mixer", "N": "Attention", "E": "MoE"}[letter] for letter in config.letters
+        ]
+        return
     layers = [{path.split(".")[1] for path, _ in layer.named_modules() if "." in path} for layer in model.model.layers]
     assert [letter for letter in config.letters if letter in "ED"] == ["DE"["experts" in parts] for parts in layers]
     kinds = getattr(model.config, "layer_types", len(layers) * ["full_attention"])
@@ -190,6 +211,7 @@ BILLIONS = {
     "jamba-v0.1": ("52", "12", 2, 2),
     "granite-4.0-h-small": ("32", "9", 2, 2),
     "granite-4.0-h-tiny": ("7", "1", 2, 2),
+    "nemotron-3-nano-30b-a3b": ("31.6", "3.6", 2, 2),
     "mixtral-8x7b": ("46.7", "12.9", 2, 2),
     "deepseek-v2": ("236", "21", 2, 2),
     "deepseek-v3": ("671", "37", 2, 1),
@@ -208,7 +230,7 @@ MILLIONS = {
     "mamba-25m": (27.1, 27.1),
     "mamba-mlp-25m": (26.1, 26.1),
     "transformer-25m": (25.2, 25.2),
-    "transformer-moe-25m": (545.3, 25.3),
+    "transformer-moe-25m": (545.4, 25.3),
 }
 # Sublayers as published: linear, softmax, experts, dense.
 SUBLAYERS = {
@@ -219,6 +241,7 @@ SUBLAYERS = {
     "jamba-v0.1": (28, 4, 16, 16),
     "granite-4.0-h-small": (36, 4, 40, 0),
     "granite-4.0-h-tiny": (36, 4, 40, 0),
+    "nemotron-3-nano-30b-a3b": (23, 6, 23, 0),
     **{f"moe-mamba-{experts}": (8, 0, 8, 0) for experts in (4, 8, 16, 32, 42)},
     "moe-mamba-100m": (16, 0, 16, 0),
     "mamba-25m": (16, 0, 0, 0),
