@@ -33,7 +33,7 @@ from data.stream import Batch, Stream, evaluation
 from parallel import checkpoint, lasp, shard
 from parallel import mesh as meshes
 from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
-from reference.model import LanguageModel, decayed, experts_of, initialize, starts
+from reference.model import LanguageModel, decayed, experts_of, for_writing, initialize, starts
 from reference.moe import MoE
 from reference.noise import seed_of
 from reference.presets import PRESETS as SHAPES
@@ -684,7 +684,13 @@ def report(say, config: Train, model, ops, mesh, folder: Folder, training, valid
         for (name, values), bits in zip(table.items(), (whole, parts[0][1]), strict=False):
             say(f"{name:16}{bits:8.3f}" + "".join(f"{x:9.3f}" for x in values))
     if mesh.size == 1:
-        for text in continuations(model, validation, training, device, seed=config.seed):
+        try:
+            writer, otherwise = for_writing(model)
+        except ValueError as reason:
+            return say(f"no text: {reason}")
+        if otherwise:
+            say(otherwise)
+        for text in continuations(writer, validation, training, device, seed=config.seed):
             say(text)
 
 

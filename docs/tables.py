@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 import torch
 
+from reference.balance import LOSS, Loss
 from reference.lsm import LSM
 from reference.model import LanguageModel, sizes, state_bytes
 from reference.ops import Ops, ops
@@ -120,6 +121,17 @@ def router(name: str, row: Router) -> list:
     return [paper(row.title, row.paper), f"`{name}`", *yes, capacity, ", ".join(rules) or "its choice", at]
 
 
+def losses() -> str:
+    columns = "loss | name | at perfect balance: | for | code"
+    return table(columns, [loss(name, row) for name, row in LOSS.items()])
+
+
+def loss(name: str, row: Loss) -> list:
+    at = link("formula", "reference/balance.py", rf"^def {row.value.__name__}\b")
+    value = "–" if row.at_balance is None else f"{row.at_balance:g}"
+    return [paper(row.title, row.paper), f"`{name}`", value, row.needs, at]
+
+
 def presets() -> str:
     columns = (
         "preset | what | pattern | width: | heads: | experts × width, top-k"
@@ -175,7 +187,7 @@ def about(file: Path) -> str:
     return doc.split(". ")[0].rstrip(".:")
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (models, routers, presets, tree)}
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (models, routers, losses, presets, tree)}
 
 # ------------------------------------------------------------------------------------------------------ the file
 

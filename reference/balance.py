@@ -118,7 +118,9 @@ def chosen_by_scores(router: Router, groups: int) -> bool:
 
 LOSS: dict[str, Loss] = {
     "switch": Loss("Switch balance", "2101.03961", switch, 1.0, chosen_by_scores, "tokens that choose by their scores"),
-    "first": Loss("GShard balance", "2006.16668", first_choices, 1.0, chosen_by_scores, "tokens that choose by scores"),
+    "first": Loss(
+        "GShard balance", "2006.16668", first_choices, 1.0, chosen_by_scores, "tokens that choose by their scores"
+    ),
     "importance": Loss(
         "importance", "1701.06538", importance, 0.0, chosen_by_scores, "tokens that choose by their scores"
     ),

@@ -9,6 +9,9 @@ WRONG = {
     "unknown preset": ("train.py", ["tyni"], "tyni.*tiny"),
     "unknown option": ("train.py", ["tiny", "--stepz", "3"], "--stepz"),
     "unknown model": ("train.py", ["tiny", "--model.lsm", "glaa"], "'glaa'.*'gla'"),
+    "a loss that the router has not": ("train.py", ["tiny", "--balance", "load", "1"], "Linear-MoE has no load.*noise"),
+    "an unknown loss": ("train.py", ["tiny", "--balance", "swich", "1"], "'swich'.*expected some of switch, first"),
+    "too few experts": ("train.py", ["tiny", "--model.top-k", "9"], "top_k 9 needs at least as many experts, got 8"),
     "unknown router": ("train.py", ["tiny", "--model.router", "best"], "'best'.*'mixtral'"),
     "unknown letter": ("train.py", ["tiny", "--model.pattern", "LXN"], "letters 'X'; allowed are L"),
     "empty pattern": ("train.py", ["tiny", "--model.pattern", ""], "allowed are L"),
@@ -78,6 +81,24 @@ def test_a_router_with_a_capacity_and_a_cut_sequence(tmp_path):
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
     assert len(said) == 1 and "'switch' has a capacity (1.25)" in said[0] and "--mesh.sequence 1" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--model.router", "base", "--model.top-k", "1"], "'base' routes the tokens of a sequence together"),
+        (
+            ["--balance", "sequence", "0.1"],
+            "sequence-wise balance loss of router 'linear_moe' is one of whole sequences",
+        ),
+    ],
+)
+def test_routers_and_losses_of_whole_sequences_and_a_cut_sequence(tmp_path, asked, message):
+    arguments = ["tiny", *SMALL, "--out", tmp_path / "run", "--data", text(tmp_path), "--mesh.sequence", "2"]
+    done = run("train.py", *arguments, *asked, ranks=2)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    assert len(said) == 1 and message in said[0] and "--mesh.sequence 1" in said[0]
 
 
 def test_a_checkpoint_of_another_shape_and_its_folder_stays_as_it_was(tmp_path):

@@ -140,7 +140,7 @@ def linked_line(target):
 def test_a_pipe_or_a_missing_row_cannot_slip_through():
     with pytest.raises(ValueError, match="no line of"):
         tables.line_of("reference/lsm.py", "^no such row")
-    for name in ("models", "routers", "presets"):
+    for name in ("models", "routers", "losses", "presets"):
         lines = tables.TABLES[name]().splitlines()
         assert len({line.count("|") for line in lines}) == 1, f"{name}: a cell holds a |"
 

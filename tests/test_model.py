@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from inputs import small, unpadded
 from reference import exact, ops
 from reference.lsm import LSM
-from reference.model import LanguageModel, decayed, initialize, starts, state_bytes
+from reference.model import LanguageModel, decayed, for_writing, initialize, starts, state_bytes
 from reference.noise import dropout, noise
 from reference.presets import Model
 from reference.routers import ROUTER
@@ -667,3 +668,45 @@ def test_the_stack_equals_released_models(no_kernels, oracle, config):
     for name, a, b in zip(["logits", *weights], [got, *pairs[0]], [wanted, *pairs[1]], strict=True):
         assert b.abs().max() > 0, f"{name} does not move the oracle"
         assert (a - b).abs().max() <= 5e-6 * b.abs().max(), name
+
+
+# ------------------------------------------------------------------------------------- writing token by token
+
+
+CROWDED = [name for name, router in ROUTER.items() if not router.prefix_stable() and router.pooled != "always"]
+
+
+@pytest.mark.parametrize("name", CROWDED)
+@torch.no_grad()
+def test_a_router_that_goes_by_the_whole_text_writes_by_itself(name):
+    """Said in a line; then prompt and steps equal the whole, with the same parameters."""
+    model = make(pattern="LN", router=name, groups=1)
+    writer, otherwise = for_writing(model)
+    assert ROUTER[name].title in otherwise and "\n" not in otherwise
+    assert [p.data_ptr() for p in writer.parameters()] == [p.data_ptr() for p in model.parameters()]
+    tokens = text(2, 9)
+    whole, state, logits = writer(tokens).logits, None, []
+    for piece in tokens.split([5, 1, 1, 1, 1], 1):
+        out = writer(piece, state=state, keep_state=True)
+        state = out.state
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, **close)
+    assert not torch.allclose(model(tokens).logits, whole)  # and it is another function of the text
+
+
+def test_routers_that_can_write_do_and_one_cannot():
+    model = make(pattern="LN", router="mixtral")
+    assert for_writing(model) == (model, "")
+    with pytest.raises(ValueError, match="router Soft MoE mixes all tokens of a text: it cannot write them one by one"):
+        for_writing(make(pattern="LN", router="soft"))
+
+
+@pytest.mark.parametrize("name", ["gshard", "mixtral", "switch", "base"])
+def test_a_router_that_looks_ahead_says_so(name):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            make(pattern="L", router=name)
+    said = [str(w.message) for w in caught]
+    assert len(said) == (not ROUTER[name].causal())  # once
+    assert all("is not causal here" in line and ROUTER[name].title in line for line in said)

@@ -133,6 +133,44 @@ def test_two_ranks_equal_one(corpus, alone, tmp_path, mesh):
             assert a[name] == pytest.approx(b[name], rel=1e-10), name
 
 
+BALANCED = {
+    "noise": ("--model.router", "noisy", "--balance", "importance", 0.1, "load", 0.1, "z", 0.01),
+    "bias": ("--model.router", "deepseek_v3", "--balance", "sequence", 0.1, "switch", 0.1, "--bias-rate", 0.01),
+    "penalty": ("--model.router", "remoe", "--balance", "penalty", 1e6),
+}
+
+
+@pytest.mark.parametrize("rule", BALANCED)
+def test_balancing_rules_are_the_same_on_two_ranks_recomputed(corpus, tmp_path, rule):
+    """Losses of totals, noise, bias and penalty: on one rank, and on two that run each block twice."""
+    asked = (*EXACT, *BALANCED[rule])
+    for name, more, ranks in (("one", (), 1), ("two", ("--recompute",), 2)):
+        done = run("train.py", *line(corpus, tmp_path / name, *asked, *more, steps=3), ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (checkpoint(tmp_path / name, 3) for name in ("one", "two"))
+    assert_same(two, one, 1e-12)
+    names = [n for n in one if n.endswith(("inner.bias", "inner.penalty"))]
+    assert bool(names) == (rule != "noise") and all(one[n].abs().max() > 0 for n in names)
+    for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-9) and a["counts" if "counts" in a else "step"]
+        for name, values in b["layers"].items():
+            assert a["layers"][name] == pytest.approx(values, rel=1e-9, abs=1e-12), name
+
+
+def test_use_of_experts_is_logged_by_layer(whole):
+    """At every evaluation and at the end the pairs by layer and expert, whose sums are those of the scalars."""
+    lines = metrics(whole)
+    for logged in lines:
+        assert logged["balance"] == pytest.approx(sum(logged["layers"]["switch"]) / len(logged["layers"]["switch"]))
+        assert logged["violation"] == pytest.approx(max(logged["layers"]["violation"]))
+    looks = [logged for logged in lines if "counts" in logged]
+    assert looks[-1]["step"] == 8 and len(looks) == len([x for x in lines if "validation_part" in x]) + 1
+    for logged in looks:
+        for counts, worst in zip(logged["counts"], logged["layers"]["violation"], strict=True):
+            assert max(counts) * len(counts) / sum(counts) - 1 == pytest.approx(worst, rel=1e-6)
+    assert (whole / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_resume_on_another_number_of_ranks(corpus, tmp_path):
     for ranks, steps in ((2, 3), (1, 6)):
         done = run("train.py", *line(corpus, tmp_path / "a", *EXACT, steps=steps), ranks=ranks)
@@ -141,9 +179,11 @@ def test_resume_on_another_number_of_ranks(corpus, tmp_path):
 
 
 def test_micro_batches_add_up(corpus, tmp_path):
-    """Without the balance loss, whose loads are those of a micro-batch, three small batches are one large one."""
+    """Three small batches are one large one, the losses of documents and tokens included. (Others compare experts
+    within a micro-batch.)"""
+    balance = ("--balance", "sequence", 0.1, "z", 0.01)
     for name, more in (("one", ()), ("three", ("--micro", 2))):
-        done = run("train.py", *line(corpus, tmp_path / name, *EXACT, "--balance", "z", 0, *more, steps=3))
+        done = run("train.py", *line(corpus, tmp_path / name, *EXACT, *balance, *more, steps=3))
         assert done.returncode == 0, done.stderr
     assert_same(checkpoint(tmp_path / "three", 3), checkpoint(tmp_path / "one", 3), 1e-12)
 
