@@ -302,6 +302,25 @@ def test_switch_is_causal_but_not_prefix_stable():
     assert route(ROUTER["switch"], logits, 1, capacity=1.0).kept.flatten().tolist() == [True] * 4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@matrix
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_same_choice_on_a_gpu(name, deterministic):
+    """Ties, drops and noise included, with torch's deterministic mode on or off."""
+    router, k = MATRIX[name], MATRIX[name].top_k or 2
+    logits = randn(64, 8).round()
+    logits[:32] = 0
+    extra = more(router, 64, 8, k)
+    there = {key: x.cuda() for key, x in extra.items() if key != "draw"} | {"draw": lambda s: extra["draw"](s).cuda()}
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        here, other = route(router, logits, k, **extra), route(router, logits.cuda(), k, **there)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(here.index, other.index.cpu()) and torch.equal(here.kept, other.kept.cpu())
+    torch.testing.assert_close(here.gate, other.gate.cpu())
+
+
 # ------------------------------------------------------------------------------------------------------- capacity
 
 
