@@ -5,6 +5,7 @@
     python bench.py drift --out FILE                                           errors over 65,536 tokens
     python bench.py kernels --commit $(git rev-parse --short HEAD) --out FILE  needs a GPU
     python bench.py kernels --rows mamba2 --peer fla --commit HASH --out FILE  beside flash-linear-attention
+    python bench.py local --commit HASH --out FILE                             norms and short convolutions
 
 `reference` times the chunk form, the token loop and a decode step in plain PyTorch, and measures their peak memory as
 `reference/peak.py` does. `--budget` bounds the seconds of one run and of its repetitions; a length at which one run
@@ -79,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--shapes", nargs="+", default=list(SHAPES), help="b x t x h x d")
             sub.add_argument("--peer-shapes", nargs="+", default=None, help="shapes for peers that tune (all)")
             sub.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+            continue
+        if name == "local":
+            sub.set_defaults(device="cuda")
             continue
         sub.add_argument("--threads", type=int, default=2, help="of the CPU")
         if name == "reference":
@@ -470,6 +474,110 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
         }
 
 
+def local(args) -> Iterable[dict]:
+    """Norms and short convolutions: our kernels, plain PyTorch and FLA's on this GPU, over the byte floor."""
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # so that a first call's seconds are a first call's
+    ceiling = ceilings()
+    yield ceiling
+    for name, (shape, given, sides, moved) in neighbours().items():
+        leaves = [x.cuda().requires_grad_() for x in given]
+        dy = torch.randn(shape, device="cuda").bfloat16()
+        for side, f in sides.items():
+            try:
+                yield from raced(name, side, f, leaves, dy, moved, ceiling)
+            except Exception as error:
+                yield {"row": name, "side": side, "what": "unavailable", "reason": reason(error)}
+
+
+def neighbours() -> dict[str, tuple]:
+    """Of each: the output's shape, the inputs, who computes it, and how many tensors of that size forward moves, and
+    backward."""
+    import fast.local
+    import reference.local as plain
+
+    def peers(name, call):
+        def run(*x):
+            return call()(*x)
+
+        return {name: run}
+
+    def fla_norm(gated):
+        def load():
+            from fla.modules.norm.fused_norm_gate import rms_norm_gated
+            from fla.modules.norm.layernorm import rms_norm
+
+            return (lambda x, w, z: rms_norm_gated(x, z, w, None)) if gated else lambda x, w: rms_norm(x, w, None)
+
+        return load
+
+    def fla_convolution():
+        from fla.modules.causal_conv1d.ops import causal_conv1d
+
+        return lambda x, w: causal_conv1d(x, w, activation="silu")[0]
+
+    def half(*shape):
+        return torch.randn(shape).bfloat16()
+
+    tokens, d = 16384, 1024
+    ours = [
+        (f, {"norm": f.norm, "gated": lambda x, w, z, f=f: f.norm(x, w, 1e-5, z)}, f.short_convolution)
+        for f in (fast.local, plain)
+    ]
+    names = ("ours", "plain PyTorch")
+    norms = {n: f["norm"] for n, (_, f, _) in zip(names, ours, strict=True)}
+    gated = {n: f["gated"] for n, (_, f, _) in zip(names, ours, strict=True)}
+    taps = {n: (lambda x, w, f=f: f(x, w, None, "silu")[0]) for n, (_, _, f) in zip(names, ours, strict=True)}
+    heads = (tokens * d // 128, 128)
+    return {
+        "norm d 1024": ((tokens, d), (half(tokens, d), torch.randn(d)), norms | peers("fla", fla_norm(False)), (2, 3)),
+        "gated norm d 128": (
+            heads,
+            (half(*heads), torch.randn(128), half(*heads)),
+            gated | peers("fla", fla_norm(True)),
+            (3, 5),
+        ),
+        "convolution w 4": (
+            (8, 2048, d),
+            (half(8, 2048, d), torch.randn(d, 4)),
+            taps | peers("fla", fla_convolution),
+            (2, 3),
+        ),
+    }
+
+
+def raced(name: str, side: str, f: Callable, leaves: list, dy, moved: tuple[int, int], ceiling: dict) -> Iterable[dict]:
+    """Forward, and forward with backward: eager, as a CUDA graph, and the ratio to the byte floor."""
+
+    def forward():
+        with torch.no_grad():
+            return f(*leaves)
+
+    def both():
+        return torch.autograd.grad(f(*leaves), leaves, dy)
+
+    for what, run, tensors in (("forward", forward, moved[0]), ("forward+backward", both, sum(moved))):
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        first = time.perf_counter() - begin
+        floor_ms = tensors * dy.numel() * dy.element_size() / ceiling["copy_gb_s"] / 1e6
+        eager, graph = median(run), median(captured(run))
+        yield {
+            "row": name,
+            "side": side,
+            "what": what,
+            "shape": text(dy.shape),
+            "dtype": "bfloat16",
+            "eager_ms": eager[0],
+            "graph_ms": graph[0],
+            "graph_spread_ms": graph[1:],
+            "floor_ms": floor_ms,
+            "graph_over_floor": graph[0] / floor_ms,
+            "extra_mib": held(run, "cuda").bytes / 2**20,
+            "first_call_s": first,
+        }
+
+
 def inputs(name: str, b: int, t: int, h: int, d: int, dtype) -> tuple:
     """(row, tokens, constants): tokens in dtype but for gates; gates near 1 as trained models have them."""
     row = LSM[name]
@@ -606,7 +714,7 @@ def as_text(line: dict) -> str:
     return f"{head} {place} {line['what']:17} {line['eager_ms']:10.3f} ms {line['peak_mib']:9.2f} MiB"
 
 
-COMMANDS = {"reference": reference, "drift": drift, "kernels": kernels}
+COMMANDS = {"reference": reference, "drift": drift, "kernels": kernels, "local": local}
 TABLES = {"reference": summary}  # of all lines, printed at the end
 
 if __name__ == "__main__":

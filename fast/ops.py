@@ -1,21 +1,14 @@
 """The Triton backend behind the seam of `reference.ops`: what has a kernel is replaced, the rest is kept by name."""
 
 import reference
-from fast import recurrence
+from fast import local, recurrence
 
 ops = reference.ops._replace(
     name="fast",
     recurrence=recurrence.recurrence,
     span=recurrence.span,
     step=recurrence.step,
-    kept=(
-        "short_convolution",
-        "token_shift",
-        "running_sum",
-        "attention",
-        "experts",
-        "norm",
-        "token_losses",
-        "total",
-    ),
+    short_convolution=local.short_convolution,
+    norm=local.norm,
+    kept=("token_shift", "running_sum", "attention", "experts", "token_losses", "total"),
 )

@@ -1,0 +1,191 @@
+"""`reference.local` on Triton kernels: the same functions, the same answers. Token shifts and running sums are kept."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fast.kernels import local as kernels
+from reference.documents import document_of
+from reference.local import ACTIVATION
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def norm(
+    x: Float[Tensor, "... d"],
+    weight: Float[Tensor, " d"] | None,
+    eps: float = 1e-5,
+    gate: Float[Tensor, "... d"] | None = None,
+    activation: str | None = "silu",
+) -> Float[Tensor, "... d"]:
+    """x / sqrt(mean(x²) + eps) · weight, then · act(gate) if there is one; as the reference's, in one pass.
+
+    Raises ValueError, in one line and before any launch, for a dtype, a device or a width without kernels.
+    """
+    able("norm", x, gate, activation)
+    if x.shape[-1] > kernels.WIDEST:
+        raise ValueError(f"norm: no fast kernel for rows of {x.shape[-1]}, at most {kernels.WIDEST}; use 'reference'")
+    flat = (None if y is None else y.reshape(-1, x.shape[-1]).contiguous() for y in (x, gate))
+    return normed(next(flat), weight, eps, next(flat), activation).view(x.shape)
+
+
+def short_convolution(
+    x: Float[Tensor, "b t c"],
+    weight: Float[Tensor, "c w"],
+    bias: Float[Tensor, " c"] | None = None,
+    activation: str | None = None,
+    taps: Float[Tensor, "b w1 c"] | None = None,
+    cu_seqlens=None,
+) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b w1 c"]]:
+    """Depthwise and causal, with its activation, as the reference's: y and the new taps.
+
+    Raises ValueError, in one line and before any launch, for a dtype, a device or a number of taps without kernels.
+    """
+    able("short_convolution", x, taps, activation)
+    if weight.shape[-1] > kernels.LONGEST:
+        raise ValueError(
+            f"short_convolution: no fast kernel for {weight.shape[-1]} taps, at most {kernels.LONGEST}; use 'reference'"
+        )
+    (b, t, c), reach = x.shape, weight.shape[-1] - 1
+    n = b if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = None if cu_seqlens is None else document_of(cu_seqlens, t).int()
+    starts = None if cu_seqlens is None else cu_seqlens.int()
+    taps = None if taps is None or not reach else taps.to(x.dtype).contiguous()
+    flat = x.reshape(b * t, c).contiguous()
+    y = convolved(flat, weight.contiguous(), bias, activation, taps, t, starts, sequences).view(x.shape)
+    return y, newest(x, taps, reach, n, cu_seqlens)
+
+
+def newest(x: Float[Tensor, "b t c"], taps, reach: int, n: int, cu_seqlens) -> Float[Tensor, "n r c"]:
+    """The last `reach` inputs of every sequence, its taps among them where it is shorter."""
+    before = x.new_zeros(n, reach, x.shape[-1]) if taps is None else taps
+    if cu_seqlens is None:
+        return x[:, x.shape[1] - reach :] if x.shape[1] >= reach else torch.cat([before, x], 1)[:, x.shape[1] :]
+    ends, sizes = cu_seqlens[1:].long()[:, None], cu_seqlens.diff().long()[:, None]
+    back = torch.arange(reach, 0, -1, device=x.device)  # places before the end
+    own = x[0][(ends - back).clamp(min=0)] if x.shape[1] else before
+    older = (
+        before.gather(1, (reach + sizes - back).clamp(max=reach - 1)[..., None].expand_as(before)) if reach else before
+    )
+    return torch.where((back <= sizes)[..., None], own, older)
+
+
+def able(name: str, x: Tensor, other: Tensor | None, activation: str | None) -> None:
+    """One line for what no kernel computes."""
+    if x.dtype not in DTYPES:
+        allowed = "float32, bfloat16 and float16"
+        raise ValueError(f"{name}: no fast kernel for {x.dtype}; allowed are {allowed}, or the backend 'reference'")
+    if activation not in ACTIVATION:
+        raise ValueError(
+            f"{name}: unknown activation {activation!r}; expected one of {', '.join(map(str, ACTIVATION))}"
+        )
+    if x.device.type != "cuda" and not kernels.INTERPRETED:
+        raise ValueError(
+            f"{name}: fast kernels need a CUDA GPU, got tensors on {x.device}; use the backend 'reference'"
+        )
+    if kernels.INTERPRETED and x.dtype == torch.bfloat16:
+        raise ValueError(f"{name}: Triton's interpreter gets bfloat16 wrong; use float32 or float16 there")
+    if other is not None and other.device != x.device:
+        raise ValueError(f"{name}: inputs on several devices: {x.device}, {other.device}; put all on one")
+
+
+# ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@torch.library.custom_op("linear_moe::norm", mutates_args=())
+def normed(x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None, activation: str | None) -> Tensor:
+    return kernels.norm(x, weight, eps, gate, activation)
+
+
+@normed.register_fake
+def _(x, weight, eps, gate, activation):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("linear_moe::norm_gradients", mutates_args=())
+def norm_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None, activation: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dgate; empty for what is not there."""
+    dx, dw, dz = kernels.norm_gradients(dy.contiguous(), x, weight, eps, gate, activation)
+    nothing = x.new_empty(0)
+    return dx, nothing if dw is None else dw.to(weight.dtype), nothing.clone() if dz is None else dz
+
+
+@norm_gradients.register_fake
+def _(dy, x, weight, eps, gate, activation):
+    like = [x.new_empty(0) if y is None else torch.empty_like(y) for y in (weight, gate)]
+    return torch.empty_like(x), *like
+
+
+def norm_context(ctx, inputs, output) -> None:
+    x, weight, ctx.eps, gate, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, gate)
+
+
+def norm_backward(ctx, dy):
+    x, weight, gate = ctx.saved_tensors
+    dx, dw, dz = norm_gradients(dy, x, weight, ctx.eps, gate, ctx.activation)
+    return dx, None if weight is None else dw, None, None if gate is None else dz, None
+
+
+normed.register_autograd(norm_backward, setup_context=norm_context)
+
+
+@torch.library.custom_op("linear_moe::convolution", mutates_args=())
+def convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    taps: Tensor | None,
+    length: int,
+    starts: Tensor | None,
+    sequences: Tensor | None,
+) -> Tensor:
+    return kernels.convolution(x, weight, bias, activation, taps, length, starts, sequences)
+
+
+@convolved.register_fake
+def _(x, weight, bias, activation, taps, length, starts, sequences):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("linear_moe::convolution_gradients", mutates_args=())
+def convolution_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    taps: Tensor | None,
+    length: int,
+    starts: Tensor | None,
+    sequences: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dtaps; empty for what is not there."""
+    given = (dy.contiguous(), x, weight, bias, activation, taps, length, starts, sequences)
+    dx, dw, dbias, dtaps = kernels.convolution_gradients(*given)
+    dbias = x.new_empty(0) if dbias is None else dbias.to(bias.dtype)
+    return dx, dw.to(weight.dtype).contiguous(), dbias, x.new_empty(0) if dtaps is None else dtaps
+
+
+@convolution_gradients.register_fake
+def _(dy, x, weight, bias, activation, taps, length, starts, sequences):
+    like = [x.new_empty(0) if y is None else torch.empty_like(y) for y in (bias, taps)]
+    return torch.empty_like(x), torch.empty_like(weight), *like
+
+
+def convolution_context(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.activation, taps, ctx.length, starts, sequences = inputs
+    ctx.save_for_backward(x, weight, bias, taps, starts, sequences)
+
+
+def convolution_backward(ctx, dy):
+    x, weight, bias, taps, starts, sequences = ctx.saved_tensors
+    given = (dy, x, weight, bias, ctx.activation, taps, ctx.length, starts, sequences)
+    dx, dw, dbias, dtaps = convolution_gradients(*given)
+    return dx, dw, None if bias is None else dbias, None, None if taps is None else dtaps, None, None, None
+
+
+convolved.register_autograd(convolution_backward, setup_context=convolution_context)
