@@ -48,11 +48,9 @@ def short_convolution(
         )
     (b, t, c), reach = x.shape, weight.shape[-1] - 1
     n = b if cu_seqlens is None else len(cu_seqlens) - 1
-    sequences = None if cu_seqlens is None else document_of(cu_seqlens, t).int()
-    starts = None if cu_seqlens is None else cu_seqlens.int()
     taps = None if taps is None or not reach else taps.to(x.dtype).contiguous()
     flat = x.reshape(b * t, c).contiguous()
-    y = convolved(flat, weight.contiguous(), bias, activation, taps, t, starts, sequences).view(x.shape)
+    y = convolved(flat, weight.contiguous(), bias, activation, taps, t, cu_seqlens).view(x.shape)
     return y, newest(x, taps, reach, n, cu_seqlens)
 
 
@@ -140,14 +138,21 @@ def convolved(
     activation: str | None,
     taps: Tensor | None,
     length: int,
-    starts: Tensor | None,
-    sequences: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
-    return kernels.convolution(x, weight, bias, activation, taps, length, starts, sequences)
+    return kernels.convolution(x, weight, bias, activation, taps, length, *borders(x, cu_seqlens))
+
+
+def borders(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Where each document starts, and which one a row belongs to. Here, within the operator, since torch 2.11's
+    compiler finds other documents (its searchsorted in a view of cu_seqlens)."""
+    if cu_seqlens is None:
+        return None, None
+    return cu_seqlens.int(), document_of(cu_seqlens, x.shape[0]).int()
 
 
 @convolved.register_fake
-def _(x, weight, bias, activation, taps, length, starts, sequences):
+def _(x, weight, bias, activation, taps, length, cu_seqlens):
     return torch.empty_like(x)
 
 
@@ -160,32 +165,31 @@ def convolution_gradients(
     activation: str | None,
     taps: Tensor | None,
     length: int,
-    starts: Tensor | None,
-    sequences: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dtaps; empty for what is not there."""
-    given = (dy.contiguous(), x, weight, bias, activation, taps, length, starts, sequences)
+    given = (dy.contiguous(), x, weight, bias, activation, taps, length, *borders(x, cu_seqlens))
     dx, dw, dbias, dtaps = kernels.convolution_gradients(*given)
     dbias = x.new_empty(0) if dbias is None else dbias.to(bias.dtype)
     return dx, dw.to(weight.dtype).contiguous(), dbias, x.new_empty(0) if dtaps is None else dtaps
 
 
 @convolution_gradients.register_fake
-def _(dy, x, weight, bias, activation, taps, length, starts, sequences):
+def _(dy, x, weight, bias, activation, taps, length, cu_seqlens):
     like = [x.new_empty(0) if y is None else torch.empty_like(y) for y in (bias, taps)]
     return torch.empty_like(x), torch.empty_like(weight), *like
 
 
 def convolution_context(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.activation, taps, ctx.length, starts, sequences = inputs
-    ctx.save_for_backward(x, weight, bias, taps, starts, sequences)
+    x, weight, bias, ctx.activation, taps, ctx.length, cu_seqlens = inputs
+    ctx.save_for_backward(x, weight, bias, taps, cu_seqlens)
 
 
 def convolution_backward(ctx, dy):
-    x, weight, bias, taps, starts, sequences = ctx.saved_tensors
-    given = (dy, x, weight, bias, ctx.activation, taps, ctx.length, starts, sequences)
+    x, weight, bias, taps, cu_seqlens = ctx.saved_tensors
+    given = (dy, x, weight, bias, ctx.activation, taps, ctx.length, cu_seqlens)
     dx, dw, dbias, dtaps = convolution_gradients(*given)
-    return dx, dw, None if bias is None else dbias, None, None if taps is None else dtaps, None, None, None
+    return dx, dw, None if bias is None else dbias, None, None if taps is None else dtaps, None, None
 
 
 convolved.register_autograd(convolution_backward, setup_context=convolution_context)
