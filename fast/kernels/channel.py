@@ -203,16 +203,37 @@ def channel_values(
         tl.store(end + nh * X * Z + cell, S, mask=in_cell)
 
 
+@triton.jit
+def to_middle(gates, ic, half: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr):
+    """e^{sum of the gates between a token and the middle of its block of 2·half tokens}: C × K, at most 1.
+
+    From the middle on: up to and with the token's own gate (BEFORE: without); before the middle: after the token. The
+    sums are products with zeros and ones; for 16-bit tokens of gates in two float16, exact to 22 bits.
+    """
+    here, other = ic[:, None], ic[None, :]
+    middle = here // (2 * half) * (2 * half) + half
+    until = here if BEFORE else here + 1
+    between = tl.where(here >= middle, (other >= middle) & (other < until), (other > here) & (other < middle))
+    if EXACT:
+        total = tl.dot(between.to(tl.float32), gates, input_precision="ieee")
+    else:
+        rough = gates.to(tl.float16)
+        total = tl.dot(between.to(tl.float16), (gates - rough.to(tl.float32)).to(tl.float16))
+        total = tl.dot(between.to(tl.float16), rough, total)
+    return tl.exp2(total)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "parts"])
 def channel_pairs(
     do, q, k, v, g, borders, dq, dk, own, tokens, heads, parts,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
-    BEFORE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BEFORE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What pairs j < i of one chunk give dq_i and dk_j, for a slice of channels; own_i = P_ii: b t h.
 
-    `left` is e^{r_i - b_j}, by query i when key j is reached, then by key j when query i is. Products a chunk:
-    C·C·V on tensor cores, 4·C·C·BK off them.
+    By halves: the later half's queries meet the earlier half's keys at the middle, both decayed towards it; the halves
+    of the halves are the same problem. Four levels are all pairs of 16 tokens. Products a chunk: 2·C·C·V for P and its
+    transpose, and for each level 2·C·C·BK for gates, 2·C·C·BK for gradients.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -226,47 +247,35 @@ def channel_pairs(
     for i in range(0, tl.cdiv(stop - first, C)):
         begin = first + i * C
         row = (start + begin) * heads + h
-        count = tl.minimum(stop - begin, C)
-        inside = ic < count
+        inside = ic < tl.minimum(stop - begin, C)
+        at_k = row * K + ic[:, None] * (heads * K) + ik[None, :]
         at_v = row * V + ic[:, None] * (heads * V) + iv[None, :]
-        ok = inside[:, None] & in_v[None, :]
-        answer = tl.load(do + at_v, mask=ok, other=0.0)
-        value = tl.load(v + at_v, mask=ok, other=0.0)
+        ok_k, ok_v = inside[:, None] & in_k[None, :], inside[:, None] & in_v[None, :]
+        answer = tl.load(do + at_v, mask=ok_v, other=0.0)
+        value = tl.load(v + at_v, mask=ok_v, other=0.0)
+        query = tl.load(q + at_k, mask=ok_k, other=0.0)
+        key = tl.load(k + at_k, mask=ok_k, other=0.0)
+        gates = gates_of(g, at_k, ok_k)
         P = tl.dot(answer, tl.trans(value), input_precision=PRECISION)
+        turned = tl.dot(value, tl.trans(answer), input_precision=PRECISION)
         if s == 0:
             diagonal = tl.sum(tl.where(ic[:, None] == ic[None, :], P, 0.0), 1)
             tl.store(own + row + ic * heads, diagonal, mask=inside)
-
         asking = tl.zeros((C, BK), tl.float32)
-        left = tl.full((C, BK), 1.0, tl.float32)
-        for step in tl.static_range(C):
-            j = C - 1 - step
-            there = (j < count) & in_k
-            line = (row + j * heads) * K + ik
-            key = tl.load(k + line, mask=there, other=0.0).to(tl.float32)
-            weight = tl.sum(tl.where((ic[None, :] == j) & (ic[:, None] > j), P, 0.0), 1)
-            asking += weight[:, None] * left * key[None, :]
-            since = (ic > j) if BEFORE else (ic >= j)
-            left = tl.where(since[:, None], left * tl.exp2(gates_of(g, line, there))[None, :], left)
-
         answering = tl.zeros((C, BK), tl.float32)
-        left = tl.full((C, BK), 1.0, tl.float32)
-        for j in tl.static_range(C):
-            there = (j < count) & in_k
-            line = (row + j * heads) * K + ik
-            query = tl.load(q + line, mask=there, other=0.0).to(tl.float32)
-            weight = tl.sum(tl.where((ic[:, None] == j) & (ic[None, :] < j), P, 0.0), 0)
-            fade = tl.where((ic < j)[:, None], tl.exp2(gates_of(g, line, there))[None, :], 1.0)
-            if BEFORE:
-                answering += weight[:, None] * left * query[None, :]
-                left = left * fade
-            else:
-                left = left * fade
-                answering += weight[:, None] * left * query[None, :]
-
-        at_k = row * K + ic[:, None] * (heads * K) + ik[None, :]
-        tl.store(dq + at_k, asking, mask=inside[:, None] & in_k[None, :])
-        tl.store(dk + at_k, answering, mask=inside[:, None] & in_k[None, :])
+        for level in tl.static_range(4):
+            half = 1 << level
+            fade = to_middle(gates, ic, half, BEFORE, EXACT)
+            block, late = ic // (2 * half), ic % (2 * half) >= half
+            meet = (block[:, None] == block[None, :]) & (late[:, None] != late[None, :])
+            asked = tl.where(meet & late[:, None], P, 0.0).to(key.dtype)
+            answered = tl.where(meet & late[None, :], turned, 0.0).to(key.dtype)
+            keys = (key.to(tl.float32) * fade).to(key.dtype)
+            queries = (query.to(tl.float32) * fade).to(key.dtype)
+            asking += fade * tl.dot(asked, keys, input_precision=PRECISION)
+            answering += fade * tl.dot(answered, queries, input_precision=PRECISION)
+        tl.store(dq + at_k, asking, mask=ok_k)
+        tl.store(dk + at_k, answering, mask=ok_k)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots"])
@@ -492,7 +501,7 @@ def scores_of(q, k, g, u, borders) -> Tensor:
     decay.launch(
         channel_scores, n * q.shape[2] * parts, q, k, g, u, borders, scores, q.shape[1], q.shape[2], parts,
         K=q.shape[-1], BK=padded(q.shape[-1]), C=CHUNK, BEFORE=u is not None, PACKED=borders is not None,
-        num_warps=2 if q.shape[-1] <= 128 else 4,
+        num_warps=1 if q.shape[-1] <= 128 else 2,
     )  # fmt: skip
     return scores
 
@@ -519,7 +528,7 @@ def pairs(do, q, k, v, g, u, borders) -> tuple[Tensor, Tensor, Tensor]:
         channel_pairs, n * q.shape[2] * parts * slices, do, q, k, v, g, borders, dq, dk, own,
         q.shape[1], q.shape[2], parts,
         K=K, V=V, BK=block, BV=padded(V), SLICES=slices, C=CHUNK, BEFORE=u is not None, PACKED=borders is not None,
-        PRECISION="ieee", num_warps=4,
+        EXACT=q.element_size() == 4, PRECISION="ieee", num_warps=2, num_stages=2,
     )  # fmt: skip
     return dq, dk, own
 
