@@ -51,7 +51,8 @@ def recurrence(
         segments = channels.segments_for(q, v, sequences)
         u = bonus_of(x)
         u = u if u is None else even(u)
-        o, last, _, _ = channel(q, k, v, even(g), u, memory, cu_seqlens, segments, wide)
+        keep = torch.is_grad_enabled() and g.requires_grad
+        o, last, *_ = channel(q, k, v, even(g), u, memory, cu_seqlens, segments, wide, keep)
     else:
         segments = kernels.segments_for(q, v, g, sequences)
         o, last, _ = decay(q, k, v, g, memory, cu_seqlens, segments, wide)
@@ -277,19 +278,22 @@ def channel(
     cu_seqlens: Tensor | None,
     segments: int,
     wide: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, the last memory, the memories between segments, the scores within chunks). `wide`: o in float32."""
-    return channels.forward(*packed(q, k, v, g, u, memory, cu_seqlens), segments, wide)
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments, scores within chunks, marks). `wide`: o in float32; `keep`:
+    the gate's gradient will be wanted."""
+    return channels.forward(*packed(q, k, v, g, u, memory, cu_seqlens), segments, wide, keep)
 
 
 @channel.register_fake
-def _(q, k, v, g, u, memory, cu_seqlens, segments, wide):
+def _(q, k, v, g, u, memory, cu_seqlens, segments, wide, keep):
     n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     cells = (q.shape[2], q.shape[3], v.shape[3])
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     last = q.new_empty(n, *cells, dtype=torch.float32)
     cut = (n, cells[0], segments + 1, *cells[1:]) if segments > 1 else (0,)
-    return o, last, q.new_empty(cut, dtype=torch.float32), q.new_empty(*q.shape[:3], channels.CHUNK)
+    scores = q.new_empty(*q.shape[:3], channels.CHUNK)
+    return o, last, last.new_empty(cut), scores, last.new_empty(channels.marks_of(q, v, keep))
 
 
 @torch.library.custom_op("linear_moe::channel_gradients", mutates_args=())
@@ -306,40 +310,37 @@ def channel_gradients(
     last: Tensor,
     states: Tensor,
     scores: Tensor,
+    marks: Tensor,
     want_g: bool,
     want_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, du, dmemory); dg and du are empty unless wanted."""
     do, dlast = packed(do.to(v.dtype), dlast)
     q, k, v, g, u, memory, cu_seqlens = packed(q, k, v, g, u, memory, cu_seqlens)
-    given = (q, k, v, g, u, memory, cu_seqlens, last, states, scores)
+    given = (q, k, v, g, u, memory, cu_seqlens, last, states, scores, marks)
     dq, dk, dv, dg, du, dmemory = channels.backward(do, dlast, *given, want_g, want_u)
     dg, du = (last.new_empty(0) if y is None else y for y in (dg, du))
     return dq, dk, dv, dg, du, dmemory
 
 
 @channel_gradients.register_fake
-def _(do, dlast, q, k, v, g, u, memory, cu_seqlens, last, states, scores, want_g, want_u):
+def _(do, dlast, q, k, v, g, u, memory, cu_seqlens, last, states, scores, marks, want_g, want_u):
     dg = torch.empty_like(g) if want_g else last.new_empty(0)
     du = torch.empty_like(u) if want_u else last.new_empty(0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, du, torch.empty_like(last)
 
 
 def channel_context(ctx, inputs, output) -> None:
-    q, k, v, g, u, memory, cu_seqlens, _, _ = inputs
-    _, last, states, scores = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, u, memory, cu_seqlens, last, states, scores)
+    ctx.save_for_backward(*inputs[:7], *output[1:])
 
 
 def channel_backward(ctx, do, dlast, *_):
-    q, k, v, g, u, memory, cu_seqlens, last, states, scores = ctx.saved_tensors
-    do = torch.zeros_like(v) if do is None else do
+    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
     want_g, want_u, want_memory = ctx.needs_input_grad[3:6]
-    given = (q, k, v, g, u, memory, cu_seqlens, last, states, scores)
-    *grads, dg, du, dmemory = channel_gradients(do, dlast, *given, want_g, want_u)
+    *grads, dg, du, dmemory = channel_gradients(do, dlast, *ctx.saved_tensors, want_g, want_u)
     asked = (dg if want_g else None, du if want_u else None, dmemory if want_memory else None)
-    return *grads, *asked, None, None, None
+    return *grads, *asked, None, None, None, None
 
 
 channel.register_autograd(channel_backward, setup_context=channel_context)

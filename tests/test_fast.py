@@ -178,6 +178,15 @@ def test_any_shape(name, t, k, v, cuts):
     compare(name, t=t, k=k, v=v, cu_seqlens=torch.tensor(borders, dtype=torch.int32), seed=t)
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("name", ["gla", "hgrn2", "rwkv6"])
+def test_gradients_of_gates_begin_anew_at_every_stretch(name, segments, monkeypatch):
+    monkeypatch.setattr(channels, "STRETCH", 32)
+    cut(monkeypatch, segments)
+    compare(name, b=2, t=150, k=16, v=20)
+    compare(name, t=150, k=20, v=16, cu_seqlens=torch.tensor([0, 33, 33, 140, 150], dtype=torch.int32))
+
+
 def extreme(tokens, constants):
     g = tokens["g"]
     if g.ndim == 4:  # at other tokens in every channel
@@ -214,10 +223,11 @@ def test_extreme_slopes(gate):
 
 @pytest.mark.parametrize("name", GATED)
 def test_a_gate_that_is_not_a_number_shows(name):
-    row, tokens, constants = make(name, t=9, k=16, v=16, dtype=torch.float32)
-    tokens["g"][0, 3 if name == "rwkv6" else 4] = torch.nan  # RWKV6 reads the memory before this token's gate
+    """From its token on, and, by channel, in the rest of its chunk of 16."""
+    row, tokens, constants = make(name, t=40, k=16, v=16, dtype=torch.float32)
+    tokens["g"][0, 20] = torch.nan
     o, _ = quick.recurrence(row, *({n: x.to(DEVICE) for n, x in group.items()} for group in (tokens, constants)))
-    assert o[0, 4:].isnan().all() and o[0, :4].isfinite().all() and o[1].isfinite().all()
+    assert o[0, 20:].isnan().all() and o[0, :16].isfinite().all() and o[1].isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------- gradients arriving
@@ -285,7 +295,8 @@ def test_the_operators_keep_torchs_rules(name, segments, wide):
         given.append(constants["u"].requires_grad_() if constants else None)
     operator = getattr(torch.ops.linear_moe, family_of(name)).default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operator, (*given, None, None, segments, wide), test_utils=checks)
+    more = () if name == "mamba2" else (True,)
+    torch.library.opcheck(operator, (*given, None, None, segments, wide, *more), test_utils=checks)
 
 
 # ------------------------------------------------------------------------------------------------ spans and steps

@@ -16,30 +16,39 @@ is of the memory before), S the state from before the chunk, D_t the cotangent o
 o and dv are one kernel (`channel_values`: the state's rows fade), dq and dk another (`channel_keys`: its columns do). A
 program owns a slice of the output's columns and streams through time, as in `decay.py`, whose segments are these, too.
 
-Inside a chunk no split q e^{b} · k e^{-b} is safe: under strong gates the second factor has no bound. So all pairs of
-16 tokens are taken one by one, by two kernels that know nothing of the state and run for all chunks at once: A with
-`channel_scores`, and the two sums of dq and dk with j < i with `channel_pairs`. Neither takes an exponential of a pair:
-going from key j to key j - 1, all queries from j on fade by e^{g_j}, so a row of queries that starts as q and is
-multiplied on the way is right for every key in its turn. No exponent is ever positive and no sum of gates is a
-difference, so any gate in [-inf, 0] is right. Between chunks, for 16-bit tokens, b_C - b is a difference of float32
-sums (off by 5e-4 at the very worst, below those tokens' own rounding); for float32 tokens (EXACT) it is a sum of its
-own. As in `decay.py` a gate is raised to FLOOR first.
+Inside a chunk no split q e^{b} · k e^{-b} is safe: under strong gates the second factor has no bound. Pairs of tokens
+belong to two kernels that know nothing of the state and run for all chunks at once. `channel_scores` makes A, key by
+key: on the way from key j to key j - 1 all queries from j on fade by e^{g_j}, so what starts as q is right for every
+key in its turn. `channel_pairs` makes the two sums of dq and dk with j < i by halves, as `reference/chunked.py` does:
+queries of the later half meet keys of the earlier at the middle, both decayed towards it.
 
-The gate's gradient needs no memory: dg_t = <e^{g_t} M_{t-1}, D_t> by row of the memory, and with M and D at a segment's
-end (dq', dk': without a token's own pair, which is in both and cancels)
+Gates. No exponent is ever positive and none is a difference: each is a sum of the gates that lie between, so any g in
+[-inf, 0] is right and finite. As in `decay.py` a gate is raised to FLOOR first. For 16-bit tokens those sums are
+products of float16 numbers with zeros and ones, right to 2^-22 of the largest gate.
+
+The gate's gradient is dg_t = <e^{g_t} M_{t-1}, D_t> by row of the memory, and with M and D after any later token (dq',
+dk': without a token's own pair, which is in both and cancels)
 
     dg_t = <M, D> + Σ_{s >= t} (q_s dq'_s - k_s dk'_s)        read before the write: q dq' from s > t
 
-so `channel_keys` leaves q dq' where dg will be, and, running backwards, turns it into dg, before dq and dk are rounded.
+Rounding errors of 16-bit products add up along that sum, in each channel for itself: begun at the end of 2048 tokens
+they leave the error budget (1.6 of it; float16, K = V = 64), over STRETCH = 512 tokens they do not (0.8). So o's sweep
+keeps M at the end of every stretch, 1/2 U in all, and dk's sweep, which has D there, begins the sum anew;
+`channel_keys` leaves q dq' where dg will be, and, running backwards, turns it into dg, before dq and dk are rounded.
 A token's own pair P_tt comes in afterwards: dq += P_tt k, dk += P_tt q (times u), du = Σ_t P_tt q_t k_t.
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, gates (2 U) in float32: scores read 4 U and
-write 1/8, the forward sweep reads 5 and writes 1; backward, the pairs read 6 and write 2, dv moves 6, dq 8 (the pairs'
-part, q and the gate's part beside its own) and dk 9: 41 U where the floor is 17 (forward 6, backward 11). Saved for
-the gradient: A, 16 numbers a token and head, and what `decay.py` saves. Scores cost 16·K multiply-adds and as many
-multiplications a token and head, pairs four times that, off the tensor cores; a sweep 2·d² on them.
+write 1/8, the forward sweep reads 5 (and k's gates twice) and writes 1; backward, dv moves 6, the pairs 8, dq 9 (the
+pairs' part and q dq' among them) and dk 11: 44 U where the floor is 6 forward and 11 more backward. Kept for the
+gradient: A, 16 numbers a token and head, the stretches' memories where a gate's gradient is wanted, and what `decay.py`
+keeps; needed on the way: P_tt, 1 number a token and head.
+A chunk costs scores 2·C²·K multiply-adds off the tensor cores, and on them: a sweep 2·C·K·BZ and C² for each gate read,
+pairs 2·C²·V and C² (2 gates and 2 gradients) for each of four levels and K channels.
 
-Compilers: what `decay.py` says. No dot's result is transposed; no 16-bit line of CONFIG has one stage.
+Compilers: what `decay.py` says, so no dot's result is transposed on its way into another dot (hence y and its gates
+K × C in `channel_values`), and no 16-bit line of CONFIG has one stage. By the machine code for sm_90 of Triton 3.6.0
+and 3.7.1 (16 bits, K = V = 128): nothing spills; scans instead of products made the loop of `channel_values` a fifth
+longer, pairs taken one by one that of `channel_pairs` two to three times as long.
 """
 
 import torch
@@ -50,7 +59,10 @@ from torch import Tensor
 from fast.kernels import decay
 from fast.kernels.decay import FLOOR, LOG2_E, padded, part_of, run_of, sequences_of
 
+NOTHING = tl.constexpr(-150.0)  # 2^-150 is 0 in float32
+
 CHUNK = 16
+STRETCH = 512  # tokens over which the gate's gradient is summed from one exact value
 
 # padded row size of the state, bytes of a number -> (columns of the output a program, warps, stages)
 CONFIG = {
@@ -61,9 +73,9 @@ CONFIG = {
     (256, 2): (16, 4, 2),
     (16, 4): (16, 4, 1),
     (32, 4): (32, 4, 1),
-    (64, 4): (32, 4, 1),
-    (128, 4): (32, 4, 1),
-    (256, 4): (16, 4, 1),
+    (64, 4): (32, 8, 1),
+    (128, 4): (32, 8, 1),
+    (256, 4): (16, 8, 1),
 }
 
 
@@ -75,29 +87,39 @@ def gates_of(g, at, ok):
 
 
 @triton.jit
-def sums_of(
-    g, row, heads, ic, ik, count,
-    K: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """(r, b_C - b, b_C) of the chunk that begins at `row`: C × K, C × K, K. BEFORE: r leaves out the token's own."""
-    at = row * K + ic[:, None] * (heads * K) + ik[None, :]
-    in_k = (ik < K)[None, :]
+def added(which, gates, EXACT: tl.constexpr):
+    """Sums of gates, C × K, as a product with zeros and ones: a scan is shuffles between threads, a product is not.
+
+    For 16-bit tokens a gate is two float16, 22 bits of it. A gate that is not a number spoils its chunk's channel.
+    """
     if EXACT:
-        later = gates_of(g, at + heads * K, (ic + 1 < count)[:, None] & in_k)
-        total = tl.sum(later, 0) + gates_of(g, row * K + ik, ik < K)
-        after = tl.cumsum(later, 0, reverse=True)
-        if BEFORE:
-            r = tl.cumsum(gates_of(g, at - heads * K, ((ic > 0) & (ic < count))[:, None] & in_k), 0)
-        else:
-            r = tl.cumsum(gates_of(g, at, (ic < count)[:, None] & in_k), 0)
+        return tl.dot(which.to(tl.float32), gates, input_precision="ieee")
+    which = which.to(tl.float16)
+    rough = gates.to(tl.float16)
+    rest = tl.dot(which, (gates - rough.to(tl.float32)).to(tl.float16))
+    return tl.dot(which, rough, rest)
+
+
+@triton.jit
+def until(here, other, BEFORE: tl.constexpr):
+    """Whether the gate of token `other` counts in r of token `here`."""
+    return other < here if BEFORE else other <= here
+
+
+@triton.jit
+def writes_of(y, gates, ic, BEFORE: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """y e^{b_C - b}, REVERSE: y e^r, from y and gates that are K × C, as is the result: no dot's result is transposed
+    on its way into another dot."""
+    here, other = ic[None, :], ic[:, None]
+    which = until(here, other, BEFORE) if REVERSE else other > here
+    if EXACT:
+        total = tl.dot(gates, which.to(tl.float32), input_precision="ieee")
     else:
-        own = gates_of(g, at, (ic < count)[:, None] & in_k)
-        r = tl.cumsum(own, 0)
-        total = tl.sum(own, 0)
-        after = total[None, :] - r
-        if BEFORE:
-            r -= own
-    return r, after, total
+        which = which.to(tl.float16)
+        rough = gates.to(tl.float16)
+        rest = tl.dot((gates - rough.to(tl.float32)).to(tl.float16), which)
+        total = tl.dot(rough, which, rest)
+    return (y.to(tl.float32) * tl.exp2(total)).to(y.dtype)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "parts"])
@@ -144,14 +166,15 @@ def channel_scores(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots"])
 def channel_values(
-    x, y, z, g, scores, borders, entry, out, end, tokens, heads, segments, slots,
+    x, y, z, g, scores, borders, entry, out, end, marks, tokens, heads, segments, slots,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     BEFORE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    ENTRY: tl.constexpr, END: tl.constexpr,
+    ENTRY: tl.constexpr, END: tl.constexpr, MARKS: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """One slice of o (x y z = q k v) over a segment of one head of one sequence; REVERSE: of dv (k q do).
 
-    Reads x and y, its slice of z, gates and scores; writes its slice of out. 2·C·X·BZ + C·C·BZ multiply-adds a chunk.
+    With MARKS the states at the borders of stretches are kept, at their row over STRETCH (`marks_of`). Reads x and y,
+    its slice of z, gates and scores; writes its slice of out. 2·C·X·BZ + C·C·BZ multiply-adds a chunk.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -174,30 +197,39 @@ def channel_values(
         S = tl.zeros((BX, BZ), tl.float32)
 
     at_x = ic[:, None] * (heads * X) + ix[None, :]
+    across_x = ix[:, None] + ic[None, :] * (heads * X)
     at_z = ic[:, None] * (heads * Z) + iz[None, :]
     if REVERSE:
         at_scores = ic[:, None] + ic[None, :] * (heads * C)
     else:
         at_scores = ic[:, None] * (heads * C) + ic[None, :]
-    chunks = tl.cdiv(stop - first, C)
-    for i in range(0, chunks):
-        begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
-        count = tl.minimum(stop - begin, C)
-        inside = ic < count
-        row = (start + begin) * heads + h
-        bx = tl.load(x + row * X + at_x, mask=inside[:, None] & in_x[None, :], other=0.0)
-        by = tl.load(y + row * X + at_x, mask=inside[:, None] & in_x[None, :], other=0.0)
-        bz = tl.load(z + row * Z + at_z, mask=inside[:, None] & in_z[None, :], other=0.0)
-        A = tl.load(scores + row * C + at_scores, mask=inside[:, None] & inside[None, :], other=0.0)
-        reading, writing, total = sums_of(g, row, heads, ic, ix, count, X, BEFORE, EXACT)
-        if REVERSE:
-            reading, writing = writing, reading
-        seen = (bx.to(tl.float32) * tl.exp2(reading)).to(bx.dtype)
-        written = (by.to(tl.float32) * tl.exp2(writing)).to(by.dtype)
-        o = tl.dot(seen, S.to(bx.dtype), input_precision=PRECISION)
-        o = tl.dot(A, bz, o, input_precision=PRECISION)
-        S = tl.dot(tl.trans(written), bz, S * tl.exp2(total)[:, None], input_precision=PRECISION)
-        tl.store(out + row * Z + at_z, o, mask=inside[:, None] & in_z[None, :])
+    stretches = tl.cdiv(stop - first, STRETCH)
+    for stretch in range(0, stretches):
+        origin = first + (stretches - 1 - stretch if REVERSE else stretch) * STRETCH
+        chunks = tl.cdiv(tl.minimum(stop - origin, STRETCH), C)
+        if MARKS:
+            mark = ((start + origin) // STRETCH * heads + h) * X * Z
+            tl.store(marks + mark + cell, S, mask=in_cell & (stretch > 0))
+        for i in range(0, chunks):
+            begin = origin + (chunks - 1 - i if REVERSE else i) * C
+            count = tl.minimum(stop - begin, C)
+            inside = ic < count
+            row = (start + begin) * heads + h
+            bx = tl.load(x + row * X + at_x, mask=inside[:, None] & in_x[None, :], other=0.0)
+            across = in_x[:, None] & inside[None, :]
+            by = tl.load(y + row * X + across_x, mask=across, other=0.0)
+            bz = tl.load(z + row * Z + at_z, mask=inside[:, None] & in_z[None, :], other=0.0)
+            A = tl.load(scores + row * C + at_scores, mask=inside[:, None] & inside[None, :], other=0.0)
+            gates = gates_of(g, row * X + at_x, inside[:, None] & in_x[None, :])
+            which = ic[None, :] > ic[:, None] if REVERSE else until(ic[:, None], ic[None, :], BEFORE)
+            reading = added(which, gates, EXACT)
+            seen = (bx.to(tl.float32) * tl.exp2(reading)).to(bx.dtype)
+            o = tl.dot(seen, S.to(bx.dtype), input_precision=PRECISION)
+            o = tl.dot(A, bz, o, input_precision=PRECISION)
+            gates = gates_of(g, row * X + across_x, across)
+            written = writes_of(by, gates, ic, BEFORE, REVERSE, EXACT)
+            S = tl.dot(written, bz, S * tl.exp2(tl.sum(gates, 1))[:, None], input_precision=PRECISION)
+            tl.store(out + row * Z + at_z, o, mask=inside[:, None] & in_z[None, :])
 
     if END:
         tl.store(end + nh * X * Z + cell, S, mask=in_cell)
@@ -207,20 +239,12 @@ def channel_values(
 def to_middle(gates, ic, half: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr):
     """e^{sum of the gates between a token and the middle of its block of 2·half tokens}: C × K, at most 1.
 
-    From the middle on: up to and with the token's own gate (BEFORE: without); before the middle: after the token. The
-    sums are products with zeros and ones; for 16-bit tokens of gates in two float16, exact to 22 bits.
+    From the middle on: up to and with the token's own gate (BEFORE: without); before the middle: after the token.
     """
     here, other = ic[:, None], ic[None, :]
     middle = here // (2 * half) * (2 * half) + half
-    until = here if BEFORE else here + 1
-    between = tl.where(here >= middle, (other >= middle) & (other < until), (other > here) & (other < middle))
-    if EXACT:
-        total = tl.dot(between.to(tl.float32), gates, input_precision="ieee")
-    else:
-        rough = gates.to(tl.float16)
-        total = tl.dot(between.to(tl.float16), (gates - rough.to(tl.float32)).to(tl.float16))
-        total = tl.dot(between.to(tl.float16), rough, total)
-    return tl.exp2(total)
+    later = (other >= middle) & until(here, other, BEFORE)
+    return tl.exp2(added(tl.where(here >= middle, later, (other > here) & (other < middle)), gates, EXACT))
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "parts"])
@@ -280,16 +304,17 @@ def channel_pairs(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots"])
 def channel_keys(
-    x, y, z, w, g, u, own, borders, entry, memory, out, dg, du, tokens, heads, segments, slots,
+    x, y, z, w, g, u, own, borders, entry, memory, marks, out, dg, du, tokens, heads, segments, slots,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     BEFORE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    ENTRY: tl.constexpr, GATES: tl.constexpr, BONUS: tl.constexpr,
+    ENTRY: tl.constexpr, GATES: tl.constexpr, BONUS: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """One slice of dq (x y z w = do v k q) over a segment of one head of one sequence; REVERSE: of dk (v do q k).
 
     `out` holds what `channel_pairs` found, and the rest is added. With GATES the forward run leaves q dq' in dg, which
     the run backwards replaces by dg; its sums start from <M, D> at the segment's end (`memory`, and `entry` of that
-    run) and are float64 where EXACT. With BONUS du of this segment: n h segments K. 2·C·X·BZ multiply-adds a chunk.
+    run) and at the end of every stretch (`marks`, and the state), and are float64 where EXACT. With BONUS du of this
+    segment: n h segments K. 2·C·X·BZ multiply-adds a chunk.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -304,16 +329,17 @@ def channel_keys(
     ic = tl.arange(0, C)
     in_x, in_z = ix < X, iz < Z
     nh = (n * heads + h).to(tl.int64)
-    cell = (nh * slots + segment) * X * Z + ix[:, None] + iz[None, :] * X  # the state lies transposed in memory
+    turned = ix[:, None] + iz[None, :] * X  # the state lies transposed in memory
+    cell = (nh * slots + segment) * X * Z + turned
     in_cell = in_x[:, None] & in_z[None, :]
     wide = tl.float64 if EXACT else tl.float32
     if ENTRY:
         S = tl.load(entry + cell, mask=in_cell, other=0.0)
     else:
         S = tl.zeros((BX, BZ), tl.float32)
-    later = tl.zeros((BZ,), wide)
+    later = tl.zeros((C, BZ), wide)  # in every row the same
     if GATES and REVERSE and ENTRY:
-        later += tl.sum((S * tl.load(memory + cell, mask=in_cell, other=0.0)).to(wide), 0)
+        later += tl.sum((S * tl.load(memory + cell, mask=in_cell, other=0.0)).to(wide), 0)[None, :]
     weight = tl.full((BZ,), 1.0, tl.float32)
     if BEFORE:
         weight = tl.load(u + h * Z + iz, mask=in_z, other=0.0)
@@ -321,45 +347,58 @@ def channel_keys(
 
     at_x = ic[:, None] * (heads * X) + ix[None, :]
     at_z = ic[:, None] * (heads * Z) + iz[None, :]
-    chunks = tl.cdiv(stop - first, C)
-    for i in range(0, chunks):
-        begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
-        count = tl.minimum(stop - begin, C)
-        inside = ic < count
-        row = (start + begin) * heads + h
-        in_rows_x = inside[:, None] & in_x[None, :]
-        in_rows_z = inside[:, None] & in_z[None, :]
-        bx = tl.load(x + row * X + at_x, mask=in_rows_x, other=0.0)
-        by = tl.load(y + row * X + at_x, mask=in_rows_x, other=0.0)
-        bz = tl.load(z + row * Z + at_z, mask=in_rows_z, other=0.0)
-        # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
-        pairs = tl.load(out + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
-        itself = tl.load(own + row + ic * heads, mask=inside, other=0.0)
-        if GATES or BONUS:
-            bw = tl.load(w + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
-        if GATES and REVERSE:
-            asked = tl.load(dg + row * Z + at_z, mask=in_rows_z, other=0.0)
-            gate = tl.load(g + row * Z + at_z, mask=in_rows_z, other=0.0)
-        reading, writing, total = sums_of(g, row, heads, ic, iz, count, Z, BEFORE, EXACT)
-        if REVERSE:
-            reading, writing = writing, reading
-        own_z = bz.to(tl.float32) * itself[:, None]
-        written = (bz.to(tl.float32) * tl.exp2(writing)).to(bz.dtype)
-        o = tl.dot(bx, S.to(bx.dtype), input_precision=PRECISION) * tl.exp2(reading) + pairs
-        S = tl.dot(tl.trans(by), written, S * tl.exp2(total)[None, :], input_precision=PRECISION)
-        if GATES:
-            change = bw * o
+    stretches = tl.cdiv(stop - first, STRETCH)
+    for stretch in range(0, stretches):
+        origin = first + (stretches - 1 - stretch if REVERSE else stretch) * STRETCH
+        chunks = tl.cdiv(tl.minimum(stop - origin, STRETCH), C)
+        if GATES and REVERSE:  # noqa: SIM102 (known to the compiler, what follows is not)
+            if stretch > 0:
+                mark = ((start + origin + STRETCH) // STRETCH * heads + h) * X * Z
+                M = tl.load(marks + mark + turned, mask=in_cell, other=0.0)
+                later = tl.zeros((C, BZ), wide) + tl.sum((S * M).to(wide), 0)[None, :]
+        for i in range(0, chunks):
+            begin = origin + (chunks - 1 - i if REVERSE else i) * C
+            count = tl.minimum(stop - begin, C)
+            inside = ic < count
+            row = (start + begin) * heads + h
+            in_rows_x = inside[:, None] & in_x[None, :]
+            in_rows_z = inside[:, None] & in_z[None, :]
+            bx = tl.load(x + row * X + at_x, mask=in_rows_x, other=0.0)
+            by = tl.load(y + row * X + at_x, mask=in_rows_x, other=0.0)
+            bz = tl.load(z + row * Z + at_z, mask=in_rows_z, other=0.0)
+            # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
+            pairs = tl.load(out + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
+            itself = tl.load(own + row + ic * heads, mask=inside, other=0.0)
+            if GATES or BONUS:
+                bw = tl.load(w + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
+            if GATES and REVERSE:
+                asked = tl.load(dg + row * Z + at_z, mask=in_rows_z, other=0.0)
+            gates = gates_of(g, row * Z + at_z, in_rows_z)
+            reading = added(until(ic[:, None], ic[None, :], BEFORE), gates, EXACT)
+            writing = added(ic[None, :] > ic[:, None], gates, EXACT)
             if REVERSE:
-                change = asked.to(wide) - change.to(wide)
-                value = later[None, :] + tl.cumsum(change, 0, reverse=True)
-                if BEFORE:
-                    value -= asked.to(wide)
-                later += tl.sum(change, 0)
-                change = tl.where(gate < -104.0, 0.0, value.to(tl.float32))
-            tl.store(dg + row * Z + at_z, change, mask=in_rows_z)
-        if BONUS:
-            bonus += tl.sum(own_z * bw, 0)
-        tl.store(out + row * Z + at_z, o + own_z * weight[None, :], mask=in_rows_z)
+                reading, writing = writing, reading
+            own_z = bz.to(tl.float32) * itself[:, None]
+            written = (bz.to(tl.float32) * tl.exp2(writing)).to(bz.dtype)
+            o = tl.dot(bx, S.to(bx.dtype), input_precision=PRECISION) * tl.exp2(reading) + pairs
+            S = tl.dot(tl.trans(by), written, S * tl.exp2(tl.sum(gates, 0))[None, :], input_precision=PRECISION)
+            if GATES:
+                change = bw * o
+                if REVERSE:
+                    change = asked.to(wide) - change.to(wide)
+                    if EXACT:
+                        value = later + tl.cumsum(change, 0, reverse=True)
+                        later += tl.sum(change, 0)[None, :]
+                    else:  # sums over rows are shuffles, products are not
+                        value = tl.dot((ic[:, None] <= ic[None, :]).to(wide), change, later, input_precision="tf32x3")
+                        later = tl.dot(tl.full((C, C), 1.0, wide), change, later, input_precision="tf32x3")
+                    if BEFORE:
+                        value -= asked.to(wide)
+                    change = tl.where(gates < NOTHING, 0.0, value.to(tl.float32))
+                tl.store(dg + row * Z + at_z, change, mask=in_rows_z)
+            if BONUS:
+                bonus += tl.sum(own_z * bw, 0)
+            tl.store(out + row * Z + at_z, o + own_z * weight[None, :], mask=in_rows_z)
 
     if BONUS:
         tl.store(du + (nh * segments + segment) * Z + iz, bonus, mask=in_z)
@@ -395,13 +434,15 @@ def channel_span(
         count = tl.minimum(stop - begin, C)
         inside = ic < count
         row = (start + begin) * heads + h
-        at_x = row * X + ic[:, None] * (heads * X) + ix[None, :]
+        across_x = row * X + ix[:, None] + ic[None, :] * (heads * X)
         at_z = row * Z + ic[:, None] * (heads * Z) + iz[None, :]
-        by = tl.load(y + at_x, mask=inside[:, None] & in_x[None, :], other=0.0)
+        across = in_x[:, None] & inside[None, :]
+        by = tl.load(y + across_x, mask=across, other=0.0)
         bz = tl.load(z + at_z, mask=inside[:, None] & in_z[None, :], other=0.0)
-        r, after, total = sums_of(g, row, heads, ic, ix, count, X, BEFORE, EXACT)
-        written = (by.to(tl.float32) * tl.exp2(r if REVERSE else after)).to(by.dtype)
-        S = tl.dot(tl.trans(written), bz, S * tl.exp2(total)[:, None], input_precision=PRECISION)
+        gates = gates_of(g, across_x, across)
+        written = writes_of(by, gates, ic, BEFORE, REVERSE, EXACT)
+        total = tl.sum(gates, 1)
+        S = tl.dot(written, bz, S * tl.exp2(total)[:, None], input_precision=PRECISION)
         sum_of_totals += total
 
     nh = (n * heads + h).to(tl.int64)
@@ -506,14 +547,17 @@ def scores_of(q, k, g, u, borders) -> Tensor:
     return scores
 
 
-def values(x, y, z, g, u, scores, borders, entry, end=None, *, segments=1, slots=1, reverse=False, wide=False):
-    """`channel_values`: o, or dv. `end` receives the last state."""
+def values(
+    x, y, z, g, u, scores, borders, entry, end=None, marks=None, *, segments=1, slots=1, reverse=False, wide=False
+) -> Tensor:
+    """`channel_values`: o, or dv. `end` receives the last state, `marks` those at the borders of stretches."""
     shape = shape_of(x, z, borders, u)
     out = torch.empty_like(z, dtype=torch.float32 if wide else z.dtype)
     decay.launch(
         channel_values, shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders),
-        x, y, z, g, scores, borders, entry, out, end, x.shape[1], x.shape[2], segments, slots,
-        **shape, REVERSE=reverse, ENTRY=entry is not None, END=end is not None,
+        x, y, z, g, scores, borders, entry, out, end, marks, x.shape[1], x.shape[2], segments, slots,
+        **shape, REVERSE=reverse, ENTRY=entry is not None, END=end is not None, MARKS=marks is not None,
+        STRETCH=STRETCH,
     )  # fmt: skip
     return out
 
@@ -522,24 +566,27 @@ def pairs(do, q, k, v, g, u, borders) -> tuple[Tensor, Tensor, Tensor]:
     """`channel_pairs`: the parts of dq and dk, b t h K each, and own, b t h."""
     K, V = q.shape[-1], v.shape[-1]
     dq, dk, own = torch.empty_like(q), torch.empty_like(k), g.new_empty(q.shape[:3])
-    n, block = sequences_of(q, borders), min(64, padded(K))
+    exact = q.element_size() == 4
+    n, block = sequences_of(q, borders), min(32 if exact else 64, padded(K))
     parts, slices = parts_of(q.shape[1], n), triton.cdiv(K, block)
     decay.launch(
         channel_pairs, n * q.shape[2] * parts * slices, do, q, k, v, g, borders, dq, dk, own,
         q.shape[1], q.shape[2], parts,
         K=K, V=V, BK=block, BV=padded(V), SLICES=slices, C=CHUNK, BEFORE=u is not None, PACKED=borders is not None,
-        EXACT=q.element_size() == 4, PRECISION="ieee", num_warps=2, num_stages=2,
+        EXACT=exact, PRECISION="ieee", num_warps=4 if exact else 2, num_stages=1 if exact else 2,
     )  # fmt: skip
     return dq, dk, own
 
 
-def keys(x, y, z, w, g, u, own, borders, entry, memory, out, dg=None, du=None, *, segments=1, slots=1, reverse=False):
+def keys(
+    x, y, z, w, g, u, own, borders, entry, memory, marks, out, dg=None, du=None, *, segments=1, slots=1, reverse=False
+) -> None:
     """`channel_keys`: adds the rest to dq, or dk, in `out`."""
     shape = shape_of(x, z, borders, u)
     decay.launch(
         channel_keys, shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders),
-        x, y, z, w, g, u, own, borders, entry, memory, out, dg, du, x.shape[1], x.shape[2], segments, slots,
-        **shape, REVERSE=reverse, ENTRY=entry is not None, GATES=dg is not None, BONUS=du is not None,
+        x, y, z, w, g, u, own, borders, entry, memory, marks, out, dg, du, x.shape[1], x.shape[2], segments, slots,
+        **shape, REVERSE=reverse, ENTRY=entry is not None, GATES=dg is not None, BONUS=du is not None, STRETCH=STRETCH,
     )  # fmt: skip
 
 
@@ -563,19 +610,28 @@ def between(y, z, g, u, borders, first, segments, reverse=False) -> tuple[Tensor
     return states, last
 
 
-def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, the last memory, the memories between segments: nothing when there is one, scores). `wide`: o in float32."""
+def marks_of(q: Tensor, v: Tensor, keep: bool) -> tuple[int, ...]:
+    """The shape of the memories kept for the gate's gradient. Borders of stretches that lie inside a sequence are
+    STRETCH rows apart, also from those of its neighbours: their rows over STRETCH are a place of their own."""
+    b, t, h, K = q.shape
+    return (triton.cdiv(b * t, STRETCH), h, K, v.shape[-1]) if keep else (0,)
+
+
+def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool, keep: bool) -> tuple[Tensor, ...]:
+    """(o, the last memory, the memories between segments: nothing when there is one, scores, marks). `wide`: o in
+    float32. `keep`: the gate's gradient will be wanted, so that marks are not empty."""
     scores = scores_of(q, k, g, u, borders)
+    last = q.new_empty(sequences_of(q, borders), *q.shape[2:], v.shape[-1], dtype=torch.float32)
+    marks = last.new_empty(marks_of(q, v, keep))
+    states, run, start, end = last.new_empty(0), {}, memory, last
     if segments > 1:
         states, last = between(k, v, g, u, borders, memory, segments)
-        run = {"segments": segments, "slots": segments + 1}
-        return values(q, k, v, g, u, scores, borders, states, wide=wide, **run), last, states, scores
-    last = q.new_empty(sequences_of(q, borders), *q.shape[2:], v.shape[-1], dtype=torch.float32)
-    o = values(q, k, v, g, u, scores, borders, memory, last, wide=wide)
-    return o, last, last.new_empty(0), scores
+        run, start, end = {"segments": segments, "slots": segments + 1}, states, None
+    o = values(q, k, v, g, u, scores, borders, start, end, marks if keep else None, wide=wide, **run)
+    return o, last, states, scores, marks
 
 
-def backward(do, dlast, q, k, v, g, u, memory, borders, last, states, scores, want_g: bool, want_u: bool):
+def backward(do, dlast, q, k, v, g, u, memory, borders, last, states, scores, marks, want_g: bool, want_u: bool):
     """(dq, dk, dv, dg, du, dmemory) from the cotangents of o and of the last memory (None: zeros); dg and du are None
     unless wanted."""
     cut = states.numel() > 0
@@ -591,8 +647,8 @@ def backward(do, dlast, q, k, v, g, u, memory, borders, last, states, scores, wa
     dq, dk, own = pairs(do, q, k, v, g, u, borders)
     dg = torch.empty_like(g) if want_g else None
     du = g.new_empty(last.shape[0], q.shape[2], segments, q.shape[-1]) if want_u else None
-    keys(do, v, k, q, g, u, own, borders, start, None, dq, dg, **run)
-    keys(v, do, q, k, g, u, own, borders, far, end, dk, dg, du, reverse=True, **run)
+    keys(do, v, k, q, g, u, own, borders, start, None, None, dq, dg, **run)
+    keys(v, do, q, k, g, u, own, borders, far, end, marks, dk, dg, du, reverse=True, **run)
     return dq, dk, dv, dg, du if du is None else du.sum((0, 2)), dmemory
 
 
