@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -380,6 +381,18 @@ def test_errors(launched):
     if not CUDA:
         error(ValueError, "interpreter", change=cast(torch.bfloat16))
     assert not launched
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compiles_for_hopper_without_one(dtype, tmp_path):
+    """Every kernel by channel, in a process whose Triton compiles; the interpreter takes what no compiler does."""
+    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("hopper.py")
+    said = subprocess.run(
+        [sys.executable, script, "16", "32", dtype], env=outside, check=True, capture_output=True, text=True
+    )
+    kernels = {line.split()[0] for line in said.stdout.splitlines()}
+    assert kernels == {n for n in vars(channels) if n.startswith("channel_")}
 
 
 def test_tensors_on_cpu_are_refused(monkeypatch):
