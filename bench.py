@@ -15,9 +15,9 @@ float32 with the token loop in float64 over a long sequence: in all, and in its 
 `kernels`: times are medians over many runs, with the 20th and 80th percentile, of random data; `eager` includes what
 the host needs to launch, `graph` replays a CUDA graph. The floor is each input read once and each output written once
 at the copy bandwidth measured in the same run: forward q k v -> o (4 tensors), forward and backward 11 (the gradient
-reads q k v do and writes dq dk dv), gates included. Before anything is timed both sides must pass the error budget
-against the token loop in float64, with the same inputs. Peers that cannot run are listed as unavailable, with the
-reason.
+reads q k v do and writes dq dk dv), and float32 gates (read by both, and their gradient written). Before anything is
+timed both sides must pass the error budget against the token loop in float64, with the same inputs. Peers that cannot
+run are listed as unavailable, with the reason.
 """
 
 import argparse
@@ -45,7 +45,8 @@ from reference.recurrence import counted
 
 SHAPES = ("8x2048x8x128", "1x16384x8x128", "2x16384x16x128")
 CHECKED = (1, 512, 2)  # b t h of the inputs for the error budget: the token loop in float64 is slow
-TENSORS = {"forward": 4, "forward+backward": 11}
+# by the number of inputs that are no gates: how many tensors must move
+TENSORS = {"forward": lambda n: n + 1, "forward+backward": lambda n: 3 * n + 2}
 SIDES = {"token loop": exact.recurrence, "chunked": chunked.recurrence}
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 AVERAGED = 2048  # tokens at which the geometric mean over the rows is taken
@@ -381,8 +382,19 @@ def fla(name: str) -> Callable:
 
         return chunk_simple_gla(x["q"], x["k"], x["v"], x["g"], scale=1.0, output_final_state=True)
 
+    def channels(row, x, constants):
+        from fla.ops.gla import chunk_gla
+
+        k = x["k"] if "k" in x else -torch.expm1(x["g"]).to(x["q"].dtype)
+        return chunk_gla(x["q"], k, x["v"], x["g"], scale=1.0, output_final_state=True)
+
+    def bonus(row, x, constants):
+        from fla.ops.rwkv6 import chunk_rwkv6
+
+        return chunk_rwkv6(*(x[n] for n in "qkvg"), constants["u"], scale=1.0, output_final_state=True)
+
     operators = {"linear_attention": linear, "linear_attention_normalized": linear, "mamba2": gated}
-    operators |= {"lightning": slopes, "retention": slopes}
+    operators |= {"lightning": slopes, "retention": slopes, "gla": channels, "hgrn2": channels, "rwkv6": bonus}
     return operators.get(name, lambda *_: (_ for _ in ()).throw(NotImplementedError(f"no operator named for {name}")))
 
 
@@ -453,7 +465,8 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
         run()
         torch.cuda.synchronize()
         first, extra = time.perf_counter() - begin, held(run, "cuda").bytes / 2**20
-        floor = TENSORS[what] * do.numel() * do.element_size() + gates * (1 if what == "forward" else 3)
+        floor = TENSORS[what](len(tokens.keys() - {"g"})) * do.numel() * do.element_size()
+        floor += gates * (1 if what == "forward" else 3)
         floor_ms = floor / ceiling["copy_gb_s"] / 1e6
         eager, graph = median(run), median(captured(run))
         yield {
@@ -627,7 +640,7 @@ def ceilings() -> dict:
 
 def facts(args) -> dict:
     """Where, when and with what: repeated on every line, so that a line can be read alone."""
-    source = Path(__file__).parent / "fast" / "kernels" / "decay.py"
+    sources = sorted((Path(__file__).parent / "fast" / "kernels").glob("*.py"))
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine(args.device),
@@ -637,7 +650,7 @@ def facts(args) -> dict:
         "triton": version("triton"),
         "fla": version("fla-core"),
         "commit": args.commit,
-        "kernels_sha256": hashlib.sha256(source.read_bytes()).hexdigest()[:12],
+        "kernels_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12],
         "command": "python bench.py " + " ".join(Path(a).name if a == args.out else a for a in sys.argv[1:]),
     }
 

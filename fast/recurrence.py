@@ -1,11 +1,13 @@
 """`reference.recurrence` on Triton kernels: the same functions, the same rows, the same answers.
 
-A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it.
-So far one family exists, memories that fade as a whole (`fast/kernels/decay.py`): no gate, one number a head, or one
-number a head and token. Whatever has no kernel raises; nothing falls back.
+A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
+that fade as a whole (`fast/kernels/decay.py`: no gate, one number a head, or one number a head and token) or channel by
+channel (`fast/kernels/channel.py`: one number a key channel and token). Whatever has no kernel raises; nothing falls
+back.
 
 Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates and memories are float32. Each
-family is two operators for torch (forward and gradient) with shape rules, so that `torch.compile` sees whole graphs.
+family is two operators for torch (forward and gradient) with shape rules, so that `torch.compile` sees whole graphs,
+and a third for one token.
 """
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fast.kernels import channel as channels
 from fast.kernels import decay as kernels
 from reference import recurrence as words
 from reference import span as spans
@@ -44,8 +47,15 @@ def recurrence(
     sequences = x.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     q, k, v = (even(y).contiguous() for y in (x.q, x.k, x.v))
     g = gate_of(row, x, constants)
-    segments = kernels.segments_for(q, v, g, sequences)
-    o, last, _ = decay(q, k, v, g, memory, cu_seqlens, segments, wide)
+    if by_channel(x):
+        segments = channels.segments_for(q, v, sequences)
+        u = bonus_of(x)
+        u = u if u is None else even(u)
+        keep = torch.is_grad_enabled() and g.requires_grad
+        o, last, *_ = channel(q, k, v, even(g), u, memory, cu_seqlens, segments, wide, keep)
+    else:
+        segments = kernels.segments_for(q, v, g, sequences)
+        o, last, _ = decay(q, k, v, g, memory, cu_seqlens, segments, wide)
     return x.finish(o[..., :V]).to(x.q.dtype), last[..., :K, :V]
 
 
@@ -65,9 +75,10 @@ def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None)
         raise ValueError(f"{row.title}: step takes one token, got t = {x.q.shape[1]}; use recurrence")
     memory = empty(row, tokens, constants) if memory is None else memory.float().contiguous()
     g = gate_of(row, x, constants)
-    g = g[:, 0].contiguous() if g is not None and g.ndim == 3 else g
-    o = decay_step(*(y[:, 0].contiguous() for y in (x.q, x.k, x.v)), g, memory)[:, None]
-    return x.finish(o).to(x.q.dtype), memory
+    g = g[:, 0].contiguous() if g is not None and g.ndim > 1 else g
+    q, k, v = (y[:, 0].contiguous() for y in (x.q, x.k, x.v))
+    o = channel_step(q, k, v, g, bonus_of(x), memory) if by_channel(x) else decay_step(q, k, v, g, memory)
+    return x.finish(o[:, None]).to(x.q.dtype), memory
 
 
 def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> spans.Span:
@@ -95,17 +106,23 @@ def form_of(row: Row, x: Inputs) -> Normal:
         raise NotImplementedError(
             f"no fast kernel for {row.title!r} (have {', '.join(rows())}); use the backend 'reference'"
         )
-    return form
+    # keys that are made of gates (HGRN2) are float32 as gates are: the products want all alike
+    return form if "k" in row.tokens else form._replace(k=form.k.to(form.q.dtype))
 
 
 def may_have_kernel(row: Row) -> bool:
     """Whether the row has a normal form whose gates are inputs of the row as they are, and no features."""
-    return has_normal(row) and row.features is None and row.decay in (words.keep, fixed, words.scalar)
+    return has_normal(row) and row.features is None and row.decay in (words.keep, fixed, words.scalar, words.channel)
 
 
 def has_kernel(x: Normal) -> bool:
     erases = x.beta is not None or x.a is not None
-    return not erases and x.u is None and x.f is None and (x.g is None or x.g.ndim == 3)
+    return not erases and x.f is None and (x.u is None or by_channel(x))
+
+
+def by_channel(x: Normal) -> bool:
+    """Whether the row belongs to the second family: a gate of one number a key channel."""
+    return x.g is not None and x.g.ndim == 4
 
 
 def rows() -> list[str]:
@@ -120,7 +137,7 @@ def rows() -> list[str]:
 
 def supported(row: Row, x: Normal, memory) -> None:
     """One line for what no kernel computes, before any launch."""
-    given = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "memory": memory}
+    given = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "u": x.u, "memory": memory}
     given = {name: y for name, y in given.items() if y is not None}
     dtypes = {name: y.dtype for name, y in given.items() if name in "qkv"}
     if x.q.dtype not in DTYPES or len(set(dtypes.values())) > 1:
@@ -144,11 +161,15 @@ def supported(row: Row, x: Normal, memory) -> None:
         )
 
 
-def gate_of(row: Row, x: Normal, constants: Inputs) -> Float[Tensor, "b t h"] | Float[Tensor, " h"] | None:
+def gate_of(row: Row, x: Normal, constants: Inputs) -> Float[Tensor, "b t h ..."] | Float[Tensor, " h"] | None:
     """The log decay in float32; where it is the same for every token, as one number a head."""
     if x.g is None:
         return None
     return (constants["g"] if row.decay is fixed else x.g).float().contiguous()
+
+
+def bonus_of(x: Normal) -> Float[Tensor, "h k"] | None:
+    return None if x.u is None else x.u.float().contiguous()
 
 
 def even(x: Tensor, rows: int = 0) -> Tensor:
@@ -243,4 +264,94 @@ def decay_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor
 
 @decay_step.register_fake
 def _(q, k, v, g, memory):
+    return torch.empty_like(v, dtype=torch.float32)
+
+
+@torch.library.custom_op("linear_moe::channel", mutates_args=())
+def channel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    u: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segments: int,
+    wide: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments, scores within chunks, marks). `wide`: o in float32; `keep`:
+    the gate's gradient will be wanted."""
+    return channels.forward(*packed(q, k, v, g, u, memory, cu_seqlens), segments, wide, keep)
+
+
+@channel.register_fake
+def _(q, k, v, g, u, memory, cu_seqlens, segments, wide, keep):
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    cells = (q.shape[2], q.shape[3], v.shape[3])
+    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    last = q.new_empty(n, *cells, dtype=torch.float32)
+    cut = (n, cells[0], segments + 1, *cells[1:]) if segments > 1 else (0,)
+    scores = q.new_empty(*q.shape[:3], channels.CHUNK)
+    return o, last, last.new_empty(cut), scores, last.new_empty(channels.marks_of(q, v, keep))
+
+
+@torch.library.custom_op("linear_moe::channel_gradients", mutates_args=())
+def channel_gradients(
+    do: Tensor,
+    dlast: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    u: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    last: Tensor,
+    states: Tensor,
+    scores: Tensor,
+    marks: Tensor,
+    want_g: bool,
+    want_u: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dg, du, dmemory); dg and du are empty unless wanted."""
+    do, dlast = packed(do.to(v.dtype), dlast)
+    q, k, v, g, u, memory, cu_seqlens = packed(q, k, v, g, u, memory, cu_seqlens)
+    given = (q, k, v, g, u, memory, cu_seqlens, last, states, scores, marks)
+    dq, dk, dv, dg, du, dmemory = channels.backward(do, dlast, *given, want_g, want_u)
+    dg, du = (last.new_empty(0) if y is None else y for y in (dg, du))
+    return dq, dk, dv, dg, du, dmemory
+
+
+@channel_gradients.register_fake
+def _(do, dlast, q, k, v, g, u, memory, cu_seqlens, last, states, scores, marks, want_g, want_u):
+    dg = torch.empty_like(g) if want_g else last.new_empty(0)
+    du = torch.empty_like(u) if want_u else last.new_empty(0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, du, torch.empty_like(last)
+
+
+def channel_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+
+
+def channel_backward(ctx, do, dlast, *_):
+    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
+    want_g, want_u, want_memory = ctx.needs_input_grad[3:6]
+    *grads, dg, du, dmemory = channel_gradients(do, dlast, *ctx.saved_tensors, want_g, want_u)
+    asked = (dg if want_g else None, du if want_u else None, dmemory if want_memory else None)
+    return *grads, *asked, None, None, None, None
+
+
+channel.register_autograd(channel_backward, setup_context=channel_context)
+
+
+@torch.library.custom_op("linear_moe::channel_step", mutates_args=("memory",))
+def channel_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, memory: Tensor) -> Tensor:
+    """o : b h v, in float32; memory is overwritten."""
+    return channels.step(q, k, v, g, u, memory)
+
+
+@channel_step.register_fake
+def _(q, k, v, g, u, memory):
     return torch.empty_like(v, dtype=torch.float32)

@@ -360,6 +360,20 @@ MUTANTS = [
         "tests/test_fast.py",
     ),
     Mutant(
+        "a channel's query fades by the gate of the key it reads",
+        "fast/kernels/channel.py",
+        "since = (ic > j) if BEFORE else (ic >= j)\n            A = ",
+        "since = ic >= j\n            A = ",
+        "tests/test_fast.py -k rwkv6",
+    ),
+    Mutant(
+        "a channel's gate has no gradient from the memory at the end",
+        "fast/kernels/channel.py",
+        "if GATES and REVERSE and ENTRY:",
+        "if False:",
+        "tests/test_fast.py -k gla",
+    ),
+    Mutant(
         "held-out samples are trained on",
         "data/tasks.py",
         "np.flatnonzero(held_out(tokens) != test)",
