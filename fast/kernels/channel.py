@@ -46,9 +46,10 @@ A chunk costs scores 2·C²·K multiply-adds off the tensor cores, and on them: 
 pairs 2·C²·V and C² (2 gates and 2 gradients) for each of four levels and K channels.
 
 Compilers: what `decay.py` says, so no dot's result is transposed on its way into another dot (hence y and its gates
-K × C in `channel_values`), and no 16-bit line of CONFIG has one stage. By the machine code for sm_90 of Triton 3.6.0
-and 3.7.1 (16 bits, K = V = 128): nothing spills; scans instead of products made the loop of `channel_values` a fifth
-longer, pairs taken one by one that of `channel_pairs` two to three times as long.
+K × C in `channel_values`; what the compiler transposes are loaded tensors alone), and no 16-bit line of CONFIG has one
+stage. By the machine code for sm_90 of Triton 3.6.0 and 3.7.1 (16 bits, K = V = 128): nothing spills; scans instead of
+products made the loop of `channel_values` a fifth longer, pairs taken one by one that of `channel_pairs` two to three
+times as long. CONFIG is chosen by such counts, not yet by times.
 """
 
 import torch
