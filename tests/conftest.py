@@ -23,7 +23,17 @@ EXEMPT = {
         "hash": "test_routers.py::test_the_word_chooses",
         "soft": "test_moe.py::test_soft_moe_is_its_two_matrices",
     },
-    "test_two_experts_a_token_are_those_of_nllb": "another block is its oracle",
+    **dict.fromkeys(
+        (
+            "test_two_experts_a_token_are_those_of_nllb",
+            "test_softmax_before_or_after_the_choice",
+            "test_sigmoid_with_a_bias",
+            "test_groups_of_experts",
+            "test_balance_losses",
+            "test_the_least_probable_are_dropped",
+        ),
+        "another oracle is enough, or a few rows stand for all",
+    ),
     "test_extreme_gates": "no gate a token",
     "test_three_steps_on_every_mesh_are_those_of_one_process": "a few rows stand for all: whole trainings are slow",
     "test_the_bias_chooses_and_never_weighs": "has no balancing bias",
