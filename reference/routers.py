@@ -597,6 +597,7 @@ ROUTER: dict[str, Router] = {
         eps=1e-20,
         scale=1.5,
     ),
+    "longcat": Router("LongCat-Flash", "2509.01322", bias=True, scale=6.0),
     # with a capacity
     "switch": SWITCH,
     "moe_mamba": SWITCH._replace(title="MoE-Mamba", paper="2401.04081", capacity=1.0, room=rounded_down, jitter=0.0),

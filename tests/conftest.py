@@ -9,8 +9,31 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# Why a row has no case of a law. A law that is missing here leaves a hole in the grid.
+# Why a row has no case of a law, or row by row why each has none. What is missing here leaves a hole in the grid.
 EXEMPT = {
+    "test_released_blocks": {  # where a row's oracle is that is no released block
+        **dict.fromkeys(
+            ("gshard", "st_moe", "open_moe", "v_moe"), "test_blocks.py::test_two_experts_a_token_are_those_of_nllb"
+        ),
+        "sinkhorn": "test_megatron.py::test_sinkhorn",
+        "noisy": "test_routers.py::test_noisy_top_k",
+        "expert_choice": "test_routers.py::test_expert_choice",
+        "base": "test_routers.py::test_base_shares_tokens_out_best",
+        "remoe": "test_routers.py::test_remoe_visits_what_is_positive",
+        "hash": "test_routers.py::test_the_word_chooses",
+        "soft": "test_moe.py::test_soft_moe_is_its_two_matrices",
+    },
+    **dict.fromkeys(
+        (
+            "test_two_experts_a_token_are_those_of_nllb",
+            "test_softmax_before_or_after_the_choice",
+            "test_sigmoid_with_a_bias",
+            "test_groups_of_experts",
+            "test_balance_losses",
+            "test_the_least_probable_are_dropped",
+        ),
+        "another oracle is enough, or a few rows stand for all",
+    ),
     "test_extreme_gates": "no gate a token",
     "test_three_steps_on_every_mesh_are_those_of_one_process": "a few rows stand for all: whole trainings are slow",
     "test_the_bias_chooses_and_never_weighs": "has no balancing bias",
@@ -18,7 +41,6 @@ EXEMPT = {
     "test_groups": "has no groups of experts",
     "test_heads_that_share_keys_equal_heads_with_the_same_keys": "every head of values has keys of its own",
     "test_recomputing_blocks_changes_nothing": "hands nothing to later layers",
-    "test_qwen2_moe_block": "another block is its oracle",
     "test_all_experts_without_renormalisation_are_the_dense_mixture": "renormalises, or visits one expert only",
     "test_errors_are_one_clear_line": "has none of these limits",
     "test_the_stack_equals_released_models": "no whole model of a released size to compare with; its block is",
@@ -72,7 +94,8 @@ def pytest_terminal_summary(terminalreporter, config):
         for row in table:
             terminalreporter.write_line(f"\n{row}")
             for law, cases in sorted(grid.items()):
-                said = cases[row] or EXEMPT.get(law, "HOLE")
+                why = EXEMPT.get(law, "HOLE")
+                said = cases[row] or (why if isinstance(why, str) else why.get(row, "HOLE"))
                 terminalreporter.write_line(f"    {law:{width}} {said}")
 
 
