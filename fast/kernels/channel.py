@@ -49,7 +49,8 @@ Compilers: what `decay.py` says, so no dot's result is transposed on its way int
 K × C in `channel_values`; what the compiler transposes are loaded tensors alone), and no 16-bit line of CONFIG has one
 stage. By the machine code for sm_90 of Triton 3.6.0 and 3.7.1 (16 bits, K = V = 128): nothing spills; scans instead of
 products made the loop of `channel_values` a fifth longer, pairs taken one by one that of `channel_pairs` two to three
-times as long. CONFIG is chosen by such counts, not yet by times.
+times as long. The lines of CONFIG for K = 128 in 16 bits are chosen by times on an H100 (bench/LOG.md), the others by
+such counts.
 """
 
 import torch
@@ -70,7 +71,7 @@ CONFIG = {
     (16, 2): (16, 4, 2),
     (32, 2): (32, 4, 2),
     (64, 2): (32, 4, 2),
-    (128, 2): (32, 4, 2),
+    (128, 2): (32, 4, 3),
     (256, 2): (16, 4, 2),
     (16, 4): (16, 4, 1),
     (32, 4): (32, 4, 1),
@@ -78,6 +79,8 @@ CONFIG = {
     (128, 4): (32, 8, 1),
     (256, 4): (16, 8, 1),
 }
+# where sequences are cut in segments: `channel_span` then costs as much as a sweep, and less in fewer, wider slices
+CUT = {(128, 2): (128, 8, 2)}
 
 
 @triton.jit
@@ -513,16 +516,24 @@ def channel_step(
 
 def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
     """In how many segments to cut each sequence: two programs a multiprocessor, and at least 512 tokens a segment."""
-    columns = min(CONFIG[padded(q.shape[-1]), q.element_size()][0], padded(v.shape[-1]))
-    programs = sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns)
-    wanted = 2 * decay.multiprocessors(q.device) // max(programs, 1)
+
+    def fit(cut: bool) -> int:
+        columns = min(line_of(padded(q.shape[-1]), q.element_size(), cut)[0], padded(v.shape[-1]))
+        programs = sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns)
+        return 2 * decay.multiprocessors(q.device) // max(programs, 1)
+
+    wanted = fit(cut=True) if fit(cut=False) > 1 else 1
     return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
 
 
-def shape_of(x: Tensor, z: Tensor, borders: Tensor | None, u: Tensor | None) -> dict:
+def line_of(size: int, width: int, cut: bool) -> tuple[int, int, int]:
+    return CUT.get((size, width), CONFIG[size, width]) if cut else CONFIG[size, width]
+
+
+def shape_of(x: Tensor, z: Tensor, borders: Tensor | None, u: Tensor | None, segments: int) -> dict:
     """The compile-time arguments of a sweep or span whose state is x's columns × z's columns."""
     X, Z = x.shape[-1], z.shape[-1]
-    columns, warps, stages = CONFIG[padded(X), x.element_size()]
+    columns, warps, stages = line_of(padded(X), x.element_size(), segments > 1)
     columns = min(columns, padded(Z))
     sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": triton.cdiv(Z, columns), "C": CHUNK}
     kind = {"BEFORE": u is not None, "PACKED": borders is not None, "EXACT": x.element_size() == 4, "PRECISION": "ieee"}
@@ -552,7 +563,7 @@ def values(
     x, y, z, g, u, scores, borders, entry, end=None, marks=None, *, segments=1, slots=1, reverse=False, wide=False
 ) -> Tensor:
     """`channel_values`: o, or dv. `end` receives the last state, `marks` those at the borders of stretches."""
-    shape = shape_of(x, z, borders, u)
+    shape = shape_of(x, z, borders, u, segments)
     out = torch.empty_like(z, dtype=torch.float32 if wide else z.dtype)
     decay.launch(
         channel_values, shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders),
@@ -583,7 +594,7 @@ def keys(
     x, y, z, w, g, u, own, borders, entry, memory, marks, out, dg=None, du=None, *, segments=1, slots=1, reverse=False
 ) -> None:
     """`channel_keys`: adds the rest to dq, or dk, in `out`."""
-    shape = shape_of(x, z, borders, u)
+    shape = shape_of(x, z, borders, u, segments)
     decay.launch(
         channel_keys, shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders),
         x, y, z, w, g, u, own, borders, entry, memory, marks, out, dg, du, x.shape[1], x.shape[2], segments, slots,
@@ -597,7 +608,7 @@ def between(y, z, g, u, borders, first, segments, reverse=False) -> tuple[Tensor
     states = y.new_empty(n, h, segments + 1, K, V, dtype=torch.float32)
     totals = y.new_empty(n, h, segments, K, dtype=torch.float32)
     last = torch.empty_like(states[:, :, 0])
-    shape = shape_of(y, z, borders, u)
+    shape = shape_of(y, z, borders, u, segments)
     decay.launch(
         channel_span, shape["SLICES"] * segments * h * n, y, z, g, borders, states, totals, y.shape[1], h, segments,
         **shape, REVERSE=reverse,
