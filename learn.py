@@ -153,7 +153,7 @@ def learn(cell: Cell, rate: float, device: str = "cpu", bar: tqdm | None = None)
         loss = out.losses.sum() / (batch.labels >= 0).sum()
         losses = [*losses[-99:], loss.detach()]
         optimizer.zero_grad()
-        balanced = balance(out.loads, config.top_k) + balance(out.memory_loads, config.memories_kept)
+        balanced = balance(out.loads, config.top_k) + sum(balance(load, k) for k, load in out.inside)
         (loss + balanced).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -204,7 +204,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def balance(loads, top_k: int) -> Tensor | float:
-    """A little of the balance loss, where there are experts or memories."""
+    """A little of the balance loss, where there are experts."""
     if loads is None:
         return 0.0
     return 0.01 * LOSS["switch"].value(loads, loads, top_k, 1).sum()

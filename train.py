@@ -89,8 +89,8 @@ class Train:
     balance: dict[str, float] | None = None
     """Losses that keep the experts equally busy, by name, and their weights a layer, as in: switch 0.01 z 0.001 (None:
     the router's own)."""
-    memory_balance: float = 0.01
-    """Weight of the balance loss of a mixture of memories, a layer."""
+    mixer_balance: float = 0.01
+    """Weight of the balance loss of routers inside mixers (of memories, heads or projections), each."""
     bias_rate: float = 1e-3
     """How fast a balancing bias moves, for the routers that have one."""
     seed: int = 0
@@ -318,9 +318,8 @@ def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int
     out = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens, batch.indices, key)
     total = out.losses.sum()
     loss = total / tokens
-    if out.memory_loads is not None:
-        memories = {"switch": config.memory_balance}
-        loss = loss + asked(memories, out.memory_loads, ops, config.model.memories_kept)[0].to(loss) / times
+    for k, inside in out.inside:
+        loss = loss + asked({"switch": config.mixer_balance}, inside, ops, k)[0].to(loss) / times
     load = None
     if out.loads is not None:
         weights = config.balances()

@@ -1,8 +1,9 @@
 """Pattern -> blocks -> language model, written once against `ops`.
 
 A stack is a string of letters, one a sublayer: L a linear sequence model, N softmax attention, E experts, D a dense
-feed-forward layer. Every sublayer is x + f(norm(x)). A mixer and the feed-forward layers behind it are one block, the
-unit that is sharded and recomputed. The model's state is a position and a state for every mixer.
+feed-forward layer. Every sublayer is x + f(norm(x)); L+E is one of both side by side, x + f(norm(x)) + g(norm(x)). A
+mixer and the feed-forward layers behind it are one block, the unit that is sharded and recomputed. The model's state is
+a position and a state for every mixer.
 
     b batch   t time   d width   e experts
 """
@@ -21,11 +22,12 @@ from reference import mixers
 from reference.documents import document_of, position_in_document
 from reference.mixers.parts import constant, head_norm, normal, parameter
 from reference.mixers.softmax import ATTENTION
-from reference.moe import Dense, Experts, MoE
+from reference.moe import Dense, Experts, Linears, MoE
 from reference.noise import dropout, seed_of
 from reference.ops import Ops
 from reference.presets import Model as Config
-from reference.routers import Load, row
+from reference.presets import side_by_side
+from reference.routers import Inside, Load, row
 
 
 class Side(NamedTuple):
@@ -55,30 +57,33 @@ class Output(NamedTuple):
     logits: Float[Tensor, "b t vocabulary"] | None
     state: State | None
     loads: Load | None  # every field stacked over the expert layers, in order
-    memory_loads: Load | None = None  # the same of the layers that mix memories
+    inside: tuple[Inside, ...] = ()  # the same of the routers inside mixers, one for each number of experts and k
 
 
 class Sublayer(nn.Module):
-    """x + dropout(f(norm(x))), f a mixer or a feed-forward layer."""
+    """x + dropout(f(norm(x))), f a mixer or a feed-forward layer, or the sum of several side by side."""
 
-    def __init__(self, config: Config, inner: nn.Module, number: int, ops: Ops):
+    def __init__(self, config: Config, inner: list[nn.Module], number: int, ops: Ops):
         super().__init__()
-        self.inner, self.number, self.ops = inner, number, ops
+        self.inner, self.beside, self.number, self.ops = inner[0], nn.ModuleList(inner[1:]), number, ops
         self.norm, self.eps, self.dropout = head_norm(config.width), config.eps, config.dropout
 
     def forward(self, x: Float[Tensor, "b t d"], side: Side, state=None):
-        y = self.ops.norm(x, self.norm, self.eps)
-        load = None
-        if isinstance(self.inner, MoE):
-            y, load = self.inner(y, side)
-        elif isinstance(self.inner, Dense):
-            y = self.inner(y, side)
-        else:
-            y, state, *more = self.inner(y, side, state)
-            side, load = more or (side, None)
+        seen, outputs, loads = self.ops.norm(x, self.norm, self.eps), [], []
+        for inner in (self.inner, *self.beside):
+            if isinstance(inner, MoE):
+                y, *own = inner(seen, side)
+            elif isinstance(inner, Dense):
+                y, own = inner(seen, side), []
+            else:
+                y, state, *more = inner(seen, side, state)
+                side, own = more or (side, [])
+            outputs.append(y)
+            loads += own
+        y = sum(outputs[1:], outputs[0])
         if side.key is not None and self.dropout:
             y = dropout(y, self.dropout, side.key + self.number, side.index)
-        return x + y, side, state, load
+        return x + y, side, state, loads
 
 
 class Block(nn.Module):
@@ -91,13 +96,12 @@ class Block(nn.Module):
     def forward(self, x, side: Side, state=None):
         """(x, side, state, loads). Nothing is accumulated inside: recomputing is safe.
 
-        loads: a list for the expert layers, and one for the mixers that route among memories.
+        loads: in order, a `Load` of each expert layer and an `Inside` of each router in a mixer.
         """
-        loads = ([], [])
+        loads = []
         for sublayer in self.sublayers:
-            x, side, state, load = sublayer(x, side, state)
-            if load is not None:
-                loads[not isinstance(sublayer.inner, MoE)].append(load)
+            x, side, state, own = sublayer(x, side, state)
+            loads += own
         return x, side, state, loads
 
 
@@ -142,12 +146,11 @@ class LanguageModel(nn.Module):
         """
         side = self.side(tokens, positions, cu_seqlens, index, key, state)
         x = nn.functional.embedding(tokens, self.embedding)
-        states, loads, memory_loads = [], [], []
+        states, loads = [], []
         for i, block in enumerate(self.blocks):
-            x, side, after, load = block(x, side, None if state is None else state.mixers[i])
+            x, side, after, own = block(x, side, None if state is None else state.mixers[i])
             states.append(after)
-            loads += load[0]
-            memory_loads += load[1]
+            loads += own
         x = self.ops.norm(x, self.norm, self.config.eps)
         head = self.embedding if self.config.tied else self.head
         losses = logits = None
@@ -156,7 +159,7 @@ class LanguageModel(nn.Module):
         else:
             losses = self.ops.token_losses(x.flatten(0, 1), head, labels.flatten()).view(labels.shape)
         after = State(reached(side, state, tokens), tuple(states)) if keep_state else None
-        return Output(losses, logits, after, stacked(loads), stacked(memory_loads))
+        return Output(losses, logits, after, stacked([x for x in loads if isinstance(x, Load)]), alike(loads))
 
     def side(self, tokens, positions, cu_seqlens, index, key, state) -> Side:
         if key is not None and index is None:
@@ -183,6 +186,15 @@ def stacked(loads: list[Load]) -> Load | None:
     return Load(*map(torch.stack, zip(*loads, strict=True))) if loads else None
 
 
+def alike(loads: list[Load | Inside]) -> tuple[Inside, ...]:
+    """The loads of routers inside mixers, stacked where they have the same k and number of experts."""
+    groups = {}
+    for inside in loads:
+        if isinstance(inside, Inside):
+            groups.setdefault((inside.k, len(inside.load.counts)), []).append(inside.load)
+    return tuple(Inside(k, stacked(own)) for (k, _), own in groups.items())
+
+
 def reached(side: Side, state: State | None, tokens: Tensor) -> Int[Tensor, " b"]:
     """The position after the last token of every sequence, or of every packed document."""
     before = 0 if state is None else state.position
@@ -198,14 +210,17 @@ def common(config: Config, count: int) -> dict[str, nn.Parameter]:
 
 
 def blocks(config: Config, letters: str, count: int, ops: Ops) -> Iterator[Block]:
-    group, layer = [], 0
-    for number, letter in enumerate(letters):
-        if letter in "LN" and group:
-            yield Block(group)
-            group = []
-        group.append(Sublayer(config, INNER[letter](config, layer, count, ops, number), number, ops))
-        layer += letter in "LN"
-    yield Block(group)
+    block, layer, number = [], 0, 0
+    for group in side_by_side(letters):
+        names = group.split("+")
+        mixer = any(letter in "LN" for letter in names)
+        if mixer and block:
+            yield Block(block)
+            block = []
+        inner = [INNER[letter](config, layer, count, ops, number + i) for i, letter in enumerate(names)]
+        block.append(Sublayer(config, inner, number, ops))
+        layer, number = layer + mixer, number + len(names)
+    yield Block(block)
 
 
 INNER = {
@@ -286,11 +301,10 @@ def sizes(config: Config) -> dict[str, int]:
     with torch.device("meta"):
         model = LanguageModel(config, ops)
     count = {name: p.numel() for name, p in model.named_parameters()}
-    layers = [m for m in model.modules() if isinstance(m, MoE)]
-    routed = sum(p.numel() for m in layers for p in (m.w13, m.w2, m.b13, m.b2) if p is not None)
+    idle = sum(m.idle() for m in model.modules() if isinstance(m, MoE | Linears))
     return {
         "total": sum(count.values()),
-        "active": sum(count.values()) - routed + routed * config.top_k // config.experts,
+        "active": sum(count.values()) - idle,
         "embeddings": sum(n for name, n in count.items() if name in ("embedding", "head")),
         "norms": sum(n for name, n in count.items() if name.endswith("norm")),
     }

@@ -22,7 +22,21 @@ from torch import Tensor, nn
 
 from reference.mixers.parts import constant, orthogonal
 from reference.noise import noise
-from reference.routers import QUEUE, Load, Routing, capacity_of, check, counted, hashed, load, rooms, route, row, wanted
+from reference.routers import (
+    QUEUE,
+    Inside,
+    Load,
+    Routing,
+    capacity_of,
+    check,
+    counted,
+    hashed,
+    load,
+    rooms,
+    route,
+    row,
+    wanted,
+)
 
 # ------------------------------------------------------------------------------------------- what an expert does
 
@@ -298,6 +312,53 @@ class Dense(nn.Module):
         return feed_forward(x, self.w13, self.w2, inner=self.kind.inner)
 
 
+class Linears(nn.Module):
+    """Linear maps of which each token takes k, W_e x: one product a map over all of its pairs. weight : e o i."""
+
+    def __init__(self, inputs: int, outputs: int, experts: int, k: int):
+        super().__init__()
+        self.weight, self.k = nn.Parameter(torch.empty(experts, outputs, inputs)), k
+
+    def forward(self, x: Float[Tensor, "n k i"], routing: Routing) -> Float[Tensor, "n k o"]:
+        """Of each slot of a token its own x, through the map of its expert; 0 where the pair is not kept."""
+        order, lengths = by_expert(routing, len(self.weight))
+        *mine, dropped = x.flatten(0, 1).index_select(0, order).split(lengths)
+        y = [F.linear(own, W) for own, W in zip(mine, self.weight.unbind(), strict=True)]
+        y = torch.cat([*y, y[0].new_zeros(len(dropped), self.weight.shape[1])])
+        return y.index_select(0, order.argsort()).unflatten(0, routing.index.shape)
+
+    def idle(self) -> int:
+        """Numbers that one token leaves alone."""
+        return self.weight[0].numel() * (len(self.weight) - self.k)
+
+
+class Switched(nn.Module):
+    """y = p_e W_e x, with e the likeliest map and p = softmax(router x): the Switch router, but no map is ever full, so
+    that a token's map does not depend on the text around it. Parameters: router : e i, maps.weight : e o i."""
+
+    def __init__(self, inputs: int, outputs: int, experts: int):
+        super().__init__()
+        self.router = nn.Parameter(torch.empty(experts, inputs))
+        self.maps = Linears(inputs, outputs, experts, 1)
+
+    def forward(self, x: Float[Tensor, "b t i"]) -> tuple[Float[Tensor, "b t o"], Inside]:
+        flat, switch = x.flatten(0, 1), row("switch")
+        logits = wanted(flat, self.router)
+        routing = route(switch, logits, 1, capacity=math.inf)
+        y = self.maps(flat[:, None], routing)
+        y = (routing.gate[..., None] * y).sum(1).to(y.dtype)
+        return y.unflatten(0, x.shape[:2]), Inside(1, load(switch, logits, routing))
+
+
+def through(layer: nn.Module, x: Float[Tensor, "b t i"], loads: list[Inside]) -> Float[Tensor, "b t o"]:
+    """The layer's output; if it is one of several maps, what its router did goes to `loads`."""
+    if not isinstance(layer, Switched):
+        return layer(x)
+    y, inside = layer(x)
+    loads.append(inside)
+    return y
+
+
 class MoE(nn.Module):
     """Router, experts and, if any, the shared expert. Weights start uninitialised.
 
@@ -360,6 +421,11 @@ class MoE(nn.Module):
         y, stats = (self.mixed if self.scale is not None else self.routed)(tokens, documents, side)
         y = y.view_as(x)
         return y if self.shared is None else y + self.always(x), stats
+
+    def idle(self) -> int:
+        """Numbers of the experts that one token does not visit."""
+        routed = sum(p.numel() for p in (self.w13, self.w2, self.b13, self.b2) if p is not None)
+        return routed - routed * self.config.top_k // self.config.experts
 
     def routed(self, tokens: Float[Tensor, "n d"], documents: Int[Tensor, " n"], side) -> tuple[Tensor, Load]:
         """Each token at its own experts."""

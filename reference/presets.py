@@ -1,6 +1,7 @@
 """The typed configuration of a model, and the published shapes."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +13,8 @@ from reference.released import RELEASED
 from reference.routers import QUEUE, ROUTER
 
 LATENT_SIZES = ("latent_rank", "query_rank", "nope_size", "latent_value_size")
-LETTERS = {"L": "linear", "N": "softmax attention", "E": "experts", "D": "dense"}
+LETTERS = {"L": "linear", "N": "softmax attention", "E": "experts", "D": "dense", "+": "side by side"}
+PROJECTIONS = ("input", "gate", "output")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Model:
     """What a model is made of. Sizes are channels unless said."""
 
     pattern: str = "LLLN"
-    """One letter a sublayer: L linear, N softmax attention, E experts, D dense. Only L and N: each is followed by E."""
+    """One letter a sublayer: L linear, N softmax attention, E experts, D dense. Only L and N: each is followed by E.
+    L+E: side by side in one sublayer, x + L(norm(x)) + E(norm(x))."""
     repeat: int = 1
     """How many times the pattern stands in the stack."""
     first: str = ""
@@ -40,7 +43,8 @@ class Model:
     attention_heads: int | None = None
     """Of N (None: heads)."""
     attention: Literal[tuple(ATTENTION)] = "grouped"
-    """The softmax attention of every N: heads of keys and values, or a latent from which all heads read theirs."""
+    """The softmax attention of every N: heads of keys and values, a latent from which all heads read theirs, or a
+    mixture of heads (JetMoE), whose queries and outputs are experts."""
     window: int | None = None
     """Tokens that a token of N sees, itself included (None: all before it)."""
     head_size: int | None = None
@@ -94,6 +98,12 @@ class Model:
     """Least and largest time step of Mamba2."""
     state_norm: Literal["none", "learned", "weightless"] = "none"
     """RMS norm of Mamba's dt, B and C: with weights as in Jamba, without as in Falcon Mamba."""
+    projection_experts: tuple[Literal[PROJECTIONS], ...] | None = None
+    """Projections of Mamba, each of which becomes several, one for each token to choose (None: none)."""
+    mixer_experts: int = 8
+    """Inside a mixer: of a mixture of heads, or of each projection that is several."""
+    mixer_top_k: int = 2
+    """Experts of a mixture of heads that a token uses."""
     slots: int = 64
     """Of one head of gated slot attention."""
     mini_batch: int = 16
@@ -164,7 +174,7 @@ class Model:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         optional = ("convolution", "key_heads", "key_size", "value_size", "value_heads", "state_groups", "slots")
         optional += ("mini_batch", "delta_steps", "levels", "memories", "window", "attention_heads", "head_size")
-        optional += LATENT_SIZES
+        optional += ("mixer_experts", *LATENT_SIZES)
         for name in optional:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -194,12 +204,22 @@ class Model:
             raise ValueError(f"step_limits are {self.step_limits}; the least must be at least 0 and below the largest")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        for name in self.projection_experts or ():
+            if name not in PROJECTIONS:
+                raise ValueError(
+                    f"unknown projection {name!r}; projection_experts are some of {', '.join(PROJECTIONS)}"
+                )
 
     def check_letters(self, name: str, text: str) -> None:
         if set(text) - set(LETTERS) or (name == "pattern" and not text):
             wrong = "".join(sorted(set(text) - set(LETTERS)))
             known = ", ".join(f"{letter} ({what})" for letter, what in LETTERS.items())
             raise ValueError(f"{name} {text!r} has letters {wrong!r}; allowed are {known}")
+        if "+" in text and "" in text.split("+"):
+            raise ValueError(f"{name} {text!r} has a + that is not between two letters, as in L+E")
+        for group in side_by_side(text):
+            if sum(letter in "LN" for letter in group) > 1:
+                raise ValueError(f"{name} {text!r} has two mixers side by side in {group}; allowed is one, as in L+E+D")
 
     def check_turning(self) -> None:
         """Channels turn in pairs; a share above 0 must turn one at least, if there is anything to turn."""
@@ -217,6 +237,11 @@ class Model:
     def spelled(self, part: str) -> str:
         short = not self.bare and not set(part) & set("ED")
         return "".join(letter + "E" if short else letter for letter in part)
+
+
+def side_by_side(letters: str) -> list[str]:
+    """The letters of each sublayer: LE+DN is L, E+D, N."""
+    return re.findall(r"\w(?:\+\w)*", letters)
 
 
 TINY = Model(pattern="LLLN", lsm="mamba2", key_size=32, value_size=64, experts=8, top_k=2, expert_width=128)

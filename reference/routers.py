@@ -53,6 +53,13 @@ class Load(NamedTuple):
     tokens: Int[Tensor, ""]  # n
 
 
+class Inside(NamedTuple):
+    """What a router inside a mixer did, of which each token visits k."""
+
+    k: int
+    load: Load
+
+
 class Asked(NamedTuple):
     """What a router may look at: what n tokens want, and under which limits."""
 

@@ -327,8 +327,8 @@ MUTANTS = [
     Mutant(
         "experts' rows not put back",
         "reference/moe.py",
-        ".index_select(0, order.argsort())",
-        ".index_select(0, order)",
+        "combine(y.index_select(0, order.argsort()), gate)",
+        "combine(y.index_select(0, order), gate)",
         "tests/test_moe.py",
     ),
     Mutant(
@@ -757,6 +757,27 @@ MUTANTS = [
         "shared = self.turned(shared[:, :, None], side)[:, :, 0]",
         "pass",
         "tests/test_mixers.py -k 'oracles and Deepseek'",
+    ),
+    Mutant(
+        "a mixture's queries stand slot by slot, not key head by key head",
+        "reference/mixers/softmax.py",
+        "(b t) k (g h) -> b t (g k h)",
+        "(b t) k (g h) -> b t (k g h)",
+        "tests/test_mixers.py -k 'oracles and JetMoe'",
+    ),
+    Mutant(
+        "experts side by side with a mixer see what it did",
+        "reference/model.py",
+        "y, *own = inner(seen, side)",
+        "y, *own = inner(seen + sum(outputs), side)",
+        "tests/test_model.py -k side_by_side",
+    ),
+    Mutant(
+        "routers inside mixers are balanced for the experts' k",
+        "train.py",
+        "inside, ops, k)[0]",
+        "inside, ops, config.model.top_k)[0]",
+        "tests/test_train.py -k inside_mixers",
     ),
     Mutant(
         "a printed rule goes down",

@@ -317,6 +317,8 @@ TRAINED = {  # with the softmax attention beside them
     "mom_gated_delta_net": {},
     "rwkv7": {"pattern": "LNLE"},
     "mamba3": {"key_size": 8},
+    "gla": {"pattern": "L+DN+E", "attention": "mixture", "mixer_experts": 3, "key_heads": 1},
+    "mamba": {"window": 3, "attention": "mixture", "projection_experts": ("input", "gate", "output")},
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.func import functional_call
 
 from inputs import small, unpadded
 from oracles import ORACLES
@@ -31,9 +32,12 @@ SOFTMAX = {
     "partial": {"rope_share": 0.5, "head_size": 8, "qk_norm": True, "attention_gate": True},
     "nope": {"rope_share": 0.0},
     "bias": {"qkv_bias": True},
+    "mixture": {"attention": "mixture", "mixer_experts": 4},
     "latent": {"attention": "latent", "latent_value_size": 5},
     "latent, window": {"attention": "latent", "query_rank": 7, "window": 5},
 }
+SEVERAL = {"projections": {"lsm": "mamba", "projection_experts": ("input", "output"), "mixer_experts": 3}}
+SEVERAL |= {"a projection": {"lsm": "mamba", "projection_experts": ("gate",), "mixer_experts": 3}}
 VARIANTS = {  # layers that a field of the configuration makes
     "elementwise product": {"lsm": "linear_attention", "feature_map": "elementwise_product"},
     "hedgehog": {"lsm": "linear_attention", "feature_map": "hedgehog"},
@@ -41,7 +45,7 @@ VARIANTS = {  # layers that a field of the configuration makes
     # many features are 0: with few channels some tokens have nothing in common
     "dpfp": {"lsm": "linear_attention_normalized", "feature_map": "dpfp", "key_size": 8},
 }
-MIXERS = {name: {"lsm": name} for name in LSM} | SOFTMAX | VARIANTS
+MIXERS = {name: {"lsm": name} for name in LSM} | SOFTMAX | SEVERAL | VARIANTS
 every = pytest.mark.parametrize("name", MIXERS)
 
 
@@ -230,6 +234,71 @@ def test_half_precision_layers_keep_a_wide_memory(name):
     assert name in SOFTMAX or state.memory.dtype == torch.float32
     wanted = exact(x.double())[0]
     assert (y - wanted).norm() < 0.03 * wanted.norm()
+
+
+# ------------------------------------------------------------------------------------------ mixtures of heads
+
+
+@torch.no_grad()
+def test_a_mixture_of_heads_decodes_as_jet_moe():
+    """A prompt into the cache, then token by token."""
+    from transformers import DynamicCache
+
+    from oracles.attention import HEADS_OF_EXPERTS, jet_moe, mixture
+
+    layer, oracle, cache = Layer("mixture", dtype=torch.float32, **HEADS_OF_EXPERTS), jet_moe(), DynamicCache()
+    w, x = dict(layer.inner.named_parameters()), draw(2, 12, 24, dtype=torch.float32)
+    state, at = None, 0
+    for piece in x.split([9, 1, 1, 1], 1):
+        y, state = layer(piece, state, torch.tensor([at, at]))
+        near(y, mixture(oracle, w, piece, at, cache), 2e-6, f"token {at}")
+        at += piece.shape[1]
+    assert state.k.shape == (2, 12, 3, 6), "keys and values are those of one expert"
+
+
+@given(heads=st.sampled_from([2, 4, 6]), k=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=5)
+@torch.no_grad()
+def test_heads_of_every_expert_share_keys_with_their_neighbours(heads, k, seed):
+    """Half as many heads of keys are the same as every one of them twice."""
+    sizes = {"heads": heads, "head_size": 4, "mixer_top_k": k, "seed": seed}
+    few, many = (Layer("mixture", **sizes, key_heads=n) for n in (heads // 2, heads))
+    w = dict(few.named_parameters())
+    for name in ("inner.k.weight", "inner.v.weight"):
+        w[name] = w[name].unflatten(0, (heads // 2, 4)).repeat_interleave(2, 0).flatten(0, 1)
+    x = draw(2, 7, 12, seed=seed)
+    torch.testing.assert_close(few(x)[0], functional_call(many, w, (x,))[0], **close)
+
+
+@torch.no_grad()
+def test_slots_of_the_same_weights_are_one_attention():
+    """Experts that are all alike: grouped attention plus the bias, whatever the router says."""
+    layer, plain = Layer("mixture"), Layer("softmax")
+    own, theirs = layer.inner, plain.inner
+    for name in "qo":
+        getattr(own, name).weight.copy_(getattr(theirs, name).weight)
+    for name in "kv":
+        getattr(own, name).weight.copy_(getattr(theirs, name).weight)
+    x = draw(2, 7, 12)
+    torch.testing.assert_close(layer(x)[0], plain(x)[0] + own.bias, **close)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "message"),
+    [
+        ("mixture", {"qkv_bias": True}, "a mixture of heads has no qkv_bias: it is True, expected False"),
+        ("mixture", {"attention_gate": True}, "a mixture of heads has no attention_gate: it is True"),
+        ("mixture", {"mixer_top_k": 5}, "mixer_top_k is 5; it must be at least 1 and at most the 4 mixer_experts"),
+        ("mixture", {"mixer_top_k": 0}, "mixer_top_k is 0; it must be at least 1"),
+        ("kda", {"projection_experts": ("gate",)}, r"has no projection_experts: it is \('gate',\), expected None"),
+        ("mamba2", {"projection_experts": ()}, r"Mamba2 has no projection_experts: it is \(\), expected None"),
+        ("mamba", {"projection_experts": ("state",)}, "unknown projection 'state'; .* some of input, gate, output"),
+    ],
+)
+def test_experts_that_a_mixer_cannot_have_give_one_line(name, field, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Layer(name, **field)
+    assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------- latent attention

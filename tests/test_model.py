@@ -17,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from inputs import small, unpadded
 from reference import exact, ops
 from reference.lsm import LSM
-from reference.model import LanguageModel, decayed, for_writing, initialize, starts, state_bytes
+from reference.model import LanguageModel, decayed, for_writing, initialize, sizes, starts, state_bytes
+from reference.moe import MoE
 from reference.noise import dropout, noise
 from reference.presets import Model
 from reference.routers import ROUTER
 
-PATTERNS = ["L", "N", "LLLN", "NL", "ELEN", "LDNE", "LLD", "D"]
+PATTERNS = ["L", "N", "LLLN", "NL", "ELEN", "LDNE", "LLD", "D", "L+EN+D", "E+LN+E+D"]
 VOCABULARY = 13
 close = {"rtol": 1e-8, "atol": 1e-9}
 
@@ -68,6 +69,12 @@ def part_of(state, i):
 CASES = [{"pattern": p} for p in PATTERNS] + [{"pattern": "NL", "lsm": name} for name in LSM]
 CASES += [{"pattern": "NL", "window": 3}, {"pattern": "NL", "attention": "latent"}]
 CASES += [{"pattern": "NLDNL", "lsm": "rwkv7"}]  # whose first L hands its values to the second
+MIXTURE = {"attention": "mixture", "mixer_experts": 4, "window": 3}  # of heads
+SEVERAL = [  # projections
+    {"lsm": "mamba", "projection_experts": ("input", "gate", "output"), "mixer_experts": 3},
+    {"lsm": "longhorn", "projection_experts": ("output",), "mixer_experts": 3},
+]
+CASES += [{"pattern": "NL"} | MIXTURE, {"pattern": "LN"} | MIXTURE | SEVERAL[0], {"pattern": "L"} | SEVERAL[1]]
 CASES += [{"pattern": "LN", "router": name, "groups": 1} for name in ROUTER]
 stable = [c for c in CASES if ROUTER[c.get("router", "linear_moe")].prefix_stable()]
 
@@ -286,14 +293,15 @@ class Recomputed(nn.Module):
         return checkpoint(self.block, x, side, state, use_reentrant=False)
 
 
-RECOMPUTED = [{"router": name} for name in ROUTER] + [{"lsm": "rwkv7"}]
+RECOMPUTED = [{"router": name} for name in ROUTER] + [{"lsm": "rwkv7"}, MIXTURE | SEVERAL[0]]
+RECOMPUTED += [{"lsm": "mom_gla"}, {"pattern": "L+ELN+E"}]
 
 
 @pytest.mark.parametrize("config", RECOMPUTED, ids=names(RECOMPUTED))
 def test_recomputing_blocks_changes_nothing(config):
     """Losses, loads and gradients, bit by bit, with dropout and with the load's own gradient."""
     model, tokens, labels = (
-        make(pattern="LLN", dropout=0.2, dtype=torch.float32, **config),
+        make(**{"pattern": "LLN", "dropout": 0.2, "dtype": torch.float32} | config),
         text(2, 9),
         text(2, 9, 1),
     )
@@ -301,8 +309,12 @@ def test_recomputing_blocks_changes_nothing(config):
 
     def run(model):
         out = model(tokens, labels, index=index, key=3)
-        loss = out.losses.sum() + (out.loads.probability * torch.arange(6)).sum() + out.loads.z.sum()
-        return [out.losses, *out.loads, *torch.autograd.grad(loss, list(model.parameters()))]
+        loads = [out.loads, *(load for _, load in out.inside)]
+        loss = out.losses.sum()
+        for load in loads:
+            loss = loss + (load.probability * torch.arange(load.counts.shape[-1])).sum() + load.z.sum()
+        known = [x for load in loads for x in load]
+        return [out.losses, *known, *torch.autograd.grad(loss, list(model.parameters()))]
 
     plain = run(model)
     again = copy.deepcopy(model)
@@ -336,6 +348,59 @@ def test_loads_come_in_the_order_of_the_layers():
         last.gate.zero_()  # ties go to the first experts
     counts = model(text(2, 9)).loads.counts
     assert counts[1].tolist() == [18, 18, 0, 0, 0, 0] and counts[0, 2:].sum() > 0
+
+
+def test_routers_inside_mixers_report_by_their_number_of_experts_and_visits():
+    """Apart from those of the expert layers; of all tokens, and nothing adds up inside."""
+    config = {"pattern": "LN", "repeat": 2} | MIXTURE | SEVERAL[0]
+    model, tokens = make(**config, mixer_top_k=2), text(2, 9)
+    for _ in range(2):
+        out = model(tokens)
+        assert [(k, tuple(load.counts.shape)) for k, load in out.inside] == [(1, (6, 3)), (2, (2, 3))]
+        assert all(load.counts.sum(-1).eq(18 * k).all() and load.tokens.eq(18).all() for k, load in out.inside)
+        assert out.loads.counts.shape == (4, 6)
+    assert make(**config, mixer_top_k=1)(tokens).inside[0].load.counts.shape == (8, 3)
+    assert [k for k, _ in make(pattern="L", lsm="mom_gla", memories_kept=3)(tokens).inside] == [3]
+    assert make(pattern="LN")(tokens).inside == ()
+
+
+# -------------------------------------------------------------------------------------------------- side by side
+
+
+@pytest.mark.parametrize("pattern", ["L+E", "E+L", "N+D", "N+D+E", "D+E"])
+def test_layers_side_by_side_see_the_same_and_are_added(pattern):
+    """One norm, one residual: x + f(norm x) + g(norm x); then the same letters one behind the other are not that."""
+    model, tokens = make(pattern=pattern), text(2, 8)
+    (layer,) = model.blocks[0].sublayers
+    x, side = functional_embedding(model, tokens), model.side(tokens, None, None, None, None, None)
+    seen = ops.norm(x, layer.norm, layer.eps)
+    wanted = x
+    for letter, inner in zip(pattern.split("+"), [layer.inner, *layer.beside], strict=True):
+        y = {"D": lambda f: f(seen), "E": lambda f: f(seen, side)[0]}.get(letter, lambda f: f(seen, side, None)[0])
+        wanted = wanted + y(inner)
+    torch.testing.assert_close(layer(x, side)[0], wanted, **close)
+    assert [name for name, _ in layer.named_parameters() if name.endswith("norm") and "." not in name] == ["norm"]
+
+
+def test_blocks_begin_at_mixers_wherever_they_stand_in_a_sublayer():
+    model = make(pattern="L+ED", last="E+N", repeat=2)
+    assert [len(block.sublayers) for block in model.blocks] == [2, 2, 1]
+    assert [s.number for block in model.blocks for s in block.sublayers] == [0, 2, 3, 5, 6]
+    out = model(text(2, 5), keep_state=True)
+    assert len(out.state.mixers) == 3 and out.loads.counts.shape == (3, 6)
+    experts = [m for m in model.modules() if isinstance(m, MoE)]
+    assert [m.number for m in experts] == [1, 4, 6], "each draws noise of its own"
+
+
+def test_a_token_uses_some_of_the_experts_wherever_they_are():
+    """Width 12: of heads 2 of 4 (or 3) experts of two matrices, of Mamba 1 of 3 of each, and 2 of 6 of 15 x 12."""
+    for config, idle in (
+        ({"pattern": "N+D"} | MIXTURE, 2 * 2 * 144),
+        ({"pattern": "L+D"} | SEVERAL[0], 2 * 3 * 144),
+        ({"pattern": "N+ELE"} | MIXTURE | SEVERAL[0], 1 * 2 * 144 + 2 * 3 * 144 + 2 * 4 * 180),
+    ):
+        count = sizes(make(**config).config)
+        assert count["total"] - count["active"] == idle
 
 
 # ------------------------------------------------------------------------------------------------------ dropout
@@ -475,6 +540,7 @@ def test_a_model_made_without_memory_begins_the_same(lsm):
 KINDS = [{"lsm": name} for name in LSM] + [
     {"qk_norm": True, "attention_gate": True},
     {"attention": "latent", "query_rank": 4, "attention_gate": True},
+    MIXTURE | SEVERAL[0],
 ]
 
 

@@ -14,8 +14,11 @@ import torch
 from inputs import small
 from reference import ops
 from reference.lsm import LSM
+from reference.mixers.gated import GLA
 from reference.mixers.linear_attention import FEATURE_MAP
+from reference.mixers.softmax import Softmax
 from reference.model import LanguageModel, sizes
+from reference.moe import Dense, MoE
 from reference.presets import PRESETS, Model
 from reference.printed import PRINTED
 from reference.released import RELEASED
@@ -357,6 +360,35 @@ def test_letters():
     assert Model(pattern="LN", repeat=2, first="LD", last="N").letters == "LD" + "LENELENE" + "NE"
     assert Model(pattern="LD", repeat=2, first="N", last="L").letters == "NE" + "LDLD" + "LE"
     assert Model(pattern="LN", repeat=2, last="LE", bare=True).letters == "LNLNLE"
+    assert Model(pattern="L+EN", repeat=2, last="N").letters == "L+ENL+ENNE"
+
+
+SPELLED = {  # where experts sit: the model, and how many of L, N, E and D, of blocks and of sublayers
+    "every layer": ({"pattern": "L", "repeat": 4}, (4, 0, 4, 0), 4, 8),
+    "every second mixer": ({"pattern": "LLE", "repeat": 3}, (6, 0, 3, 0), 6, 9),
+    "every second, dense between (GShard)": ({"pattern": "NDNE", "repeat": 3}, (0, 6, 3, 3), 6, 12),
+    "every fourth (OpenMoE)": ({"pattern": "NDNDNDNE", "repeat": 2}, (0, 8, 2, 6), 8, 16),
+    "a period of eight (Jamba)": ({"pattern": "LDLELDLENDLELDLE", "repeat": 4}, (28, 4, 16, 16), 32, 64),
+    "blocks AMF and MF (Hunyuan-TurboS)": ({"pattern": "NLELE", "repeat": 2}, (4, 2, 4, 0), 6, 10),
+    "one sublayer a letter (Nemotron)": ({"pattern": "LELELNE", "repeat": 2}, (6, 2, 6, 0), 8, 14),
+    "dense first layers (DeepSeek)": ({"pattern": "N", "repeat": 3, "first": "NDND"}, (0, 5, 3, 2), 5, 10),
+    "a dense last layer": ({"pattern": "L", "repeat": 2, "last": "ND"}, (2, 1, 2, 1), 3, 6),
+    "no experts": ({"pattern": "LN", "repeat": 2, "bare": True}, (2, 2, 0, 0), 4, 4),
+    "side by side (MoE-Mamba's ablation)": ({"pattern": "L+E", "repeat": 4}, (4, 0, 4, 0), 4, 4),
+    "all three": ({"pattern": "N+DL+E", "first": "L+D+E"}, (2, 1, 2, 2), 3, 3),
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_experts_sit_where_the_pattern_says(name):
+    values, letters, blocks, sublayers = SPELLED[name]
+    config = Model(**values, lsm="gla")
+    with torch.device("meta"):
+        model = LanguageModel(config, ops)
+    kinds = (GLA, Softmax, MoE, Dense)
+    assert tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in kinds) == letters
+    assert tuple(config.letters.count(letter) for letter in "LNED") == letters
+    assert (len(model.blocks), sum(len(block.sublayers) for block in model.blocks)) == (blocks, sublayers)
 
 
 BAD = {
@@ -364,6 +396,18 @@ BAD = {
     "pattern empty": ({"pattern": ""}, "pattern ''.* allowed are L .*, N .*, E .*, D"),
     "first": ({"first": "LX"}, "first 'LX' has letters 'X'; allowed are L .*, N .*, E .*, D"),
     "last": ({"last": "nE"}, "last 'nE' has letters 'n'; allowed are L .*, N .*, E .*, D"),
+    "plus first": ({"pattern": "+L"}, r"pattern '\+L' has a \+ that is not between two letters, as in L\+E"),
+    "plus last": ({"last": "LE+"}, r"last 'LE\+' has a \+ that is not between two letters"),
+    "plus twice": ({"pattern": "L++E"}, r"pattern 'L\+\+E' has a \+ that is not between two letters"),
+    "two mixers": (
+        {"pattern": "LEL+E+N"},
+        r"pattern 'LEL\+E\+N' has two mixers side by side in L\+E\+N; allowed is one",
+    ),
+    "mixer_experts": ({"mixer_experts": 0}, "mixer_experts is 0; it must be at least 1"),
+    "projection": (
+        {"projection_experts": ("x",)},
+        "unknown projection 'x'; projection_experts are some of input, gate",
+    ),
     "lsm": ({"lsm": "mambo"}, f"'mambo'; expected one of {', '.join(LSM)}"),
     "features": ({"feature_map": "elo"}, f"'elo'; expected one of {', '.join(FEATURE_MAP)}"),
     "router": ({"router": "mixtrall"}, f"'mixtrall'; expected one of {', '.join(ROUTER)}"),

@@ -111,6 +111,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(corpus, wh
 
 
 EXACT = ["--precision", "float64", "--model.dropout", 0.1, "--save-every", 3, "--keep", 5]
+EXACT += ["--model.attention", "mixture", "--model.mixer-experts", 3]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def test_resume_on_another_number_of_ranks(corpus, tmp_path):
 def test_micro_batches_add_up(corpus, tmp_path):
     """Three small batches are one large one, the losses of documents and tokens included. (Others compare experts
     within a micro-batch.)"""
-    balance = ("--balance", "sequence", 0.1, "z", 0.01)
+    balance = ("--balance", "sequence", 0.1, "z", 0.01, "--mixer-balance", 0)
     for name, more in (("one", ()), ("three", ("--micro", 2))):
         done = run("train.py", *line(corpus, tmp_path / name, *EXACT, *balance, *more, steps=3))
         assert done.returncode == 0, done.stderr
@@ -237,6 +238,38 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_parameter():
     result = train.one_step(config, model, ops, optimizer, batches, 0, False)
     assert not result.finite
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_routers_inside_mixers_are_balanced_with_their_own_number_of_visits():
+    """The gradient is that of the token losses and of 0.3 sum_e f_e P_e for each router, by hand."""
+    import train
+    from data.stream import Batch
+    from reference import ops
+    from reference.model import LanguageModel, initialize
+    from reference.presets import Model
+
+    sizes = {"width": 16, "heads": 2, "expert_width": 8, "top_k": 1, "mixer_experts": 4, "mixer_top_k": 3}
+    several = {"lsm": "mamba", "projection_experts": ("input", "output"), "attention": "mixture"}
+    config = train.Train(model=Model(pattern="L+DND", **sizes, **several), mixer_balance=0.3)
+    model = LanguageModel(config.model, ops).double()
+    initialize(model, 0)
+    tokens = torch.arange(24).view(1, 24) % 7
+    labels, cu = tokens.roll(-1, 1), torch.tensor([0, 24], dtype=torch.int32)
+    batch = Batch(tokens, labels, torch.arange(24)[None], cu, torch.arange(24)[None])
+    train.backward(config, model, ops, batch, torch.tensor(24.0), 2, 0)
+    out = model(*batch[:4], index=batch.indices, key=0)
+    loss, routers = out.losses.sum() / 24, 0
+    for k, load in out.inside:
+        for counts, probability in zip(load.counts, load.probability, strict=True):
+            loss = loss + 0.3 / 2 * sum(
+                4 * c.double() / (24 * k) * p / 24 for c, p in zip(counts, probability, strict=True)
+            )
+            routers += 1
+    assert routers == 3
+    names, weights = zip(*model.named_parameters(), strict=True)
+    wanted = torch.autograd.grad(loss, weights)
+    for name, weight, gradient in zip(names, weights, wanted, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_least():

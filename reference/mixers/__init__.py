@@ -2,7 +2,8 @@
 
 A mixer is a module `mixer(x, side, state) -> (y, state)` with x, y : b t d. Its state is a named tuple of tensors
 whose size does not depend on how many tokens went by; None stands for the start of a text. A mixer that has something
-to hand to later layers returns a third thing, the `side` that they get. The table of rows names the mixer of each
+to hand to later layers, or that routes, returns two things more: the `side` that later layers get, and a list of what
+its routers did. The table of rows names the mixer of each
 model as "file:Class".
 """
 

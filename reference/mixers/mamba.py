@@ -23,6 +23,8 @@ from reference.mixers.parts import (
     uniform,
     wide,
 )
+from reference.moe import Switched, through
+from reference.routers import Inside
 
 
 def harmonics(shape: tuple[int, int], rng: torch.Generator) -> Tensor:
@@ -81,13 +83,23 @@ def counting(shape: tuple[int, int], rng: torch.Generator) -> Tensor:
 class Selective(Mixer):
     """The block of Mamba (2312.00752, figure 3): v = Δ x behind a convolution, y = q M + D x, SiLU gate, no norm.
 
-    k, q and, through width / 16 numbers, the step Δ of each channel come from x; a subclass says how Δ does.
+    k, q and, through width / 16 numbers, the step Δ of each channel come from x; a subclass says how Δ does. Of a
+    projection in `config.projection_experts` there are several, and each token goes through one (2401.04081).
     """
+
+    takes = ("projection_experts",)
 
     def __init__(self, config, ops, dt_bias):
         super().__init__(config, ops, 16, 2 * config.width // config.heads)
         rank, self.heads = math.ceil(config.width / 16), 1
-        self.project = linear(config.width, 2 * self.values)  # [x | z]
+        several, d, experts = config.projection_experts or (), config.width, config.mixer_experts
+
+        def projection(name: str, inputs: int, outputs: int) -> nn.Module:
+            return Switched(inputs, outputs, experts) if name in several else linear(inputs, outputs)
+
+        together = not {"input", "gate"} & set(several)
+        self.project = linear(d, 2 * self.values) if together else None  # [x | z]
+        self.input, self.gate = (None if together else projection(n, d, self.values) for n in ("input", "gate"))
         self.conv = convolution(self.values, config.convolution)
         self.conv_bias = parameter(self.values, start=constant(0.0))
         self.sizes = [rank, self.key_size, self.key_size]
@@ -95,13 +107,20 @@ class Selective(Mixer):
         self.dt_up = parameter(self.values, rank, start=uniform(-(rank**-0.5), rank**-0.5))
         self.dt_bias = parameter(self.values, start=dt_bias)
         self.D = parameter(self.values, start=constant(1.0))
-        self.o = linear(self.values, config.width)
+        self.o = projection("output", self.values, d)
+
+    def projected(self, x, loads: list[Inside]) -> tuple[Tensor, Tensor]:
+        """x and z of all inner channels."""
+        if self.project is not None:
+            return self.project(x).chunk(2, -1)
+        return through(self.input, x, loads), through(self.gate, x, loads)
 
     def normed(self, parts: list[Tensor]) -> list[Tensor]:
         return parts
 
     def forward(self, x, side, state: Taps | None = None):
-        u, z = self.project(x).chunk(2, -1)
+        loads = []
+        u, z = self.projected(x, loads)
         u, taps = self.ops.short_convolution(
             u, self.conv, self.conv_bias, "silu", state and state.taps, side.cu_seqlens
         )
@@ -111,7 +130,7 @@ class Selective(Mixer):
         tokens = {name: self.split(y) for name, y in tokens.items()}
         o, memory = self.advance(tokens, constants, state and state.memory, side)
         o = o.flatten(-2) + self.D.to(o.dtype) * u
-        return self.o(o * F.silu(z)), Taps(memory, taps)
+        return through(self.o, o * F.silu(z), loads), Taps(memory, taps), side, loads
 
 
 class Mamba(Selective):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from reference.mixers.delta import GatedDeltaNet
 from reference.mixers.gated import GLA
 from reference.mixers.parts import Mixer
-from reference.routers import Load, load, route, wanted
+from reference.routers import Inside, load, route, wanted
 from reference.routers import row as router
 
 
@@ -62,7 +62,7 @@ class MixtureOfMemories(nn.Module):
     def common(cls, config, layers: int) -> dict[str, nn.Parameter]:
         return cls.inner.common(config, layers)
 
-    def forward(self, x: Float[Tensor, "b t d"], side, state=None) -> tuple[Tensor, tuple, Any, Load]:
+    def forward(self, x: Float[Tensor, "b t d"], side, state=None) -> tuple[Tensor, tuple, Any, list[Inside]]:
         (b, t), flat = x.shape[:2], x.flatten(0, 1)
         logits = wanted(flat, self.router)
         routing = route(router("mixtral"), logits, self.kept)
@@ -83,7 +83,7 @@ class MixtureOfMemories(nn.Module):
             after.append(own)
         y = self.first.output(o.unflatten(0, (b, t)), x)
         state = type(after[0])(*(torch.stack(parts, 1) for parts in zip(*after, strict=True)))
-        return y, state, side, load(router("mixtral"), logits, routing)
+        return y, state, side, [Inside(self.kept, load(router("mixtral"), logits, routing))]
 
     def packed(self, memory: Mixer | Apart, x: Float[Tensor, "n d"], who: Int[Tensor, " p"], cu_seqlens, side, state):
         """The memory over its tokens `who`, packed in as many documents as there are: outputs p h v, and its state."""

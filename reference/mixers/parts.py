@@ -93,7 +93,11 @@ class Only(NamedTuple):
     memory: Memory
 
 
-OPTIONAL = ("value_heads", "gate_floor")  # fields of the configuration, None unless wanted, that few layers have
+OPTIONAL = (
+    "value_heads",
+    "gate_floor",
+    "projection_experts",
+)  # fields of the configuration, None unless wanted, that few layers have
 
 
 class Mixer(nn.Module):

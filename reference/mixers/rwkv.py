@@ -127,7 +127,7 @@ class RWKV7(Mixer):
         o, memory = self.advance(tokens, {}, state and state.memory, side)
         bonus = (tokens["q"] * self.rho.to(x.dtype) * tokens["k"]).sum(-1, keepdim=True) * tokens["v"]
         o = group_norm(o, self.norm, self.norm_bias, self.key_size * self.eps) + bonus.flatten(-2)
-        return self.o(o * self.g(mixed["g"])), Shifted(memory, last), side, None
+        return self.o(o * self.g(mixed["g"])), Shifted(memory, last), side, []
 
 
 def is_first(config, layer: int) -> bool:

@@ -1,19 +1,21 @@
-"""Softmax attention as a mixer, the N of a hybrid: grouped heads, and latents that all heads share."""
+"""Softmax attention as a mixer, the N of a hybrid: grouped heads, mixtures of them, latents that all share."""
 
 from typing import NamedTuple
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference.attention import Past, rotate
 from reference.cache import fresh, remember
 from reference.mixers.parts import head_norm, linear
+from reference.moe import Linears
+from reference.routers import Inside, load, route, row, wanted
 
 
 class Attention(nn.Module):
-    """What both kinds have in common: a window, positions, and y = W_o o, or W_o (o ⊙ sigmoid(W_g x)) (2505.06708)."""
+    """What all kinds have in common: a window, positions, and y = W_o o, or W_o (o ⊙ sigmoid(W_g x)) (2505.06708)."""
 
     def __init__(self, config, ops, values: int):
         super().__init__()
@@ -62,12 +64,54 @@ class Softmax(Attention):
         return size_of(config)
 
     def forward(self, x, side, state: Past | None = None):
-        q, k, v = (project(x).unflatten(-1, (-1, self.size)) for project in (self.q, self.k, self.v))
+        o, past = self.attended(self.q(x), x, side, state)
+        return self.output(o, x), past
+
+    def attended(self, q: Float[Tensor, "b t hd"], x, side, state: Past | None):
+        """What these queries, as many heads as there are, find at the keys."""
+        q, k, v = (y.unflatten(-1, (-1, self.size)) for y in (q, self.k(x), self.v(x)))
         if self.q_norm is not None:
             q, k = self.ops.norm(q, self.q_norm, self.eps), self.ops.norm(k, self.k_norm, self.eps)
         q, k = self.turned(q, side), self.turned(k, side)
-        o, past = self.ops.attention(q, k, v, state, side.cu_seqlens, self.window)
-        return self.output(o, x), past
+        return self.ops.attention(q, k, v, state, side.cu_seqlens, self.window)
+
+
+class MixtureOfHeads(Softmax):
+    """Mixture of attention heads (2210.05144), as in JetMoE (2404.07413): y = sum over k experts of w_e W_e o_e + bias.
+
+    An expert is a pair of matrices, of queries and of outputs, with all `heads`; keys and values are those of grouped
+    attention, and all experts share them: the cache is that of one. A router chooses each token's experts and their
+    weights w, a softmax over the logits of the k chosen. Agrees with transformers' JetMoeAttention.
+    """
+
+    def __init__(self, config, ops):
+        for name in ("qkv_bias", "attention_gate"):
+            if getattr(config, name):
+                raise ValueError(f"a mixture of heads has no {name}: it is True, expected False")
+        super().__init__(config, ops)
+        experts, self.kept = config.mixer_experts, config.mixer_top_k
+        if not 1 <= self.kept <= experts:
+            raise ValueError(
+                f"mixer_top_k is {self.kept}; it must be at least 1 and at most the {experts} mixer_experts"
+            )
+        self.groups, values = config.key_heads or heads_of(config), heads_of(config) * self.size
+        self.router = nn.Parameter(torch.empty(experts, config.width))
+        self.q, self.o = (
+            Linears(*sizes, experts, self.kept) for sizes in ((config.width, values), (values, config.width))
+        )
+        self.bias = nn.Parameter(torch.empty(config.width))
+
+    def forward(self, x, side, state: Past | None = None):
+        flat, jet_moe = x.flatten(0, 1), row("jet_moe")
+        logits = wanted(flat, self.router)
+        routing = route(jet_moe, logits, self.kept)
+        q = self.q(repeat(flat, "n d -> n k d", k=self.kept), routing)
+        # The heads of all slots that read the same keys stand side by side, as grouped attention wants them.
+        q = rearrange(q, "(b t) k (g h) -> b t (g k h)", b=len(x), g=self.groups)
+        o, past = self.attended(q, x, side, state)
+        o = rearrange(o, "b t (g k r) h -> (b t) k (g r h)", g=self.groups, k=self.kept)
+        y = (routing.gate[..., None] * self.o(o, routing)).sum(1).to(x.dtype) + self.bias.to(x.dtype)
+        return y.view_as(x), past, side, [Inside(self.kept, load(jet_moe, logits, routing))]
 
 
 class Latents(NamedTuple):
@@ -155,4 +199,4 @@ def size_of(config) -> int:
     return config.head_size or config.width // heads_of(config)
 
 
-ATTENTION = {"grouped": Softmax, "latent": Latent}
+ATTENTION = {"grouped": Softmax, "latent": Latent, "mixture": MixtureOfHeads}

@@ -1,6 +1,7 @@
 """Softmax attention, the N of a hybrid: grouped heads, windows, partial or no rotation, latents."""
 
 import sys
+from functools import partial
 
 import torch
 
@@ -11,10 +12,10 @@ HEADS = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 2, 
 OURS = {"width": 24, "heads": 6, "key_heads": 2}
 
 
-def angles(oracle, kind, x):
-    """What the released model's own rotary embedding hands its layers."""
+def angles(oracle, kind, x, past=0):
+    """What the released model's own rotary embedding hands its layers behind so many tokens."""
     rotary = getattr(sys.modules[type(oracle).__module__], f"{kind}RotaryEmbedding")(oracle.config)
-    return rotary(x, torch.arange(x.shape[1])[None])
+    return rotary(x, past + torch.arange(x.shape[1])[None])
 
 
 def grouped(model: str, kind: str, rotary: bool = True, mask=None, weights=None, **sizes):
@@ -54,6 +55,26 @@ def qwen3_next():
     return grouped("qwen3_next", "Qwen3Next", weights=weights, **sizes, num_hidden_layers=1)
 
 
+# ---------------------------------------- mixtures of heads
+
+JET_MOE = (
+    "experts.router.layer.weight=router experts.input_linear.weight=q.weight experts.output_linear.weight=o.weight "
+)
+JET_MOE += "experts.bias=bias"
+
+
+def jet_moe():
+    sizes = {"hidden_size": 24, "kv_channels": 6, "num_key_value_heads": 3, "num_local_experts": 5}
+    return released("jetmoe", "JetMoeConfig", "JetMoeAttention", **sizes, attn_implementation="sdpa")
+
+
+def mixture(oracle, w, x, past=0, cache=None):
+    """The released layer behind `past` tokens that the cache has."""
+    own = renamed(w, JET_MOE) | {"kv_proj.weight": torch.cat([w["k.weight"], w["v.weight"]])}
+    named = {"position_embeddings": angles(oracle, "JetMoe", x, past), "cache": cache, "attention_mask": None}
+    return called(oracle, own, (x,), named)[0]
+
+
 # ---------------------------------------- latents
 
 SIZES = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "attn_implementation": "sdpa"}
@@ -90,6 +111,7 @@ def kimi():
     return latent("kimi_linear", "KimiLinear", rotary=False, layer_types=["full_attention"], num_hidden_layers=1)
 
 
+HEADS_OF_EXPERTS = {"width": 24, "heads": 3, "head_size": 6, "key_heads": 3, "mixer_experts": 5}
 ORACLES = {
     "LlamaAttention": Oracle("softmax", lambda: grouped("llama", "Llama"), OURS),
     "MistralAttention": Oracle(
@@ -101,6 +123,7 @@ ORACLES = {
     "NemotronHAttention": Oracle(
         "nope", lambda: grouped("nemotron_h", "NemotronH", False, head_dim=5), OURS | {"head_size": 5}
     ),
+    "JetMoeAttention": Oracle("mixture", lambda: partial(mixture, jet_moe()), HEADS_OF_EXPERTS),
     "Qwen2MoeAttention": Oracle("bias", qwen2, OURS | {"heads": 4, "attention_heads": 6}),
     "Qwen3NextAttention": Oracle("partial", qwen3_next, OURS),
     "DeepseekV2Attention": Oracle("latent", lambda: latent("deepseek_v2", "DeepseekV2"), LATENT | {"eps": 1e-6}),

@@ -45,6 +45,55 @@ def mamba(*kind, names="", **config):
     return lambda w, x: called(oracle, renamed(w, MAMBA + names) | {"A_log": w["A_log"].mT}, (x,))
 
 
+class Likeliest(torch.nn.Module):
+    """A projection that is several: each token through the likeliest alone, times its probability (2401.04081)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.router = torch.nn.Parameter(torch.empty(3, inputs))
+        self.maps = torch.nn.Parameter(torch.empty(3, outputs, inputs))
+
+    def token(self, x):
+        p = torch.exp(self.router @ x) / torch.exp(self.router @ x).sum()
+        return p.max() * self.maps[p.argmax()] @ x
+
+    def forward(self, x):
+        return torch.stack([torch.stack([self.token(now) for now in text.unbind()]) for text in x.unbind()])
+
+
+class Halves(torch.nn.Module):
+    """Mamba's x and z, from projections of their own."""
+
+    def __init__(self, x, z):
+        super().__init__()
+        self.x, self.z = x, z
+
+    def forward(self, x):
+        return torch.cat([self.x(x), self.z(x)], -1)
+
+
+def likeliest(*several):
+    """The released Mamba with those of its projections replaced."""
+
+    def projection(name, inputs, outputs):
+        return Likeliest(inputs, outputs) if name in several else torch.nn.Linear(inputs, outputs, bias=False)
+
+    names = " ".join(part for part in MAMBA.split() if part.split("_")[0] not in ("in", "out"))
+    for theirs, ours in (("in_proj.x", "input"), ("in_proj.z", "gate"), ("out_proj", "o")):
+        if ours in several or (ours == "o" and "output" in several):
+            names += f" {theirs}.router={ours}.router {theirs}.maps={ours}.maps.weight"
+        else:
+            names += f" {theirs}.weight={ours}.weight"
+    oracle = released("mamba", "MambaConfig", "MambaMixer", hidden_size=24, num_hidden_layers=1, state_size=8)
+    oracle.in_proj = Halves(projection("input", 24, 48), projection("gate", 24, 48))
+    oracle.out_proj = projection("output", 48, 24)
+    return lambda w, x: called(oracle, renamed(w, names) | {"A_log": w["A_log"].mT}, (x,))
+
+
+def several(name, *which):
+    return classes(name, lambda: likeliest(*which), 16, projection_experts=which, mixer_experts=3)
+
+
 def jamba():
     norms = "dt_layernorm.weight=norms.0 b_layernorm.weight=norms.1 c_layernorm.weight=norms.2"
     sizes = {"mamba_d_state": 8, "rms_norm_eps": 1e-5}
@@ -215,6 +264,8 @@ ORACLES = {
     ),
     "GraniteMoeHybridMambaLayer": grouped(lambda: granite(6, 2), state_groups=2),
     "MambaMixer": classes("mamba", lambda: mamba("mamba", "MambaConfig", "MambaMixer", state_size=8), 16),
+    "MambaMixer, input and output of several": several("projections", "input", "output"),
+    "MambaMixer, gate of several": several("a projection", "gate"),
     "JambaMambaMixer": classes("mamba", jamba, 16, state_norm="learned"),
     "FalconMambaMixer": classes("mamba", falcon_mamba, 16, state_norm="weightless"),
     "formula of 2206.11893": diagonal(s4d_steps, 2),
