@@ -46,6 +46,7 @@ class Rule(NamedTuple):
     router: str  # a row of `ROUTER`
     losses: dict[str, float] | None  # and their weights a layer; None: the router's own
     top_k: int = 2
+    bias_rate: float = 1e-3  # a step, as published, for the routers that have a balancing bias
 
 
 RULES = {
@@ -55,7 +56,8 @@ RULES = {
     "first": Rule(LOSS["first"].title, "mixtral", {"first": 0.01}),
     "sequence": Rule(LOSS["sequence"].title, "mixtral", {"sequence": 0.01}),
     "noisy": Rule("noise, importance and load", "noisy", None),
-    "bias": Rule(f"balancing bias ({ROUTER['deepseek_v3'].title})", "deepseek_v3", {}),
+    "bias": Rule("bias, 0.001 a step (DeepSeek-V3)", "deepseek_v3", {}),
+    "bias_fast": Rule("bias, 0.01 a step", "deepseek_v3", {}, bias_rate=1e-2),
     "penalty": Rule(LOSS["penalty"].title, "remoe", None),
     "expert_choice": Rule(ROUTER["expert_choice"].title, "expert_choice", None),
     "base": Rule(f"{ROUTER['base'].title}, top-1", "base", None, 1),
@@ -87,6 +89,7 @@ def config_of(rule: Rule, steps: int, seed: int) -> Train:
         steps=steps,
         batch=8,
         balance=rule.losses,
+        bias_rate=rule.bias_rate,
         seed=seed,
         backend="reference",
         device="cpu",
@@ -123,7 +126,7 @@ def point(step: int, results: list[train.Result]) -> dict:
     P = load.probability.detach() / load.probability.detach().sum(-1, keepdim=True)
     values = {
         "share": load.counts / pairs[:, None],  # of the pairs, the dropped ones included
-        "visits": pairs / load.tokens,  # experts that a token asks for
+        "visits": load.counts.sum(-1) / load.tokens,  # experts that a token asks for
         "violation": violation(load.counts),  # the busiest expert over the mean, - 1
         "entropy": load.entropy / load.tokens,  # nats, of a token's distribution over experts: the mean
         "mean_entropy": torch.special.entr(P).sum(-1),  # nats, of the mean of these distributions
@@ -184,7 +187,7 @@ def facts(args) -> dict:
 def as_text(line: dict) -> str:
     end = ending(line)
     return (
-        f"{line['title']:32} violation {end.violation:.2f}  idle {end.idle}  dropped {end.dropped:.3f}  "
+        f"{titled(line):32} violation {end.violation:.2f}  idle {end.idle}  dropped {end.dropped:.3f}  "
         f"router entropy {end.entropy:.2f} of {math.log(end.experts):.2f}  bits {end.bits:.2f}"
     )
 
@@ -247,9 +250,13 @@ PAPER, INK, QUIET, FAINT = "#ffffff", "#1f2933", "#66727f", "#d5dae0"
 STRIPES = ("#2f5d8a", "#9dbbd8", "#4f7fab", "#c9dbea")  # of the experts, neighbours told apart by lightness
 # name -> what it says, colour (of Okabe and Ito, safe for colour-blind readers), dashes
 CURVE = {
-    "violation": ("busiest expert: 0 as busy as the mean, 1 asked for by every token", "#d55e00", "-"),
-    "entropy": ("entropy of a token's router scores over ln 16: 1 undecided, 0 sure", "#000000", (0, (4, 1.5))),
-    "dropped": ("share of pairs dropped", "#cc79a7", "-"),
+    "dropped": ("share of visits dropped, their expert being full", "#cc79a7", "-"),
+    "entropy": (
+        "entropy of a token's router scores over that of even ones: 1 undecided, 0 sure",
+        "#000000",
+        (0, (4, 1.5)),
+    ),
+    "violation": ("busiest expert: 0 as busy as the mean, 1 as busy as it can be", "#d55e00", "-"),
 }
 # the same bytes every time, letters as paths
 STYLE = {"svg.fonttype": "path", "svg.hashsalt": "balance"}
@@ -315,22 +322,32 @@ def write(figure: Figure, x: float, y: float, what: str, pixels: float = 10.5, c
 def panel(figure: Figure, line: dict, x: float, y: float, wide: float, first: bool) -> None:
     """A rule: its title and what it came to, its experts' shares, and the three curves, over the same steps."""
     end = ending(line)
-    write(figure, x, y + 12, line["title"], 11, weight="bold")
-    came = f"max/mean {1 + end.violation:.1f}   idle {end.idle}   {end.bits:.2f} bits"
-    write(figure, x, y + 27, came, 9.8, QUIET)
+    write(figure, x, y + 12, titled(line), 11, weight="bold")
+    write(figure, x, y + 27, came_to(end), 9.6, QUIET)
     steps = [p["step"] for p in line["points"]]
-    top, below = axes(figure, x, y + HEAD, wide, AREA), axes(figure, x, y + HEAD + AREA + 4, wide, CURVES - 4)
+    top, below = axes(figure, x, y + HEAD, wide, AREA), axes(figure, x, y + HEAD + AREA + 6, wide, CURVES - 6)
     experts = [[p["share"][-1][e] for p in line["points"]] for e in order(line)]
     colors = [STRIPES[e % len(STRIPES)] for e in range(end.experts)]
     top.stackplot(steps, experts, colors=colors, edgecolor=PAPER, linewidth=0.25)
-    top.set(xlim=(steps[0], steps[-1]), ylim=(0, 1), xticks=[], yticks=[0, 0.5, 1])
     for name, (_, color, dashes) in CURVE.items():
-        below.plot(steps, [of(p, end.experts)[name] for p in line["points"]], color=color, linestyle=dashes, lw=1.1)
-    below.set(
-        xlim=(steps[0], steps[-1]), ylim=(-0.04, 1.04), yticks=[0, 1], xticks=[steps[-1] // 3 * i for i in (1, 2, 3)]
-    )
-    for part in (top, below):
-        part.set_yticklabels([f"{tick:g}" for tick in part.get_yticks()] if first else [])
+        below.plot(steps, [of(p, end.experts)[name] for p in line["points"]], color=color, linestyle=dashes, lw=1.2)
+    third = steps[-1] // 3
+    for part, least, ticks in ((top, 0, []), (below, -0.06, [third, 2 * third])):
+        part.set(xlim=(steps[0], max(steps[-1], steps[0] + 1)), ylim=(least, 1 - least), xticks=ticks, yticks=[0, 1])
+        part.set_yticklabels(["0", "1"] if first else [])
+        for label, place in zip(part.get_yticklabels(), ("bottom", "top"), strict=False):
+            label.set_verticalalignment(place)  # two axes stand close
+
+
+def titled(line: dict) -> str:
+    """As the rules are called now; as the line says where there is no such rule any more."""
+    return RULES[line["rule"]].title if line["rule"] in RULES else line["title"]
+
+
+def came_to(end: Ending) -> str:
+    """The words under a title; what was dropped only where something was."""
+    dropped = f"dropped {100 * end.dropped:.0f} %, " if end.dropped else ""
+    return f"max {1 + end.violation:.1f} ×, idle {end.idle}, {dropped}{end.bits:.2f} bits"
 
 
 def of(p: dict, experts: int) -> dict[str, float]:
@@ -357,7 +374,7 @@ def legend(figure: Figure, y: float, lines: list[dict]) -> None:
     for i, color in enumerate(STRIPES):
         swatch = axes(figure, MARGIN + 7 * i, y + 5, 7, 10)
         swatch.set(facecolor=color, xticks=[], yticks=[])
-    said = f"each expert's share of all visits, last layer, over {last} steps; the busiest at the end lie lowest"
+    said = f"each expert's share of all visits in the last layer, over {last} steps; the busiest at the end lie lowest"
     write(figure, MARGIN + 36, y + 10, said)
     for i, (name, color, dashes) in enumerate(CURVE.values()):
         at = y + 28 + 18 * i
@@ -365,7 +382,7 @@ def legend(figure: Figure, y: float, lines: list[dict]) -> None:
         key.plot([0, 1], [0, 0], color=color, linestyle=dashes, lw=1.4)
         key.axis("off")
         write(figure, MARGIN + 36, at, name)
-    said = "above each panel: the busiest expert over the mean, experts with under a tenth of the mean, training bits"
+    said = "in words: visits of the busiest expert over the mean, experts with under a tenth of the mean, training bits"
     said += f" per byte, of the last {LAST} steps"
     write(figure, MARGIN + 36, y + 28 + 18 * len(CURVE), said, color=QUIET)
 
