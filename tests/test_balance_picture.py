@@ -158,3 +158,42 @@ def test_the_busiest_expert_of_the_end_lies_lowest():
     points = [{"step": step, "share": [[0.9, 0.1, 0], [0.1, 0.3, 0.6]]} for step in (1, 100)]
     points[0]["share"] = [[0, 0, 1], [1, 0, 0]]
     assert balance.order({"points": points}) == [2, 1, 0]
+
+
+# ------------------------------------------------------------------------------------------------------- the README
+
+
+def section():
+    """The README's words about the picture, without what is in backquotes and behind links."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", re.search(r"\*\*Balancing.*?(?=\*\*Chunks against)", text)[0])
+
+
+def test_the_readme_says_what_was_recorded():
+    found = recorded()
+    assert sorted(line["rule"] for line in found) == sorted(RULES)
+    for line in found:
+        assert line["config"] == balance.plain(config_of(RULES[line["rule"]], 300, 0)) and line["every"] == 5
+    end = {line["rule"]: balance.ending(line) for line in found}
+    said, busiest = section(), {rule: f"{1 + e.violation:.1f}" for rule, e in end.items()}
+    bits = [e.bits for e in end.values()]
+    remark = {
+        "no rule": f"{busiest['none']} times the mean",
+        "idle": f"{end['none'].idle} of the 16 get less than a tenth",
+        "z": f"z-loss alone does not help ({busiest['z']})",
+        "losses": f"Switch's loss {busiest['switch']}, GShard's {busiest['first']}, the sequence-wise one "
+        f"{busiest['sequence']}",
+        "noisy": f"with noise {busiest['noisy']}",
+        "choices": f"expert choice and BASE {busiest['expert_choice']}, Sinkhorn {busiest['sinkhorn']}",
+        "bias": f"0.001 a step is too slow for so few steps ({busiest['bias']}), 0.01 is not ({busiest['bias_fast']})",
+        "penalty": f"{end['penalty'].visits:.1f} experts a token",
+        "dropped": f"{100 * end['capacity'].dropped:.0f} % of the visits are dropped without a loss, "
+        f"{100 * end['capacity_loss'].dropped:.0f} % with Switch's",
+        "bits": f"from {min(bits):.2f} to {max(bits):.2f} bits per byte",
+    }
+    for name, words in remark.items():
+        assert words in said, f"{name}: the README should say {words!r}"
+    settings = {"300", "1,024", "64", "16", "32", "2", "8", "0.01", "0.001", "1.25"}
+    numbers = set(re.findall(r"\d[\d,.]*\d|\d", said))
+    assert numbers <= settings.union(*(re.findall(r"\d[\d,.]*\d|\d", words) for words in remark.values()))
+    assert (end["expert_choice"].violation, busiest["base"]) == (0, busiest["expert_choice"])
