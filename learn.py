@@ -204,7 +204,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def balance(loads, top_k: int) -> Tensor | float:
-    """A little of the balance loss, where there are experts."""
+    """A little of the balance loss, where there are routers."""
     if loads is None:
         return 0.0
     return 0.01 * LOSS["switch"].value(loads, loads, top_k, 1).sum()

@@ -93,11 +93,8 @@ class Only(NamedTuple):
     memory: Memory
 
 
-OPTIONAL = (
-    "value_heads",
-    "gate_floor",
-    "projection_experts",
-)  # fields of the configuration, None unless wanted, that few layers have
+# Fields of the configuration, None unless wanted, that few layers have.
+OPTIONAL = ("value_heads", "gate_floor", "projection_experts")
 
 
 class Mixer(nn.Module):
