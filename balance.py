@@ -56,8 +56,8 @@ RULES = {
     "first": Rule(LOSS["first"].title, "mixtral", {"first": 0.01}),
     "sequence": Rule(LOSS["sequence"].title, "mixtral", {"sequence": 0.01}),
     "noisy": Rule("noise, importance and load", "noisy", None),
-    "bias": Rule("bias, 0.001 a step (DeepSeek-V3)", "deepseek_v3", {}),
-    "bias_fast": Rule("bias, 0.01 a step", "deepseek_v3", {}, bias_rate=1e-2),
+    "bias": Rule(f"{ROUTER['deepseek_v3'].title}'s bias, 0.001", "deepseek_v3", {}),
+    "bias_fast": Rule(f"{ROUTER['deepseek_v3'].title}'s bias, 0.01", "deepseek_v3", {}, bias_rate=1e-2),
     "penalty": Rule(LOSS["penalty"].title, "remoe", None),
     "expert_choice": Rule(ROUTER["expert_choice"].title, "expert_choice", None),
     "base": Rule(f"{ROUTER['base'].title}, top-1", "base", None, 1),
@@ -274,7 +274,7 @@ def draw(args) -> None:
         with matplotlib.rc_context(STYLE):
             figure = picture(found)
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, dpi=200, metadata=METADATA[file.suffix])
+            figure.savefig(file, dpi=150, metadata=METADATA[file.suffix])
     print(file)
 
 
@@ -323,7 +323,7 @@ def panel(figure: Figure, line: dict, x: float, y: float, wide: float, first: bo
     """A rule: its title and what it came to, its experts' shares, and the three curves, over the same steps."""
     end = ending(line)
     write(figure, x, y + 12, titled(line), 11, weight="bold")
-    write(figure, x, y + 27, came_to(end), 9.6, QUIET)
+    write(figure, x, y + 27, came_to(end), 9.1, QUIET)
     steps = [p["step"] for p in line["points"]]
     top, below = axes(figure, x, y + HEAD, wide, AREA), axes(figure, x, y + HEAD + AREA + 6, wide, CURVES - 6)
     experts = [[p["share"][-1][e] for p in line["points"]] for e in order(line)]
