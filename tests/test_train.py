@@ -150,7 +150,7 @@ def test_balancing_rules_are_the_same_on_two_ranks_recomputed(corpus, tmp_path, 
         assert done.returncode == 0, done.stderr
     one, two = (checkpoint(tmp_path / name, 3) for name in ("one", "two"))
     assert_same(two, one, 1e-12)
-    names = [n for n in one if n.endswith(("inner.bias", "inner.penalty"))]
+    names = [n for n in one if n.endswith(("sublayers.1.inner.bias", "sublayers.1.inner.penalty"))]
     assert bool(names) == (rule != "noise") and all(one[n].abs().max() > 0 for n in names)
     for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-9) and a["counts" if "counts" in a else "step"]
