@@ -14,9 +14,9 @@ float32 with the token loop in float64 over a long sequence: in all, and in its 
 `kernels`: times are medians over many runs, with the 20th and 80th percentile, of random data; `eager` includes what
 the host needs to launch, `graph` replays a CUDA graph. The floor is each input read once and each output written once
 at the copy bandwidth measured in the same run: forward q k v -> o (4 tensors), forward and backward 11 (the gradient
-reads q k v do and writes dq dk dv), gates included. Before anything is timed both sides must pass the error budget
-against the token loop in float64, with the same inputs. Peers that cannot run are listed as unavailable, with the
-reason.
+reads q k v do and writes dq dk dv), gates and write strengths included. Before anything is timed both sides must pass
+the error budget against the token loop in float64, with the same inputs. Peers that cannot run are listed as
+unavailable, with the reason.
 """
 
 import argparse
@@ -377,8 +377,18 @@ def fla(name: str) -> Callable:
 
         return chunk_simple_gla(x["q"], x["k"], x["v"], x["g"], scale=1.0, output_final_state=True)
 
+    def delta(row, x, constants):
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        return chunk_delta_rule(x["q"], x["k"], x["v"], x["beta"], scale=1.0, output_final_state=True)
+
+    def gated_delta(row, x, constants):
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], scale=1.0, output_final_state=True)
+
     operators = {"linear_attention": linear, "linear_attention_normalized": linear, "mamba2": gated}
-    operators |= {"lightning": slopes, "retention": slopes}
+    operators |= {"lightning": slopes, "retention": slopes, "delta_net": delta, "gated_delta_net": gated_delta}
     return operators.get(name, lambda *_: (_ for _ in ()).throw(NotImplementedError(f"no operator named for {name}")))
 
 
@@ -443,7 +453,7 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
     def both():
         return torch.autograd.grad(f(row, tokens, constants)[0], given, do)
 
-    gates = sum(x.numel() * 4 for n, x in tokens.items() if n == "g")
+    gates = sum(x.numel() * x.element_size() for n, x in tokens.items() if n in ("g", "beta"))
     for what, run in {"forward": forward, "forward+backward": both}.items():
         begin = time.perf_counter()
         run()
@@ -519,7 +529,7 @@ def ceilings() -> dict:
 
 def facts(args) -> dict:
     """Where, when and with what: repeated on every line, so that a line can be read alone."""
-    source = Path(__file__).parent / "fast" / "kernels" / "decay.py"
+    sources = sorted((Path(__file__).parent / "fast" / "kernels").glob("*.py"))
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine(args.device),
@@ -529,7 +539,7 @@ def facts(args) -> dict:
         "triton": version("triton"),
         "fla": version("fla-core"),
         "commit": args.commit,
-        "kernels_sha256": hashlib.sha256(source.read_bytes()).hexdigest()[:12],
+        "kernels_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12],
         "command": "python bench.py " + " ".join(Path(a).name if a == args.out else a for a in sys.argv[1:]),
     }
 

@@ -394,7 +394,7 @@ def _(q, k, v, beta, g, memory, cu_seqlens, segments, wide, keep):
     last = q.new_empty(n, *cells, dtype=torch.float32)
     cut = (n, cells[0], segments + 1, *cells[1:]) if keep and segments > 1 else (0,)
     news = torch.empty_like(v) if keep else v.new_empty(0)
-    return o, last, last.new_empty(cut), news, q.new_empty(*q.shape[:3], deltas.chunk_for(q, v))
+    return o, last, last.new_empty(cut), news, q.new_empty(*q.shape[:3], deltas.chunk_for(q))
 
 
 @torch.library.custom_op("linear_moe::delta_gradients", mutates_args=())

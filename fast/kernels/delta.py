@@ -70,7 +70,7 @@ CONFIG = {
     (32, 4): (32, 4, 1),
     (64, 4): (32, 4, 1),
     (128, 4): (32, 4, 1),
-    (256, 4): (16, 4, 1),
+    (256, 4): (16, 8, 1),
 }
 
 
@@ -496,10 +496,9 @@ def delta_step(
 # Tensors are contiguous, K and V multiples of 16, beta, gates and memories float32. beta : b t h, g : None | b t h.
 
 
-def chunk_for(k: Tensor, v: Tensor) -> int:
-    """Tokens a chunk: at most K of them, and fewer where rows are long (a chunk's tiles must fit shared memory)."""
-    K, V = padded(k.shape[-1]), padded(v.shape[-1])
-    return 16 if k.element_size() == 4 else min(K, 64 if max(K, V) <= 128 else 32)
+def chunk_for(k: Tensor) -> int:
+    """Tokens a chunk: at most K of them; float32 products are not done by tensor cores."""
+    return 16 if k.element_size() == 4 else min(padded(k.shape[-1]), 64)
 
 
 def columns_of(x: Tensor, z: Tensor) -> int:
@@ -541,10 +540,10 @@ def sums_in_chunks(g: Tensor | None, borders: Tensor | None, exact: bool, chunk:
     return sums
 
 
-def solve(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, sums: Tensor | None, borders: Tensor | None) -> Tensor:
+def solve(k: Tensor, beta: Tensor, g: Tensor | None, sums: Tensor | None, borders: Tensor | None) -> Tensor:
     """`delta_solve`: b t h C. A part is 64 tokens, or a quarter of the average document where many share a row."""
     _, t, h, K = k.shape
-    chunk, n = chunk_for(k, v), sequences_of(k, borders)
+    chunk, n = chunk_for(k), sequences_of(k, borders)
     parts = min(triton.cdiv(t, 64), 4 * triton.cdiv(t, 64 * max(n, 1)))
     solved = k.new_empty(*k.shape[:3], chunk)
     exact = k.element_size() == 4
@@ -561,9 +560,9 @@ def forward(q, k, v, beta, g, memory, borders, segments: int, wide: bool, keep: 
 
     `keep`: r and, where there are several segments, the memories are kept for the gradient; else they are empty.
     """
-    chunk = chunk_for(k, v)
+    chunk = chunk_for(k)
     sums = sums_in_chunks(g, borders, q.element_size() == 4, chunk)
-    solved = solve(k, v, beta, g, sums, borders)
+    solved = solve(k, beta, g, sums, borders)
     shape = shape_of(q, v, g, borders, chunk)
     n, h, K, V = sequences_of(q, borders), *q.shape[2:], v.shape[-1]
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
