@@ -15,9 +15,9 @@ float32 with the token loop in float64 over a long sequence: in all, and in its 
 `kernels`: times are medians over many runs, with the 20th and 80th percentile, of random data; `eager` includes what
 the host needs to launch, `graph` replays a CUDA graph. The floor is each input read once and each output written once
 at the copy bandwidth measured in the same run: forward q k v -> o (4 tensors), forward and backward 11 (the gradient
-reads q k v do and writes dq dk dv), and float32 gates (read by both, and their gradient written). Before anything is
-timed both sides must pass the error budget against the token loop in float64, with the same inputs. Peers that cannot
-run are listed as unavailable, with the reason.
+reads q k v do and writes dq dk dv), and float32 gates and write strengths (read by both, and their gradients written).
+Before anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
+Peers that cannot run are listed as unavailable, with the reason.
 """
 
 import argparse
@@ -393,8 +393,19 @@ def fla(name: str) -> Callable:
 
         return chunk_rwkv6(*(x[n] for n in "qkvg"), constants["u"], scale=1.0, output_final_state=True)
 
+    def delta(row, x, constants):
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        return chunk_delta_rule(x["q"], x["k"], x["v"], x["beta"], scale=1.0, output_final_state=True)
+
+    def gated_delta(row, x, constants):
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], scale=1.0, output_final_state=True)
+
     operators = {"linear_attention": linear, "linear_attention_normalized": linear, "mamba2": gated}
     operators |= {"lightning": slopes, "retention": slopes, "gla": channels, "hgrn2": channels, "rwkv6": bonus}
+    operators |= {"delta_net": delta, "gated_delta_net": gated_delta}
     return operators.get(name, lambda *_: (_ for _ in ()).throw(NotImplementedError(f"no operator named for {name}")))
 
 
@@ -459,13 +470,13 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
     def both():
         return torch.autograd.grad(f(row, tokens, constants)[0], given, do)
 
-    gates = sum(x.numel() * 4 for n, x in tokens.items() if n == "g")
+    gates = sum(x.numel() * x.element_size() for n, x in tokens.items() if n in ("g", "beta"))
     for what, run in {"forward": forward, "forward+backward": both}.items():
         begin = time.perf_counter()
         run()
         torch.cuda.synchronize()
         first, extra = time.perf_counter() - begin, held(run, "cuda").bytes / 2**20
-        floor = TENSORS[what](len(tokens.keys() - {"g"})) * do.numel() * do.element_size()
+        floor = TENSORS[what](len(tokens.keys() - {"g", "beta"})) * do.numel() * do.element_size()
         floor += gates * (1 if what == "forward" else 3)
         floor_ms = floor / ceiling["copy_gb_s"] / 1e6
         eager, graph = median(run), median(captured(run))

@@ -2,12 +2,12 @@
 
 A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
 that fade as a whole (`fast/kernels/decay.py`: no gate, one number a head, or one number a head and token) or channel by
-channel (`fast/kernels/channel.py`: one number a key channel and token). Whatever has no kernel raises; nothing falls
-back.
+channel (`fast/kernels/channel.py`: one number a key channel and token), or delta rules (`fast/kernels/delta.py`: no
+gate, or one number a head and token). Whatever has no kernel raises; nothing falls back.
 
-Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates and memories are float32. Each
-family is two operators for torch (forward and gradient) with shape rules, so that `torch.compile` sees whole graphs,
-and a third for one token.
+Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates, write strengths and memories are
+float32. Each family is two operators for torch (forward and gradient) with shape rules, so that `torch.compile` sees
+whole graphs, and a third for one token.
 """
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fast.kernels import channel as channels
 from fast.kernels import decay as kernels
+from fast.kernels import delta as deltas
 from reference import recurrence as words
 from reference import span as spans
 from reference.lsm import LSM
@@ -47,7 +48,12 @@ def recurrence(
     sequences = x.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     q, k, v = (even(y).contiguous() for y in (x.q, x.k, x.v))
     g = gate_of(row, x, constants)
-    if by_channel(x):
+    if x.beta is not None:
+        segments = deltas.segments_for(q, v, sequences)
+        given = (q, k, v, x.beta.float(), g, memory)
+        keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in given)
+        o, last, *_ = delta(*given, cu_seqlens, segments, wide, keep)
+    elif by_channel(x):
         segments = channels.segments_for(q, v, sequences)
         u = bonus_of(x)
         u = u if u is None else even(u)
@@ -77,7 +83,10 @@ def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None)
     g = gate_of(row, x, constants)
     g = g[:, 0].contiguous() if g is not None and g.ndim > 1 else g
     q, k, v = (y[:, 0].contiguous() for y in (x.q, x.k, x.v))
-    o = channel_step(q, k, v, g, bonus_of(x), memory) if by_channel(x) else decay_step(q, k, v, g, memory)
+    if x.beta is not None:
+        o = delta_step(q, k, v, x.beta[:, 0].float().contiguous(), g, memory)
+    else:
+        o = channel_step(q, k, v, g, bonus_of(x), memory) if by_channel(x) else decay_step(q, k, v, g, memory)
     return x.finish(o[:, None]).to(x.q.dtype), memory
 
 
@@ -116,8 +125,9 @@ def may_have_kernel(row: Row) -> bool:
 
 
 def has_kernel(x: Normal) -> bool:
-    erases = x.beta is not None or x.a is not None
-    return not erases and x.f is None and (x.u is None or by_channel(x))
+    if x.a is not None or x.f is not None:
+        return False
+    return not by_channel(x) and x.u is None if x.beta is not None else x.u is None or by_channel(x)
 
 
 def by_channel(x: Normal) -> bool:
@@ -137,7 +147,7 @@ def rows() -> list[str]:
 
 def supported(row: Row, x: Normal, memory) -> None:
     """One line for what no kernel computes, before any launch."""
-    given = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "u": x.u, "memory": memory}
+    given = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "beta": x.beta, "u": x.u, "memory": memory}
     given = {name: y for name, y in given.items() if y is not None}
     dtypes = {name: y.dtype for name, y in given.items() if name in "qkv"}
     if x.q.dtype not in DTYPES or len(set(dtypes.values())) > 1:
@@ -162,10 +172,10 @@ def supported(row: Row, x: Normal, memory) -> None:
 
 
 def gate_of(row: Row, x: Normal, constants: Inputs) -> Float[Tensor, "b t h ..."] | Float[Tensor, " h"] | None:
-    """The log decay in float32; where it is the same for every token, as one number a head."""
+    """The log decay in float32; where it is the same for every token, as one number a head (but for delta rules)."""
     if x.g is None:
         return None
-    return (constants["g"] if row.decay is fixed else x.g).float().contiguous()
+    return (constants["g"] if row.decay is fixed and x.beta is None else x.g).float().contiguous()
 
 
 def bonus_of(x: Normal) -> Float[Tensor, "h k"] | None:
@@ -354,4 +364,96 @@ def channel_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, m
 
 @channel_step.register_fake
 def _(q, k, v, g, u, memory):
+    return torch.empty_like(v, dtype=torch.float32)
+
+
+@torch.library.custom_op("linear_moe::delta", mutates_args=())
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segments: int,
+    wide: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments, the news, the solved chunks). `wide`: o in float32.
+
+    `keep`: what the gradient needs is kept; without it there is no gradient.
+    """
+    return deltas.forward(*packed(q, k, v, beta, g, memory, cu_seqlens), segments, wide, keep)
+
+
+@delta.register_fake
+def _(q, k, v, beta, g, memory, cu_seqlens, segments, wide, keep):
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    cells = (q.shape[2], q.shape[3], v.shape[3])
+    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    last = q.new_empty(n, *cells, dtype=torch.float32)
+    cut = (n, cells[0], segments + 1, *cells[1:]) if keep and segments > 1 else (0,)
+    news = torch.empty_like(v) if keep else v.new_empty(0)
+    return o, last, last.new_empty(cut), news, q.new_empty(*q.shape[:3], deltas.chunk_for(q))
+
+
+@torch.library.custom_op("linear_moe::delta_gradients", mutates_args=())
+def delta_gradients(
+    do: Tensor,
+    dlast: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    last: Tensor,
+    states: Tensor,
+    news: Tensor,
+    solved: Tensor,
+    want_g: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbeta, dg, dmemory); dg is empty unless wanted."""
+    do, dlast = packed(do.to(v.dtype), dlast)
+    given = packed(q, k, v, beta, g, memory, cu_seqlens)
+    *grads, dg, dmemory = deltas.backward(do, dlast, *given, last, states, news, solved, want_g)
+    return *grads, last.new_empty(0) if dg is None else dg, dmemory
+
+
+@delta_gradients.register_fake
+def _(do, dlast, q, k, v, beta, g, memory, cu_seqlens, last, states, news, solved, want_g):
+    dg = torch.empty_like(g) if want_g else last.new_empty(0)
+    return *(torch.empty_like(y) for y in (q, k, v, beta)), dg, torch.empty_like(last)
+
+
+def delta_context(ctx, inputs, output) -> None:
+    *given, _, _, keep = inputs
+    if not keep:
+        raise RuntimeError("a delta rule's gradient needs what its forward pass kept: call it with keep = True")
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*given, *output[1:])
+
+
+def delta_backward(ctx, do, dlast, *_):
+    given = ctx.saved_tensors
+    v = given[2]
+    do = torch.zeros_like(v) if do is None else do
+    want_g, want_memory = ctx.needs_input_grad[4:6]
+    *grads, dg, dmemory = delta_gradients(do, dlast, *given, want_g)
+    return *grads, dg if want_g else None, dmemory if want_memory else None, None, None, None, None
+
+
+delta.register_autograd(delta_backward, setup_context=delta_context)
+
+
+@torch.library.custom_op("linear_moe::delta_step", mutates_args=("memory",))
+def delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, memory: Tensor) -> Tensor:
+    """o : b h v, in float32; memory is overwritten."""
+    return deltas.step(q, k, v, beta, g, memory)
+
+
+@delta_step.register_fake
+def _(q, k, v, beta, g, memory):
     return torch.empty_like(v, dtype=torch.float32)

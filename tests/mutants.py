@@ -409,6 +409,20 @@ MUTANTS = [
         "tests/test_fast.py -k gla",
     ),
     Mutant(
+        "a delta rule's chunk is solved in blocks that never meet",
+        "fast/kernels/delta.py",
+        "Y += Z - tl.dot(Y, strength[:, None] * Z, input_precision=SOLVING)",
+        "Y += 0.0 * Z",
+        "tests/test_fast.py -k sixteen",
+    ),
+    Mutant(
+        "a delta rule's keys have no gradient from what they erase",
+        "fast/kernels/delta.py",
+        "tl.store(dk + row * Z + at_z, -erased, mask=in_rows_z)",
+        "tl.store(dk + row * Z + at_z, erased * 0.0, mask=in_rows_z)",
+        "tests/test_fast.py -k delta_net",
+    ),
+    Mutant(
         "held-out samples are trained on",
         "data/tasks.py",
         "np.flatnonzero(held_out(tokens) != test)",

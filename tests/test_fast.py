@@ -26,13 +26,20 @@ import reference
 from fast import recurrence as quick
 from fast.kernels import channel as channels
 from fast.kernels import decay as kernels
+from fast.kernels import delta as deltas
 from inputs import assert_within_budget, leaves, make, start
 from reference import chunked, example, span
 from reference import recurrence as exact
 from reference.lsm import LSM
 
 ROWS = list({LSM[name][:3]: name for name in reversed(quick.rows())}.values())[::-1]  # one of the same three words
-GATED = ("mamba2", "gla", "hgrn2", "rwkv6")  # one row for every way that a gate of one number a token, or more, goes
+GATED = (
+    "mamba2",
+    "gla",
+    "hgrn2",
+    "rwkv6",
+    "gated_delta_net",
+)  # one row for every way that a gate of one number a token, or more, goes
 DEVICE = "cuda" if CUDA else "cpu"
 HALVES = [torch.float16] + [torch.bfloat16] * CUDA
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU: the interpreter shows no compiler, no allocations, no bfloat16")
@@ -57,11 +64,12 @@ def launched(monkeypatch):
 
 def family_of(name):
     row, tokens, constants = make(name, t=1)
-    return "channel" if quick.by_channel(quick.form_of(row, {**tokens, **constants})) else "decay"
+    form = quick.form_of(row, {**tokens, **constants})
+    return "delta" if form.beta is not None else "channel" if quick.by_channel(form) else "decay"
 
 
 def cut(monkeypatch, segments):
-    for family in (kernels, channels):
+    for family in (kernels, channels, deltas):
         monkeypatch.setattr(family, "segments_for", lambda *_: segments)
 
 
@@ -156,7 +164,8 @@ def test_segments(name, segments, monkeypatch, launched):
     cut(monkeypatch, segments)
     compare(name, t=150, k=16, v=16)
     family = family_of(name)
-    assert launched[f"{family}_span"] == launched[f"{family}_fold"] == 2  # the memories, and their cotangents
+    if family != "delta":  # whose first two sweeps go through whole sequences
+        assert launched[f"{family}_span"] == launched[f"{family}_fold"] == 2  # the memories, and their cotangents
 
 
 @pytest.mark.parametrize("segments", [1, 2])
@@ -167,7 +176,7 @@ def test_documents(name, segments, monkeypatch):
 
 
 @given(
-    name=st.sampled_from(("mamba2", "rwkv6")),
+    name=st.sampled_from(("mamba2", "rwkv6", "gated_delta_net")),
     t=st.integers(1, 130),
     k=st.integers(1, 40),
     v=st.integers(1, 40),
@@ -240,7 +249,7 @@ def some(name, **sizes):
 
 
 @pytest.mark.parametrize("ask", ["o", "last", "both"])
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net"])
 def test_expanded_or_missing_gradients(name, ask):
     """A sum's gradient has stride 0; an output that is not used has none."""
 
@@ -255,7 +264,7 @@ def test_expanded_or_missing_gradients(name, ask):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net"])
 def test_strided_inputs(name):
     row, *given = some(name)
     want, _ = quick.recurrence(row, *given)
@@ -287,12 +296,38 @@ def test_only_what_is_asked_is_computed_by_channel(name, launched):
     assert launched == {"channel_scores": 1, "channel_values": 2, "channel_pairs": 1, "channel_keys": 2}
 
 
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net"])
+def test_only_what_is_asked_is_computed_by_delta_rules(name, launched):
+    """What two sweeps share is found once and kept; without a gradient in sight nothing but that is."""
+    row, tokens, _ = some(name)
+    sums = {"decay_sums": 1} if "g" in tokens else {}
+    quick.recurrence(row, tokens)
+    assert launched == {"delta_solve": 1, "delta_values": 1, **sums}
+    launched.clear()
+    given = leaves(tokens)
+    o, _ = quick.recurrence(row, tokens)
+    torch.autograd.grad(o.sum(), given)
+    gates = {"decay_sums": 2, "decay_dg": 1} if sums else {}
+    sweeps = ("values", "answers", "queries", "keys")
+    assert launched == {"delta_solve": 1, **{f"delta_{name}": 1 for name in sweeps}, **gates}
+
+
+def test_a_delta_rule_that_kept_nothing_has_no_gradient():
+    _, tokens, _ = some("delta_net", t=3)
+    given = [x.requires_grad_() for x in tokens.values()]
+    with pytest.raises(RuntimeError, match="keep = True"):
+        torch.ops.linear_moe.delta(*given, None, None, None, 1, False, False)
+
+
 @pytest.mark.parametrize("segments, wide", [(1, False), (2, True)])
-@pytest.mark.parametrize("name", ["mamba2", "gla", "rwkv6"])
+@pytest.mark.parametrize("name", ["mamba2", "gla", "rwkv6", "delta_net", "gated_delta_net"])
 def test_the_operators_keep_torchs_rules(name, segments, wide):
     _, tokens, constants = some(name, t=7)
-    given = [tokens[n].requires_grad_() for n in "qkvg"]
-    if name != "mamba2":
+    given = [tokens[n].requires_grad_() for n in "qkv"]
+    if "beta" in tokens:
+        given.append(tokens["beta"].requires_grad_())
+    given.append(tokens["g"].requires_grad_() if "g" in tokens else None)
+    if family_of(name) == "channel":
         given.append(constants["u"].requires_grad_() if constants else None)
     operator = getattr(torch.ops.linear_moe, family_of(name)).default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -370,7 +405,7 @@ def test_errors(launched):
     error(NotImplementedError, "Kimi", "mamba2", "reference", row="kda")
     error(NotImplementedError, "RWKV7", "reference", row="rwkv7")
     error(NotImplementedError, "Gated fast weights", "reference", row="gated_fast_weights")
-    error(NotImplementedError, "Delta", "reference", row="gated_delta_net")
+    error(NotImplementedError, "Comba", "reference", row="comba")
     error(ValueError, "float64", "bfloat16", "reference", change=cast(torch.float64))
     error(ValueError, "q torch.float16", "k torch.float32", change=cast(torch.float16, "q"))
     error(ValueError, "missing", change=lambda tokens: tokens.pop("g"))
@@ -442,7 +477,7 @@ def test_sixteen_bits_over_one_long_segment(name, monkeypatch):
 
 
 @gpu
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net"])
 def test_twice_the_same_bits(name):
     def once():
         row, tokens, constants = some(name, b=2, t=3000, h=4, k=64, v=64)
@@ -454,10 +489,13 @@ def test_twice_the_same_bits(name):
 
 
 @gpu
-@pytest.mark.parametrize("name, forward, backward", [("mamba2", 1.3, 5.8), ("gla", 2.0, 8.6)])
+@pytest.mark.parametrize(
+    "name, forward, backward", [("mamba2", 1.3, 5.8), ("gla", 2.0, 8.6), ("gated_delta_net", 3.0, 7.6)]
+)
 def test_extra_memory(name, forward, backward):
-    """Forward: the output and one memory (by channel: scores, and memories for the gates' gradient). Backward: o do dq
-    dk dv, 2 memories, the gates' gradient (2 units by channel, in float32) and what it needs."""
+    """Forward: the output and one memory (by channel: scores, and memories for the gates' gradient; delta rules: the
+    news and half a unit of solved chunks). Backward: o do dq dk dv, 2 memories, the gates' gradient (2 units by
+    channel, in float32) and what it needs."""
     torch.use_deterministic_algorithms(False)
     row, tokens, _ = some(name, b=8, t=1024, h=8, k=128, v=128)
     tokens = {n: x if n == "g" else x.bfloat16() for n, x in tokens.items()}
@@ -471,11 +509,11 @@ def test_extra_memory(name, forward, backward):
     assert torch.cuda.max_memory_allocated() - before < forward * unit
     grads = torch.autograd.grad(o, given, torch.ones_like(o))
     assert torch.cuda.max_memory_allocated() - before < backward * unit
-    assert len(grads) == 4
+    assert len(grads) == len(given)
 
 
 @gpu
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net"])
 def test_cuda_graph(name):
     row, tokens, constants = some(name, t=2000)
     given = leaves(tokens, constants)
