@@ -9,8 +9,8 @@
 Before a sequence's first token stand its taps, which belong to it alone: x_{-r} is tap W - 1 - r. All sums in float32.
 
 Bytes. In U = one tensor of x's size, both are bound by memory: forward 2 U (3 U with a gate), backward 3 U (5 U), each
-tensor once. Nothing is kept for the gradient but the inputs: r and s are computed again, s W times a token from 2 W - 1
-rows in registers. Sums over rows (dw, dbias) are one partial result a program, added up by torch: deterministic.
+tensor once. Nothing is kept for the gradient but the inputs: r and s are computed again, s W times a token from rows
+that are in the L1 cache. Sums over rows (dw, dbias) are one partial result a program, added up by torch: deterministic.
 """
 
 import torch
@@ -198,32 +198,24 @@ def convolution_backward(
     here = channel < c
     tap = tl.arange(0, TAPS)[:, None]
     sums = tl.zeros((TAPS, C), tl.float32)  # of dw
-    first = tl.zeros((T, C), tl.float32)
-    if bias is not None:
-        first += tl.load(bias + channel, mask=here, other=0.0).to(tl.float32)
     total = tl.zeros((1, C), tl.float32)
     for block in range(program, tl.cdiv(tokens, T), programs):
         t = (block * T + tl.arange(0, T))[:, None]
         ok = (t < tokens) & here
         sequence, start, size = token_of(t, tokens, length, starts, sequences, PACKED)
         place = t - start
-        near = ()  # x from W - 1 tokens before to W - 1 after
-        for o in tl.static_range(2 * W - 1):
-            there = ok & (place + (o - W + 1) < size)
-            near += (input_at(x, taps, sequence, place + (o - W + 1), start, channel, there, c, W),)
         down = tl.zeros((T, C), tl.float32)
         for j in tl.static_range(W):  # the token j later, whose sum this token is in
-            s = first
-            for i in tl.static_range(W):
-                s += tl.load(w + channel * W + (W - 1 - i), mask=here, other=0.0).to(tl.float32) * near[W - 1 + j - i]
             later = ok & (place + j < size)
+            s = weighed(x, w, bias, taps, sequence, place + j, start, channel, later, here, c, W)
             up = tl.load(dy + (t + j).to(tl.int64) * c + channel, mask=later, other=0.0).to(tl.float32) * slope(s, ACT)
             up = tl.where(later, up, 0.0)
             down += tl.load(w + channel * W + (W - 1 - j), mask=here, other=0.0).to(tl.float32) * up
             if j == 0:
                 total += tl.sum(up, 0, keep_dims=True)
                 for i in tl.static_range(W):
-                    sums += tl.where(tap == W - 1 - i, tl.sum(up * near[W - 1 - i], 0, keep_dims=True), 0.0)
+                    back = input_at(x, taps, sequence, place - i, start, channel, ok, c, W)
+                    sums += tl.where(tap == W - 1 - i, tl.sum(up * back, 0, keep_dims=True), 0.0)
         tl.store(dx + t.to(tl.int64) * c + channel, down.to(dx.dtype.element_ty), mask=ok)
     tl.store(dw + (program * W + tap) * c + channel, sums, mask=here & (tap < W))
     if dbias is not None:
@@ -264,7 +256,7 @@ def taps_backward(
 def tiles(x: Tensor, length: int, starts, sequences) -> tuple[dict, int, int]:
     """What all kernels of the convolution are told, and the number of tiles along t and along c."""
     c = x.shape[-1]
-    T, C = (16, 32) if INTERPRETED else (16, 128)
+    T, C = (16, 32) if INTERPRETED else (32, 128)
     C = min(C, max(16, triton.next_power_of_2(c)))
     return {"PACKED": starts is not None, "T": T, "C": C}, triton.cdiv(x.shape[0], T), triton.cdiv(c, C)
 
