@@ -353,7 +353,7 @@ def delta_queries(
         br = tl.load(news + row * X + at_x, mask=in_rows_x, other=0.0)
         bk = tl.load(k + row * Z + at_z, mask=in_rows_z, other=0.0)
         if PART:
-            bq = tl.load(q + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
+            bq = tl.load(q + row * Z + at_z, mask=in_rows_z, other=0.0)
         strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
         hi, lo = strength, strength
         if GATE != 0:
@@ -380,11 +380,14 @@ def delta_queries(
             diagonal = ic[:, None] == ic[None, :]
             own = tl.sum(tl.where(diagonal, scores, 0.0), 1)
             scores = tl.where(diagonal, 0.0, scores)
+            # q·dq of pairs from scores before they are rounded: those roundings add up in dg
+            asked = tl.sum(seen * bq.to(tl.float32), 1)
+            asked += tl.sum(scores * tl.dot(bq, tl.trans(bk), input_precision=PRECISION), 1)
         seen = tl.dot(scores.to(bk.dtype), bk, seen, input_precision=PRECISION)
         erased = tl.dot(doubts.to(bk.dtype), bk, erased, input_precision=PRECISION)
         S = tl.dot(tl.trans(br), (bk.to(tl.float32) * writing[:, None]).to(bk.dtype), S, input_precision=PRECISION)
         if PART:
-            asked = tl.sum(seen * bq - erased * bk.to(tl.float32), 1)
+            asked -= tl.sum(erased * bk.to(tl.float32), 1)
             tl.store(part + s.to(tl.int64) * count_rows + line + t, asked, mask=inside)
             seen += own[:, None] * bk.to(tl.float32)
         tl.store(dq + row * Z + at_z, seen, mask=in_rows_z)
