@@ -307,7 +307,7 @@ def test_only_what_is_asked_is_computed_by_delta_rules(name, launched):
     given = leaves(tokens)
     o, _ = quick.recurrence(row, tokens)
     torch.autograd.grad(o.sum(), given)
-    gates = {"decay_sums": 2, "decay_dg": 1} if sums else {}
+    gates = {"decay_sums": 2, "delta_dg": 1} if sums else {}
     sweeps = ("values", "answers", "queries", "keys")
     assert launched == {"delta_solve": 1, **{f"delta_{name}": 1 for name in sweeps}, **gates}
 
@@ -470,8 +470,9 @@ def test_many_programs_and_long_sequences(name, dtype):
 @gpu
 @pytest.mark.parametrize("name", GATED)
 def test_sixteen_bits_over_one_long_segment(name, monkeypatch):
-    """The gate's gradient sums rounding errors from a segment's end to its start."""
-    cut(monkeypatch, 1)
+    """The gate's gradient sums rounding errors from a segment's end to its start (delta rules: over 512 tokens)."""
+    if family_of(name) != "delta":
+        cut(monkeypatch, 1)
     compare(name, torch.bfloat16, t=2048, k=64, v=64)
     compare(name, torch.bfloat16, t=2048, k=64, v=64, change=lambda tokens, _: tokens["g"].mul_(0.01))
 
@@ -490,12 +491,12 @@ def test_twice_the_same_bits(name):
 
 @gpu
 @pytest.mark.parametrize(
-    "name, forward, backward", [("mamba2", 1.3, 5.8), ("gla", 2.0, 8.6), ("gated_delta_net", 3.0, 7.6)]
+    "name, forward, backward", [("mamba2", 1.3, 5.8), ("gla", 2.0, 8.6), ("gated_delta_net", 3.8, 9.2)]
 )
 def test_extra_memory(name, forward, backward):
-    """Forward: the output and one memory (by channel: scores, and memories for the gates' gradient; delta rules: the
-    news and half a unit of solved chunks). Backward: o do dq dk dv, 2 memories, the gates' gradient (2 units by
-    channel, in float32) and what it needs."""
+    """Forward: the output and one memory (by channel: scores, and memories for the gates' gradient; delta rules: news,
+    solved chunks and more memories). Backward: o do dq dk dv, 2 memories, the gates' gradient (2 units by channel, in
+    float32) and what it needs."""
     torch.use_deterministic_algorithms(False)
     row, tokens, _ = some(name, b=8, t=1024, h=8, k=128, v=128)
     tokens = {n: x if n == "g" else x.bfloat16() for n, x in tokens.items()}

@@ -20,7 +20,7 @@ and E the state from behind the chunk, û = β r has the cotangent dû_t = k_t D
 The last with dg_{T+1} = <M_T, dM_T>: <M_t, D_t> is q_t·dq_t + dg_{t+1}, and dg_t = <M̂, D_t - k_tᵀ dv_t>. (In sum
 r_t + k_t M̂ is v_t. But the memory that goes with rounded r is another by as much, and the sum over tokens sees it.)
 
-Five kernels. `delta_solve` finds Y for all chunks at once: by elimination in blocks of 16 tokens, all blocks of the
+Six kernels. `delta_solve` finds Y for all chunks at once: by elimination in blocks of 16 tokens, all blocks of the
 chunk together, and by halves above: Y_b of the two halves, L_o of the later half's tokens with the earlier's keys,
 Z = L_o - L_o β Y_b, Y = Y_b + Z - Y_b β Z. The others are sweeps as in `decay.py`: a program owns a slice of the
 output's columns, streams through time and keeps its slice of the state in registers.
@@ -29,27 +29,30 @@ output's columns, streams through time and keeps its slice of the state in regis
     delta_answers    dv, dβ       backwards    E     K × V     a slice of V
     delta_queries    dq, -dv M̂ᵀ   forwards     Sᵀ    V × K     a slice of K
     delta_keys       dk           backwards    Eᵀ    V × K     a slice of K
+    delta_dg         dg           from numbers that the second and third leave, one a token, head and slice
 
 Segments. To know what a stretch of tokens does to a memory costs a K × K matrix, so the first two go through whole
 sequences. They leave the states at the borders of segments, and the last two run in all segments at once. The segments
 are for exactness, too: a delta rule corrects the errors of its own memory, but a memory that is built again from r, as
 `delta_queries` does, or from dv keeps the rounding of each. Over 2,048 tokens without gates that left the error budget.
 
-Gates. As in `decay.py`, whose sums of gates and whose sum of dg these are. A token's own term, (q·k) (β r · do), is in
-q·dq and in r·dv and cancels: it is left out of both. k M̂ · dv is k·(M̂ dvᵀ), so the queries have it, in their slices.
+Gates. As in `decay.py`, whose sums of gates these are. A token's own term, (q·k) (β r · do), is in q·dq and in r·dv and
+cancels: it is left out of both. k M̂ · dv is k·(M̂ dvᵀ), so the queries have it, in their slices. What a chunk gives to
+q·dq is taken from scores in float32, and `delta_dg` knows dg at both ends of a segment: without either, what rounding
+left after 512 tokens was outside the error budget.
 
 Precision. Y is found in float32: in products of tf32 for 16-bit tokens, whose own rounding is coarser, and it is
 stored as they are. A chunk has at most K tokens: more keys than channels depend on each other and the system loses
 digits (chunks of float32 have 16 all the same).
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 64: `delta_solve` reads 1 U and writes
-1/2; values 3.5 and 1, and 1 for r where there is a gradient; answers 4.5 (5.5 with a gate) and 1; queries 4 (5) and 2;
-keys 6 and 1. So 6 U forward where the floor is 4, and 27.5 U with the gradient where it is 11. Saved for the gradient:
-r and Y, 1.5 U. Multiply-adds a token and head: solving C·d, and 3·C² of products by halves; values 3·d² + slices·C·d +
-2·C·d; answers the same; queries 3·d² + 2·slices·C·d + 2·C·d; keys the same.
+1/2; values 3.5 and 1, and 1.5 for r and states where there is a gradient; answers 4.5 and 1.5; queries 4.5 (5.5 with a
+gate) and 2; keys 6.5 and 1. So 6 U forward where the floor is 4, and 28.5 U with the gradient where it is 11. Saved for
+the gradient: r, Y and states, 2 U. Multiply-adds a token and head: solving C·d, and 4·C² a chunk of more than 16 tokens
+by halves; values and answers 3·d² + slices·C·d + 2·C·d; queries and keys 3·d² + 2·slices·C·d + 2·C·d.
 
-Compilers: what `decay.py` says. No dot's result is transposed; no 16-bit line of CONFIG has one stage. Never run on a
-GPU yet by whoever wrote this line.
+Compilers: what `decay.py` says. No dot's result is transposed; no 16-bit line of CONFIG has one stage. Compiled for
+Hopper by Triton 3.7.1 at d = 128 in 16 bits the sweeps use all 255 registers and spill 12 to 48 numbers a thread.
 """
 
 import torch
@@ -353,7 +356,7 @@ def delta_queries(
         br = tl.load(news + row * X + at_x, mask=in_rows_x, other=0.0)
         bk = tl.load(k + row * Z + at_z, mask=in_rows_z, other=0.0)
         if PART:
-            bq = tl.load(q + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
+            bq = tl.load(q + row * Z + at_z, mask=in_rows_z, other=0.0)
         strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
         hi, lo = strength, strength
         if GATE != 0:
@@ -380,11 +383,14 @@ def delta_queries(
             diagonal = ic[:, None] == ic[None, :]
             own = tl.sum(tl.where(diagonal, scores, 0.0), 1)
             scores = tl.where(diagonal, 0.0, scores)
+            # q·dq of pairs from scores before they are rounded: those roundings add up in dg
+            asked = tl.sum(seen * bq.to(tl.float32), 1)
+            asked += tl.sum(scores * tl.dot(bq, tl.trans(bk), input_precision=PRECISION), 1)
         seen = tl.dot(scores.to(bk.dtype), bk, seen, input_precision=PRECISION)
         erased = tl.dot(doubts.to(bk.dtype), bk, erased, input_precision=PRECISION)
         S = tl.dot(tl.trans(br), (bk.to(tl.float32) * writing[:, None]).to(bk.dtype), S, input_precision=PRECISION)
         if PART:
-            asked = tl.sum(seen * bq - erased * bk.to(tl.float32), 1)
+            asked -= tl.sum(erased * bk.to(tl.float32), 1)
             tl.store(part + s.to(tl.int64) * count_rows + line + t, asked, mask=inside)
             seen += own[:, None] * bk.to(tl.float32)
         tl.store(dq + row * Z + at_z, seen, mask=in_rows_z)
@@ -464,6 +470,70 @@ def delta_keys(
 
 
 @triton.jit
+def product_of(memory, cotangent, at, CELLS: tl.constexpr, BLOCK: tl.constexpr):
+    """<M, D> of two memories at the same place, summed in float64."""
+    total = tl.zeros((), tl.float64)
+    for i in range(0, CELLS, BLOCK):
+        cell = i + tl.arange(0, BLOCK)
+        M = tl.load(memory + at + cell, mask=cell < CELLS, other=0.0)
+        D = tl.load(cotangent + at + cell, mask=cell < CELLS, other=0.0)
+        total += tl.sum((M * D).to(tl.float64), 0)
+    return total
+
+
+@triton.jit
+def change_of(asked, answered, line, inside, count_rows, QS: tl.constexpr, KS: tl.constexpr):
+    """dg_t - dg_{t+1} of some tokens, from the slices' parts."""
+    change = tl.load(asked + line, mask=inside, other=0.0)
+    for s in tl.static_range(1, QS):
+        change += tl.load(asked + s * count_rows + line, mask=inside, other=0.0)
+    for s in tl.static_range(KS):
+        change -= tl.load(answered + s * count_rows + line, mask=inside, other=0.0)
+    return change.to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
+def delta_dg(
+    asked, answered, g, borders, memory, cotangent, last, behind, dg, tokens, heads, segments, slots, count_rows,
+    QS: tl.constexpr, KS: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """dg_t = <M, D> behind the segment + the changes from its end to t, and at its first token <M, D> before it.
+
+    Both ends are known, so what rounding left of the sum at the first token is taken from all tokens in proportion to
+    how far they are from the end. Where e^g is 0 the gradient is 0, and is set to it.
+    """
+    pid = tl.program_id(0)
+    segment = pid % segments
+    h = (pid // segments) % heads
+    n = pid // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+    at = ((n * heads + h).to(tl.int64) * slots + segment) * CELLS
+    line = h.to(tl.int64) * (count_rows // heads) + start
+    later = tl.zeros((), tl.float64)
+    missing = tl.zeros((), tl.float64)
+    if ENDS:
+        later = product_of(last, behind, at, CELLS, BLOCK)
+    if STARTS:
+        missing = product_of(memory, cotangent, at, CELLS, BLOCK)
+    missing -= later
+    for i in range(0, tl.cdiv(stop - first, BLOCK)):
+        t = first + i * BLOCK + tl.arange(0, BLOCK)
+        missing -= tl.sum(change_of(asked, answered, line + t, t < stop, count_rows, QS, KS), 0)
+    missing = missing / tl.maximum(stop - first, 1).to(tl.float64)
+    for i in range(0, tl.cdiv(stop - first, BLOCK)):
+        t = stop - (i + 1) * BLOCK + tl.arange(0, BLOCK)
+        inside = t >= first
+        change = change_of(asked, answered, line + t, inside, count_rows, QS, KS)
+        value = later + tl.cumsum(change, 0, reverse=True) + missing * (stop - t).to(tl.float64)
+        rows = (start + t) * heads + h
+        gate = tl.load(g + rows, mask=inside, other=0.0)
+        tl.store(dg + rows, tl.where(gate < -104.0, 0.0, value.to(tl.float32)), mask=inside)
+        later += tl.sum(change, 0)
+
+
+@triton.jit
 def delta_step(
     q, k, v, beta, g, memory, o,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, GATE: tl.constexpr,
@@ -502,7 +572,7 @@ def columns_of(x: Tensor, z: Tensor) -> int:
 
 
 def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
-    """In how many segments the sweeps for dq and dk run: of 512 tokens, over which rounding errors may add up."""
+    """In how many segments the sweeps for dq and dk run: of 512 tokens (where documents share a row, on average)."""
     return max(1, triton.cdiv(q.shape[0] * q.shape[1], max(sequences, 1) * 512))
 
 
@@ -605,8 +675,14 @@ def backward(do, dlast, q, k, v, beta, g, memory, borders, last, states, news, s
     )  # fmt: skip
     dg = None
     if want_g:
+        starts = (states, cotangents) if several else (memory, dmemory)
         ends = (states[:, :, 1:], behind) if several else (last, dlast)
-        dg = decay.gate_gradient(asked, answered, g, borders, *ends, q, v, segments, slots)
+        dg = torch.empty_like(g)
+        decay.launch(
+            delta_dg, segments * h * n, asked, answered, g, borders, *starts, *ends, dg, *run,
+            QS=asked.shape[0], KS=answered.shape[0], CELLS=q.shape[-1] * v.shape[-1], BLOCK=256,
+            PACKED=borders is not None, STARTS=starts[0] is not None, ENDS=ends[1] is not None,
+        )  # fmt: skip
     return dq, dk, dv, dbeta.sum(0).view(h, b, t).permute(1, 2, 0).contiguous(), dg, dmemory
 
 
