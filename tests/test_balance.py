@@ -144,6 +144,11 @@ def test_remoe_penalty_by_hand():
     assert value("penalty", stats, 1).item() == pytest.approx(3 / (1 * 4) * (2 * 4 + 0 + 1 * 2))
 
 
+def test_remoe_penalty_at_balance_is_the_sum_of_a_tokens_scores():
+    stats = loads([6, 6, 6, 6], [1.0, 2.0, 3.0, 4.0], 12, 2)
+    assert value("penalty", stats, 2).item() == pytest.approx((1 + 2 + 3 + 4) / 12)
+
+
 # ------------------------------------------------------------------------------------------ gradients and ranks
 
 
