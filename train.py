@@ -653,7 +653,9 @@ def introduce(say, config: Train, model, mesh, ops, device, step: int) -> None:
     if "E" in config.model.letters:
         rules = [f"{name} loss x {weight:g}" for name, weight in config.balances().items()]
         rules += [f"a bias that moves by {config.bias_rate:g} a step"] * row(config.model.router).bias
-        say(f"experts kept busy by {', '.join(rules) or 'nothing'} (a layer)")
+        chosen = row(config.model.router)
+        alone = "nothing" if chosen.pooled == "never" and not chosen.offered else "how the router chooses"
+        say(f"experts kept busy by {', '.join(rules) or alone} (a layer)")
     if step:
         say(f"resumed at step {step} of {config.steps}" + ("; nothing left to train" if step >= config.steps else ""))
 

@@ -8,6 +8,7 @@ a position and a state for every mixer.
     b batch   t time   d width   e experts
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -113,12 +114,7 @@ class LanguageModel(nn.Module):
         self.config, self.ops = config, ops
         letters = config.letters
         if "E" in letters and not experts_of(config).causal:
-            title = row(config.router).title
-            warnings.warn(
-                f"router {title} is not causal here: which experts a token gets depends on later tokens, so a "
-                "language model trained with it looks ahead, and its loss is no likelihood",
-                stacklevel=1,
-            )
+            looks_ahead(row(config.router).title)
         count = sum(letter in "LN" for letter in letters)
         self.embedding = parameter(config.vocabulary, config.width, start=normal(0.02))
         self.common = nn.ParameterDict(common(config, count))
@@ -180,6 +176,16 @@ class LanguageModel(nn.Module):
         low, high = (int(f(tokens)) if tokens.numel() else 0 for f in (torch.min, torch.max))
         if low < 0 or high >= self.config.vocabulary:
             raise ValueError(f"tokens are {low} ... {high}; the vocabulary is 0 ... {self.config.vocabulary - 1}")
+
+
+@functools.cache
+def looks_ahead(title: str) -> None:
+    """Said once of each router."""
+    warnings.warn(
+        f"router {title} is not causal here: which experts a token gets depends on later tokens, so a language model "
+        "trained with it looks ahead, and its loss is no likelihood",
+        stacklevel=3,
+    )
 
 
 def stacked(loads: list[Load]) -> Load | None:
