@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,8 @@ def refuse(prog: str, line: str) -> typing.NoReturn:
     """The line, once however many ranks there are, and exit code 2."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{prog}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    else:  # torchrun stops all ranks when one ends: the first one speaks before that, and ends this wait
+        time.sleep(20)
     raise SystemExit(2)
 
 
