@@ -29,6 +29,7 @@ from tqdm import tqdm
 import command
 import train
 from bench import commit, machine
+from command import at_least
 from data import corpus
 from data.stream import Stream
 from parallel import mesh as meshes
@@ -390,27 +391,13 @@ def legend(figure: Figure, y: float, lines: list[dict]) -> None:
 # -------------------------------------------------------------------------------------------------- the command line
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake in one line."""
-
-    def error(self, message: str):
-        command.refuse("balance.py", message)
-
-
-def count(text: str) -> int:
-    """A type of argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
-
-
-def parser() -> Parser:
-    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> command.Parser:
+    top = command.Parser("balance.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help=run.__doc__.splitlines()[0])
     runs.add_argument("--rules", nargs="+", choices=list(RULES), metavar="RULE", help=f"of {', '.join(RULES)} (all)")
-    runs.add_argument("--steps", type=count, default=300, metavar="N", help="of each run (300)")
-    runs.add_argument("--every", type=count, default=5, metavar="N", help="steps that a point adds up (5)")
+    runs.add_argument("--steps", type=at_least(int, 1), default=300, metavar="N", help="of each run (300)")
+    runs.add_argument("--every", type=at_least(int, 1), default=5, metavar="N", help="steps that a point adds up (5)")
     runs.add_argument("--seed", type=int, default=0, metavar="N", help="of parameters and data (0)")
     runs.add_argument("--commit", default=commit(), help="of the code that trains")
     runs.add_argument("--out", required=True, help="file of JSON lines, appended to")

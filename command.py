@@ -1,7 +1,9 @@
 """Command lines: typed configurations by tyro, and one clear line for a mistake."""
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -42,6 +44,32 @@ def mistakes(prog: str) -> Iterator[None]:
         yield
     except ValueError as error:
         refuse(prog, str(error))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for the program `name`, with a mistake in one line; its subcommands too."""
+
+    def __init__(self, name: str, **how):
+        super().__init__(**how)
+        self.name = name
+
+    def add_subparsers(self, **how):
+        return super().add_subparsers(parser_class=functools.partial(Parser, self.name), **how)
+
+    def error(self, message: str):
+        refuse(self.name, message)
+
+
+def at_least(kind: type, least: float) -> Callable[[str], float]:
+    """A type of argparse."""
+
+    def number(text: str):
+        if kind(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return kind(text)
+
+    number.__name__ = kind.__name__
+    return number
 
 
 def refuse(prog: str, line: str) -> typing.NoReturn:

@@ -18,7 +18,7 @@ import multiprocessing
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import command
 from bench import commit, machine
+from command import at_least
 from data.tasks import TASK, Samples, samples
 from reference.balance import LOSS
 from reference.lsm import LSM
@@ -68,18 +69,6 @@ def variants() -> dict[str, Variant]:
     return found | {"softmax": Variant("Softmax attention", "N", {})}
 
 
-def at_least(kind: type, least: float) -> Callable[[str], float]:
-    """A type of argparse."""
-
-    def number(text: str):
-        if kind(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return kind(text)
-
-    number.__name__ = kind.__name__
-    return number
-
-
 def flag(default, about: str, **how):
     """A field of `Cell` that the command line sets."""
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
@@ -99,7 +88,11 @@ class Cell:
     steps: int = flag(1000, "trained at each rate", **COUNT)
     batch: int = flag(32, "samples a step", **COUNT)
     rates: tuple[float, ...] = flag(
-        (3e-3, 1e-2), "peak learning rates, in order until one solves", type=at_least(float, 0), nargs="+", metavar="R"
+        (3e-3, 1e-2),
+        "peak learning rates, in order until one solves",
+        type=at_least(float, 0),
+        nargs="+",
+        metavar="R",
     )
     layers: int = flag(2, "mixers, each with a feed-forward layer behind it", **COUNT)
     width: int = flag(64, "of the residual stream; dense layers are twice as wide", **COUNT)
@@ -451,15 +444,8 @@ def memories(page: Page, x: float, sizes: list[float | None]) -> None:
 # -------------------------------------------------------------------------------------------------- the command line
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake in one line."""
-
-    def error(self, message: str):
-        command.refuse("learn.py", message)
-
-
-def parser() -> Parser:
-    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> command.Parser:
+    top = command.Parser("learn.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("grid", help=grid.__doc__.splitlines()[0])
     run.add_argument("--rows", nargs="+", choices=list(variants()), metavar="ROW", help="lines of the grid (all)")
@@ -469,7 +455,11 @@ def parser() -> Parser:
         run.add_argument(f"--{name.replace('_', '-')}", **how)
     run.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
     run.add_argument(
-        "--workers", type=at_least(int, 1), default=1, metavar="N", help="cells at a time, each in a process (1)"
+        "--workers",
+        type=at_least(int, 1),
+        default=1,
+        metavar="N",
+        help="cells at a time, each in a process (1)",
     )
     run.add_argument("--commit", default=commit(), help="of the code that learns")
     run.add_argument("--out", required=True, help="file of JSON lines, appended to")
