@@ -471,31 +471,32 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
         return torch.autograd.grad(f(row, tokens, constants)[0], given, do)
 
     gates = sum(x.numel() * x.element_size() for n, x in tokens.items() if n in ("g", "beta"))
-    for what, run in {"forward": forward, "forward+backward": both}.items():
-        begin = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        first, extra = time.perf_counter() - begin, held(run, "cuda").bytes / 2**20
-        floor = TENSORS[what](len(tokens.keys() - {"g", "beta"})) * do.numel() * do.element_size()
-        floor += gates * (1 if what == "forward" else 3)
-        floor_ms = floor / ceiling["copy_gb_s"] / 1e6
-        eager, graph = median(run), median(captured(run))
-        yield {
-            "row": name,
-            "side": side,
-            "what": what,
-            "shape": text(shape),
-            "dtype": str(dtype).removeprefix("torch."),
-            "eager_ms": eager[0],
-            "eager_spread_ms": eager[1:],
-            "graph_ms": graph[0],
-            "graph_spread_ms": graph[1:],
-            "floor_bytes": floor,
-            "floor_ms": floor_ms,
-            "graph_over_floor": graph[0] / floor_ms,
-            "extra_mib": extra,
-            "first_call_s": first,
-        }
+    tensors = len(tokens.keys() - {"g", "beta"})
+    for what, run, times in (("forward", forward, 1), ("forward+backward", both, 3)):
+        floor = TENSORS[what](tensors) * do.numel() * do.element_size() + gates * times
+        yield {"row": name, "side": side, "what": what, "shape": text(shape), **clocked(run, do.dtype, floor, ceiling)}
+
+
+def clocked(run: Callable, dtype, floor: int, ceiling: dict) -> dict:
+    """First call, extra memory, eager and as a CUDA graph, and the ratio to the time that `floor` bytes take."""
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    first, extra = time.perf_counter() - begin, held(run, "cuda").bytes / 2**20
+    floor_ms = floor / ceiling["copy_gb_s"] / 1e6
+    eager, graph = median(run), median(captured(run))
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "eager_ms": eager[0],
+        "eager_spread_ms": eager[1:],
+        "graph_ms": graph[0],
+        "graph_spread_ms": graph[1:],
+        "floor_bytes": floor,
+        "floor_ms": floor_ms,
+        "graph_over_floor": graph[0] / floor_ms,
+        "extra_mib": extra,
+        "first_call_s": first,
+    }
 
 
 def local(args) -> Iterable[dict]:
@@ -519,53 +520,36 @@ def neighbours() -> dict[str, tuple]:
     import fast.local
     import reference.local as plain
 
-    def peers(name, call):
-        def run(*x):
-            return call()(*x)
+    def fla_norm(x, w):
+        from fla.modules.norm.layernorm import rms_norm
 
-        return {name: run}
+        return rms_norm(x, w, None)
 
-    def fla_norm(gated):
-        def load():
-            from fla.modules.norm.fused_norm_gate import rms_norm_gated
-            from fla.modules.norm.layernorm import rms_norm
+    def fla_gated(x, w, z):
+        from fla.modules.norm.fused_norm_gate import rms_norm_gated
 
-            return (lambda x, w, z: rms_norm_gated(x, z, w, None)) if gated else lambda x, w: rms_norm(x, w, None)
+        return rms_norm_gated(x, z, w, None)
 
-        return load
-
-    def fla_convolution():
+    def fla_convolution(x, w):
         from fla.modules.causal_conv1d.ops import causal_conv1d
 
-        return lambda x, w: causal_conv1d(x, w, activation="silu")[0]
+        return causal_conv1d(x, w, activation="silu")[0]
 
     def half(*shape):
         return torch.randn(shape).bfloat16()
 
+    def sides(call, peer):
+        return {"ours": call(fast.local), "plain PyTorch": call(plain), "fla": peer}
+
     tokens, d = 16384, 1024
-    ours = [
-        (f, {"norm": f.norm, "gated": lambda x, w, z, f=f: f.norm(x, w, 1e-5, z)}, f.short_convolution)
-        for f in (fast.local, plain)
-    ]
-    names = ("ours", "plain PyTorch")
-    norms = {n: f["norm"] for n, (_, f, _) in zip(names, ours, strict=True)}
-    gated = {n: f["gated"] for n, (_, f, _) in zip(names, ours, strict=True)}
-    taps = {n: (lambda x, w, f=f: f(x, w, None, "silu")[0]) for n, (_, _, f) in zip(names, ours, strict=True)}
     heads = (tokens * d // 128, 128)
+    norms = sides(lambda f: f.norm, fla_norm)
+    gated = sides(lambda f: lambda x, w, z: f.norm(x, w, 1e-5, z), fla_gated)
+    taps = sides(lambda f: lambda x, w: f.short_convolution(x, w, None, "silu")[0], fla_convolution)
     return {
-        "norm d 1024": ((tokens, d), (half(tokens, d), torch.randn(d)), norms | peers("fla", fla_norm(False)), (2, 3)),
-        "gated norm d 128": (
-            heads,
-            (half(*heads), torch.randn(128), half(*heads)),
-            gated | peers("fla", fla_norm(True)),
-            (3, 5),
-        ),
-        "convolution w 4": (
-            (8, 2048, d),
-            (half(8, 2048, d), torch.randn(d, 4)),
-            taps | peers("fla", fla_convolution),
-            (2, 3),
-        ),
+        "norm d 1024": ((tokens, d), (half(tokens, d), torch.randn(d)), norms, (2, 3)),
+        "gated norm d 128": (heads, (half(*heads), torch.randn(128), half(*heads)), gated, (3, 5)),
+        "convolution w 4": ((8, 2048, d), (half(8, 2048, d), torch.randn(d, 4)), taps, (2, 3)),
     }
 
 
@@ -579,27 +563,10 @@ def raced(name: str, side: str, f: Callable, leaves: list, dy, moved: tuple[int,
     def both():
         return torch.autograd.grad(f(*leaves), leaves, dy)
 
+    shape = "x".join(map(str, dy.shape))
     for what, run, tensors in (("forward", forward, moved[0]), ("forward+backward", both, sum(moved))):
-        begin = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        first = time.perf_counter() - begin
-        floor_ms = tensors * dy.numel() * dy.element_size() / ceiling["copy_gb_s"] / 1e6
-        eager, graph = median(run), median(captured(run))
-        yield {
-            "row": name,
-            "side": side,
-            "what": what,
-            "shape": "x".join(map(str, dy.shape)),
-            "dtype": "bfloat16",
-            "eager_ms": eager[0],
-            "graph_ms": graph[0],
-            "graph_spread_ms": graph[1:],
-            "floor_ms": floor_ms,
-            "graph_over_floor": graph[0] / floor_ms,
-            "extra_mib": held(run, "cuda").bytes / 2**20,
-            "first_call_s": first,
-        }
+        floor = tensors * dy.numel() * dy.element_size()
+        yield {"row": name, "side": side, "what": what, "shape": shape, **clocked(run, dy.dtype, floor, ceiling)}
 
 
 def inputs(name: str, b: int, t: int, h: int, d: int, dtype) -> tuple:
