@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fast.kernels import decay
 from fast.kernels import local as kernels
 from reference.documents import document_of
 from reference.local import ACTIVATION
@@ -77,14 +78,19 @@ def able(name: str, x: Tensor, other: Tensor | None, activation: str | None) -> 
         raise ValueError(
             f"{name}: unknown activation {activation!r}; expected one of {', '.join(map(str, ACTIVATION))}"
         )
-    if x.device.type != "cuda" and not kernels.INTERPRETED:
-        raise ValueError(
-            f"{name}: fast kernels need a CUDA GPU, got tensors on {x.device}; use the backend 'reference'"
-        )
-    if kernels.INTERPRETED and x.dtype == torch.bfloat16:
-        raise ValueError(f"{name}: Triton's interpreter gets bfloat16 wrong; use float32 or float16 there")
+    runnable(name, x)
     if other is not None and other.device != x.device:
         raise ValueError(f"{name}: inputs on several devices: {x.device}, {other.device}; put all on one")
+
+
+def runnable(what: str, x: Tensor) -> None:
+    """One line where no kernel runs, whatever it computes."""
+    if x.device.type != "cuda" and not decay.INTERPRETED:
+        raise ValueError(
+            f"{what}: fast kernels need a CUDA GPU, got tensors on {x.device}; use the backend 'reference'"
+        )
+    if decay.INTERPRETED and x.dtype == torch.bfloat16:
+        raise ValueError(f"{what}: Triton's interpreter gets bfloat16 wrong; use float32 or float16 there")
 
 
 # ------------------------------------------------------------------------------------- the operators, as torch sees

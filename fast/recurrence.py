@@ -18,13 +18,13 @@ from torch import Tensor
 from fast.kernels import channel as channels
 from fast.kernels import decay as kernels
 from fast.kernels import delta as deltas
+from fast.local import DTYPES, runnable
 from reference import recurrence as words
 from reference import span as spans
 from reference.lsm import LSM
 from reference.normal import Normal, has_normal, normal
 from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 256  # K and V, the count column of a normalised row included
 
 
@@ -158,12 +158,7 @@ def supported(row: Row, x: Normal, memory) -> None:
     devices = {str(y.device) for y in given.values()}
     if len(devices) > 1:
         raise ValueError(f"{row.title}: inputs on several devices: {', '.join(sorted(devices))}; put all on one")
-    if x.q.device.type != "cuda" and not kernels.INTERPRETED:
-        raise ValueError(
-            f"{row.title}: fast kernels need a CUDA GPU, got tensors on {x.q.device}; use the backend 'reference'"
-        )
-    if kernels.INTERPRETED and x.q.dtype == torch.bfloat16:
-        raise ValueError(f"{row.title}: Triton's interpreter gets bfloat16 wrong; use float32 or float16 there")
+    runnable(row.title, x.q)
     if max(x.k.shape[-1], x.v.shape[-1]) > LARGEST:
         raise ValueError(
             f"{row.title}: K = {x.k.shape[-1]} and V = {x.v.shape[-1]} (a count column included), fast kernels take "
@@ -191,6 +186,17 @@ def even(x: Tensor, rows: int = 0) -> Tensor:
 # ------------------------------------------------------------------------------------- the operators, as torch sees
 
 
+def results(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, segments: int, wide: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first three results of every family look like: o, the last memory, the memories between segments."""
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    h, K, V = q.shape[2], q.shape[3], v.shape[3]
+    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    states = (n, h, segments + 1, K, V) if segments > 1 else (0,)
+    return o, q.new_empty(n, h, K, V, dtype=torch.float32), q.new_empty(states, dtype=torch.float32)
+
+
 @torch.library.custom_op("linear_moe::decay", mutates_args=())
 def decay(
     q: Tensor,
@@ -208,12 +214,7 @@ def decay(
 
 @decay.register_fake
 def _(q, k, v, g, memory, cu_seqlens, segments, wide):
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    cells = (q.shape[2], q.shape[3], v.shape[3])
-    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
-    last = q.new_empty(n, *cells, dtype=torch.float32)
-    cut = (n, cells[0], segments + 1, *cells[1:]) if segments > 1 else (0,)
-    return o, last, q.new_empty(cut, dtype=torch.float32)
+    return results(q, v, cu_seqlens, segments, wide)
 
 
 @torch.library.custom_op("linear_moe::decay_gradients", mutates_args=())
@@ -297,13 +298,9 @@ def channel(
 
 @channel.register_fake
 def _(q, k, v, g, u, memory, cu_seqlens, segments, wide, keep):
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    cells = (q.shape[2], q.shape[3], v.shape[3])
-    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
-    last = q.new_empty(n, *cells, dtype=torch.float32)
-    cut = (n, cells[0], segments + 1, *cells[1:]) if segments > 1 else (0,)
+    o, last, states = results(q, v, cu_seqlens, segments, wide)
     scores = q.new_empty(*q.shape[:3], channels.CHUNK)
-    return o, last, last.new_empty(cut), scores, last.new_empty(channels.marks_of(q, v, keep))
+    return o, last, states, scores, last.new_empty(channels.marks_of(q, v, keep))
 
 
 @torch.library.custom_op("linear_moe::channel_gradients", mutates_args=())
@@ -389,13 +386,9 @@ def delta(
 
 @delta.register_fake
 def _(q, k, v, beta, g, memory, cu_seqlens, segments, wide, keep):
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    cells = (q.shape[2], q.shape[3], v.shape[3])
-    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
-    last = q.new_empty(n, *cells, dtype=torch.float32)
-    cut = (n, cells[0], segments + 1, *cells[1:]) if keep and segments > 1 else (0,)
+    o, last, states = results(q, v, cu_seqlens, segments if keep else 1, wide)
     news = torch.empty_like(v) if keep else v.new_empty(0)
-    return o, last, last.new_empty(cut), news, q.new_empty(*q.shape[:3], deltas.chunk_for(q))
+    return o, last, states, news, q.new_empty(*q.shape[:3], deltas.chunk_for(q))
 
 
 @torch.library.custom_op("linear_moe::delta_gradients", mutates_args=())
