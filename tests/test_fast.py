@@ -65,7 +65,7 @@ def launched(monkeypatch):
 def family_of(name):
     row, tokens, constants = make(name, t=1)
     form = quick.form_of(row, {**tokens, **constants})
-    return "delta" if form.beta is not None else "channel" if quick.by_channel(form) else "decay"
+    return quick.family_of(form).__name__.removeprefix("fast.")
 
 
 def cut(monkeypatch, segments):

@@ -1,0 +1,112 @@
+"""Memories that fade channel by channel: one number a key channel and token; with or without a bonus."""
+
+import torch
+from torch import Tensor
+
+from fast.kernels import channel as kernels
+from fast.operators import packed, results
+from reference.normal import Normal
+
+
+def takes(x: Normal) -> bool:
+    return x.g is not None and x.g.ndim == 4 and all(y is None for y in (x.beta, x.a, x.b, x.f))
+
+
+def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
+    segments = kernels.segments_for(x.q, x.v, sequences)
+    keep = torch.is_grad_enabled() and x.g.requires_grad
+    o, last, *_ = channel(x.q, x.k, x.v, x.g, x.u, memory, cu_seqlens, segments, wide, keep)
+    return o, last
+
+
+def step(x: Normal, memory: Tensor) -> Tensor:
+    return channel_step(x.q, x.k, x.v, x.g, x.u, memory)
+
+
+# ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@torch.library.custom_op("linear_moe::channel", mutates_args=())
+def channel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    u: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segments: int,
+    wide: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments, scores within chunks, marks). `wide`: o in float32; `keep`:
+    the gate's gradient will be wanted."""
+    return kernels.forward(*packed(q, k, v, g, u, memory, cu_seqlens), segments, wide, keep)
+
+
+@channel.register_fake
+def _(q, k, v, g, u, memory, cu_seqlens, segments, wide, keep):
+    o, last, states = results(q, v, cu_seqlens, segments, wide)
+    scores = q.new_empty(*q.shape[:3], kernels.CHUNK)
+    return o, last, states, scores, last.new_empty(kernels.marks_of(q, v, keep))
+
+
+@torch.library.custom_op("linear_moe::channel_gradients", mutates_args=())
+def channel_gradients(
+    do: Tensor,
+    dlast: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    u: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    last: Tensor,
+    states: Tensor,
+    scores: Tensor,
+    marks: Tensor,
+    want_g: bool,
+    want_u: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dg, du, dmemory); dg and du are empty unless wanted."""
+    do, dlast = packed(do.to(v.dtype), dlast)
+    q, k, v, g, u, memory, cu_seqlens = packed(q, k, v, g, u, memory, cu_seqlens)
+    given = (q, k, v, g, u, memory, cu_seqlens, last, states, scores, marks)
+    dq, dk, dv, dg, du, dmemory = kernels.backward(do, dlast, *given, want_g, want_u)
+    dg, du = (last.new_empty(0) if y is None else y for y in (dg, du))
+    return dq, dk, dv, dg, du, dmemory
+
+
+@channel_gradients.register_fake
+def _(do, dlast, q, k, v, g, u, memory, cu_seqlens, last, states, scores, marks, want_g, want_u):
+    dg = torch.empty_like(g) if want_g else last.new_empty(0)
+    du = torch.empty_like(u) if want_u else last.new_empty(0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, du, torch.empty_like(last)
+
+
+def channel_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+
+
+def channel_backward(ctx, do, dlast, *_):
+    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
+    want_g, want_u, want_memory = ctx.needs_input_grad[3:6]
+    *grads, dg, du, dmemory = channel_gradients(do, dlast, *ctx.saved_tensors, want_g, want_u)
+    asked = (dg if want_g else None, du if want_u else None, dmemory if want_memory else None)
+    return *grads, *asked, None, None, None, None
+
+
+channel.register_autograd(channel_backward, setup_context=channel_context)
+
+
+@torch.library.custom_op("linear_moe::channel_step", mutates_args=("memory",))
+def channel_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, memory: Tensor) -> Tensor:
+    """o : b h v, in float32; memory is overwritten."""
+    return kernels.step(q, k, v, g, u, memory)
+
+
+@channel_step.register_fake
+def _(q, k, v, g, u, memory):
+    return torch.empty_like(v, dtype=torch.float32)

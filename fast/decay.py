@@ -1,0 +1,102 @@
+"""Memories that fade as a whole: no gate, one number a head, or one number a head and token."""
+
+import torch
+from torch import Tensor
+
+from fast.kernels import decay as kernels
+from fast.operators import packed, results
+from reference.normal import Normal
+
+
+def takes(x: Normal) -> bool:
+    """Whether the family computes this normal form; of gates the number of axes is all that counts."""
+    return (x.g is None or x.g.ndim < 4) and all(y is None for y in (x.beta, x.a, x.b, x.f, x.u))
+
+
+def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
+    segments = kernels.segments_for(x.q, x.v, x.g, sequences)
+    o, last, _ = decay(x.q, x.k, x.v, x.g, memory, cu_seqlens, segments, wide)
+    return o, last
+
+
+def step(x: Normal, memory: Tensor) -> Tensor:
+    return decay_step(x.q, x.k, x.v, x.g, memory)
+
+
+# ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@torch.library.custom_op("linear_moe::decay", mutates_args=())
+def decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segments: int,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments). `wide`: o in float32."""
+    return kernels.forward(*packed(q, k, v, g, memory, cu_seqlens), segments, wide)
+
+
+@decay.register_fake
+def _(q, k, v, g, memory, cu_seqlens, segments, wide):
+    return results(q, v, cu_seqlens, segments, wide)
+
+
+@torch.library.custom_op("linear_moe::decay_gradients", mutates_args=())
+def decay_gradients(
+    do: Tensor,
+    dlast: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    last: Tensor,
+    states: Tensor,
+    want_g: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dg, dmemory); dg is empty unless wanted."""
+    do, dlast = packed(do.to(v.dtype), dlast)
+    q, k, v, g, memory, cu_seqlens = packed(q, k, v, g, memory, cu_seqlens)
+    *grads, dg, dmemory = kernels.backward(do, dlast, q, k, v, g, memory, cu_seqlens, last, states, want_g)
+    return *grads, last.new_empty(0) if dg is None else dg, dmemory
+
+
+@decay_gradients.register_fake
+def _(do, dlast, q, k, v, g, memory, cu_seqlens, last, states, want_g):
+    dg = torch.empty_like(g) if want_g else last.new_empty(0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, torch.empty_like(last)
+
+
+def decay_context(ctx, inputs, output) -> None:
+    q, k, v, g, memory, cu_seqlens, _, _ = inputs
+    _, last, states = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, memory, cu_seqlens, last, states)
+
+
+def decay_backward(ctx, do, dlast, _):
+    q, k, v, g, memory, cu_seqlens, last, states = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    want_g, want_memory = ctx.needs_input_grad[3:5]
+    dq, dk, dv, dg, dmemory = decay_gradients(do, dlast, q, k, v, g, memory, cu_seqlens, last, states, want_g)
+    return dq, dk, dv, dg if want_g else None, dmemory if want_memory else None, None, None, None
+
+
+decay.register_autograd(decay_backward, setup_context=decay_context)
+
+
+@torch.library.custom_op("linear_moe::decay_step", mutates_args=("memory",))
+def decay_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor) -> Tensor:
+    """o : b h v, in float32; memory is overwritten."""
+    return kernels.step(q, k, v, g, memory)
+
+
+@decay_step.register_fake
+def _(q, k, v, g, memory):
+    return torch.empty_like(v, dtype=torch.float32)

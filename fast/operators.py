@@ -1,0 +1,20 @@
+"""What the operators of all families have in common, as torch sees them."""
+
+import torch
+from torch import Tensor
+
+
+def results(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, segments: int, wide: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first three results of every family look like: o, the last memory, the memories between segments."""
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    h, K, V = q.shape[2], q.shape[3], v.shape[3]
+    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    states = (n, h, segments + 1, K, V) if segments > 1 else (0,)
+    return o, q.new_empty(n, h, K, V, dtype=torch.float32), q.new_empty(states, dtype=torch.float32)
+
+
+def packed(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous: a gradient arrives expanded from a sum, a compiler may have chosen other strides."""
+    return [None if x is None else x.contiguous() for x in tensors]
