@@ -40,10 +40,10 @@ def delta(
     segments: int,
     wide: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, the last memory, the memories between segments, the news, the solved chunks). `wide`: o in float32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments, the news, and of chunks: scores, q·k, the system solved).
 
-    `keep`: what the gradient needs is kept; without it there is no gradient.
+    `wide`: o in float32. `keep`: what the gradient needs is kept; without it there is no gradient.
     """
     return kernels.forward(*packed(q, k, v, beta, g, memory, cu_seqlens), segments, wide, keep)
 
@@ -52,7 +52,8 @@ def delta(
 def _(q, k, v, beta, g, memory, cu_seqlens, segments, wide, keep):
     o, last, states = results(q, v, cu_seqlens, segments if keep else 1, wide)
     news = torch.empty_like(v) if keep else v.new_empty(0)
-    return o, last, states, news, q.new_empty(*q.shape[:3], kernels.chunk_for(q))
+    scores, solved = (q.new_empty(*q.shape[:3], kernels.chunk_for(q)) for _ in range(2))
+    return o, last, states, news, scores, beta.new_empty(q.shape[2], beta.shape[0] * beta.shape[1]), solved
 
 
 @torch.library.custom_op("linear_moe::delta_gradients", mutates_args=())
@@ -69,18 +70,20 @@ def delta_gradients(
     last: Tensor,
     states: Tensor,
     news: Tensor,
+    scores: Tensor,
+    itself: Tensor,
     solved: Tensor,
     want_g: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbeta, dg, dmemory); dg is empty unless wanted."""
     do, dlast = packed(do.to(v.dtype), dlast)
     given = packed(q, k, v, beta, g, memory, cu_seqlens)
-    *grads, dg, dmemory = kernels.backward(do, dlast, *given, last, states, news, solved, want_g)
+    *grads, dg, dmemory = kernels.backward(do, dlast, *given, last, states, news, scores, itself, solved, want_g)
     return *grads, last.new_empty(0) if dg is None else dg, dmemory
 
 
 @delta_gradients.register_fake
-def _(do, dlast, q, k, v, beta, g, memory, cu_seqlens, last, states, news, solved, want_g):
+def _(do, dlast, q, k, v, beta, g, memory, cu_seqlens, last, states, news, scores, itself, solved, want_g):
     dg = torch.empty_like(g) if want_g else last.new_empty(0)
     return *(torch.empty_like(y) for y in (q, k, v, beta)), dg, torch.empty_like(last)
 

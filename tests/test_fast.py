@@ -302,14 +302,14 @@ def test_only_what_is_asked_is_computed_by_delta_rules(name, launched):
     row, tokens, _ = some(name)
     sums = {"decay_sums": 1} if "g" in tokens else {}
     quick.recurrence(row, tokens)
-    assert launched == {"delta_solve": 1, "delta_values": 1, **sums}
+    assert launched == {"delta_prepare": 1, "delta_values": 1, **sums}
     launched.clear()
     given = leaves(tokens)
     o, _ = quick.recurrence(row, tokens)
     torch.autograd.grad(o.sum(), given)
     gates = {"decay_sums": 2, "delta_dg": 1} if sums else {}
-    sweeps = ("values", "answers", "queries", "keys")
-    assert launched == {"delta_solve": 1, **{f"delta_{name}": 1 for name in sweeps}, **gates}
+    each = ("prepare", "values", "answers", "pairs", "queries", "keys")
+    assert launched == {**{f"delta_{name}": 1 for name in each}, **gates}
 
 
 def test_a_delta_rule_that_kept_nothing_has_no_gradient():

@@ -76,26 +76,20 @@ CONFIG = {
     (128, 4): (32, 4, 1),
     (256, 4): (16, 8, 1),
 }
-
-
-@triton.jit
-def pairs_of(scores, hi, lo, g, ic, GATE: tl.constexpr, EXACT: tl.constexpr, REVERSE: tl.constexpr):
-    """Scores of pairs with what the gates between leave of them: j <= i, backwards j >= i; else 0."""
-    if GATE == 0:
-        before = (ic[:, None] <= ic[None, :]) if REVERSE else (ic[:, None] >= ic[None, :])
-        scores = tl.where(before, scores, 0.0)
-    else:
-        scores = scores * decays_of(hi, lo, g, 0, ic, GATE, EXACT, REVERSE)
-    return scores
+# how Y is multiplied by itself: products of tf32 are coarser than bfloat16 tokens need, and not than float16 tokens
+SOLVING = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
-def delta_solve(
-    k, beta, g, sums, borders, solved, tokens, heads, parts, count_rows,
+def delta_prepare(
+    q, k, beta, g, sums, borders, scores, itself, solved, tokens, heads, parts, count_rows,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, SOLVING: tl.constexpr,
 ):  # fmt: skip
-    """Y of every chunk: b t h C in the tokens' dtype, zeros on and above the diagonal. C = 16·2^LEVELS."""
+    """A and Y of every chunk, b t h C in the tokens' dtype, zeros on and above the diagonal; q_t·k_t: h (b t).
+
+    C = 2^LEVELS. Products: 2·C·C·K multiply-adds, and 2·C³ for all levels but the first, whose Y is its Z.
+    """
     pid = tl.program_id(0)
     part = pid % parts
     h = (pid // parts) % heads
@@ -110,43 +104,44 @@ def delta_solve(
         inside = t < stop
         row = (start + begin) * heads + h
         at = row * K + here * (heads * K) + ik[None, :]
-        bk = tl.load(k + at, mask=inside[:, None] & (ik < K)[None, :], other=0.0)
+        ok = inside[:, None] & (ik < K)[None, :]
+        bk = tl.load(k + at, mask=ok, other=0.0)
+        bq = tl.load(q + at, mask=ok, other=0.0)
         strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
         L = tl.dot(bk, tl.trans(bk), input_precision=PRECISION)
-        hi, lo = strength, strength
+        A = tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
+        tl.store(itself + line + t, tl.sum(tl.where(here == other, A, 0.0), 1), mask=inside)
         if GATE != 0:
             count = tl.minimum(stop - begin, C)
             hi, lo, _, _ = sums_of(
                 g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
             )
-        L = tl.where(here > other, pairs_of(L, hi, lo, g, ic, GATE, EXACT, False), 0.0)
-        # column j of a block of 16, for all blocks: whatever it erases is taken from the rows below
-        same = here // 16 == other // 16
-        Y = tl.where(same, L, 0.0)
-        N = Y * strength[None, :]
-        for j in range(0, 15):
-            column = tl.sum(tl.where(other % 16 == j, N, 0.0), 1)
-            found = tl.sum(tl.where(here % 16 == j, Y, 0.0), 0)
-            Y -= tl.where(same, column[:, None] * found[None, :], 0.0)
-        for level in tl.static_range(LEVELS):
-            half = 16 << level
+            between = decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
+            L = L * between
+            A = A * between
+        at_c = row * C + here * (heads * C) + other
+        tl.store(scores + at_c, tl.where(here > other, A, 0.0), mask=inside[:, None])
+        Y = tl.where((here == other + 1) & (here % 2 == 1), L, 0.0)
+        for level in tl.static_range(1, LEVELS):
+            half = 1 << level
             meet = (here // (2 * half) == other // (2 * half)) & (here // half > other // half)
             Z = tl.where(meet, L, 0.0)
             Z -= tl.dot(Z, strength[:, None] * Y, input_precision=SOLVING)
             Y += Z - tl.dot(Y, strength[:, None] * Z, input_precision=SOLVING)
-        tl.store(solved + row * C + here * (heads * C) + other, Y, mask=inside[:, None])
+        tl.store(solved + at_c, Y, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "count_rows"])
 def delta_values(
-    q, k, v, beta, g, sums, solved, borders, entry, o, news, states, end, tokens, heads, segments, count_rows,
+    q, k, v, beta, g, sums, scores, itself, solved, borders, entry, o, news, states, end,
+    tokens, heads, segments, count_rows,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     ENTRY: tl.constexpr, NEWS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """One slice of o and, with NEWS, of r. With STATES the state before every segment, and after the last, is left.
 
-    Products a chunk: 3·C·X·BZ + C·C·X + 2·C·C·BZ multiply-adds.
+    Products a chunk: 3·C·X·BZ + 2·C·C·BZ multiply-adds.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -184,19 +179,18 @@ def delta_values(
             bq = tl.load(q + row * X + at_x, mask=in_rows_x, other=0.0)
             bk = tl.load(k + row * X + at_x, mask=in_rows_x, other=0.0)
             bv = tl.load(v + row * Z + at_z, mask=in_rows_z, other=0.0)
+            A = tl.load(scores + row * C + at_c, mask=inside[:, None], other=0.0)
             Y = tl.load(solved + row * C + at_c, mask=inside[:, None], other=0.0)
             strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-            hi, lo = strength, strength
+            own = tl.load(itself + line + t, mask=inside, other=0.0) * strength
             if GATE != 0:
                 count = tl.minimum(stop - begin, C)
-                hi, lo, after, total = sums_of(
+                hi, _, after, total = sums_of(
                     g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
                 )
             before = S.to(bk.dtype)
             found = tl.dot(bk, before, input_precision=PRECISION)
             seen = tl.dot(bq, before, input_precision=PRECISION)
-            scores = tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
-            scores = pairs_of(scores, hi, lo, g, ic, GATE, EXACT, False)
             if GATE != 0:
                 reading = tl.exp2(hi)
                 found = found * reading[:, None]
@@ -205,7 +199,7 @@ def delta_values(
             r = bv.to(tl.float32) - found
             r -= tl.dot(Y, (strength[:, None] * r).to(bk.dtype), input_precision=PRECISION)
             written = strength[:, None] * r
-            out = tl.dot(scores.to(bk.dtype), written.to(bk.dtype), seen, input_precision=PRECISION)
+            out = tl.dot(A, written.to(bk.dtype), seen + own[:, None] * r, input_precision=PRECISION)
             if GATE != 0:
                 written = written * tl.exp2(after)[:, None]
             S = tl.dot(tl.trans(bk), written.to(bk.dtype), S, input_precision=PRECISION)
@@ -220,7 +214,7 @@ def delta_values(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "count_rows"])
 def delta_answers(
-    do, q, k, news, beta, g, sums, solved, borders, entry, dv, dbeta, part, states, end,
+    do, q, k, news, beta, g, sums, scores, itself, solved, borders, entry, dv, dbeta, part, states, end,
     tokens, heads, segments, count_rows,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -265,38 +259,31 @@ def delta_answers(
             bq = tl.load(q + row * X + at_x, mask=in_rows_x, other=0.0)
             bk = tl.load(k + row * X + at_x, mask=in_rows_x, other=0.0)
             bdo = tl.load(do + row * Z + at_z, mask=in_rows_z, other=0.0)
+            A = tl.load(scores + row * C + at_c, mask=inside[:, None], other=0.0)
             Y = tl.load(solved + row * C + at_c, mask=inside[:, None], other=0.0)
             # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
             r = tl.load(news + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
             strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-            hi, lo = strength, strength
+            own = tl.load(itself + line + t, mask=inside, other=0.0)
             if GATE != 0:
                 count = tl.minimum(stop - begin, C)
-                hi, lo, after, total = sums_of(
+                hi, _, after, total = sums_of(
                     g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
                 )
             asked = tl.dot(bk, E.to(bk.dtype), input_precision=PRECISION)
-            scores = tl.dot(bk, tl.trans(bq), input_precision=PRECISION)
-            scores = pairs_of(scores, hi, lo, g, ic, GATE, EXACT, True)
             writing = strength * 0.0 + 1.0
             if GATE != 0:
                 asked = asked * tl.exp2(after)[:, None]
                 writing = tl.exp2(hi)
                 E = E * tl.exp2(total)
-            if PART:  # the token's own term cancels in dg: add it to dv after the sum
-                diagonal = ic[:, None] == ic[None, :]
-                own = tl.sum(tl.where(diagonal, scores, 0.0), 1)
-                scores = tl.where(diagonal, 0.0, scores)
-            asked = tl.dot(scores.to(bk.dtype), bdo, asked, input_precision=PRECISION)
-            whole = asked
-            if PART:
-                whole = asked + own[:, None] * bdo.to(tl.float32)
-            erased = tl.dot(tl.trans(Y), (strength[:, None] * whole).to(bk.dtype), input_precision=PRECISION)
-            du = asked - erased
+            asked = tl.dot(tl.trans(A), bdo, asked, input_precision=PRECISION)
+            from_itself = own[:, None] * bdo.to(tl.float32)
+            whole = (strength[:, None] * (asked + from_itself)).to(bk.dtype)
+            du = asked - tl.dot(tl.trans(Y), whole, input_precision=PRECISION)
             at_part = s.to(tl.int64) * count_rows + line + t
-            if PART:
+            if PART:  # the token's own term cancels in dg
                 tl.store(part + at_part, strength * tl.sum(du * r, 1), mask=inside)
-                du += own[:, None] * bdo.to(tl.float32)
+            du += from_itself
             answer = strength[:, None] * du
             tl.store(dbeta + at_part, tl.sum(du * r, 1), mask=inside)
             tl.store(dv + row * Z + at_z, answer, mask=in_rows_z)
@@ -309,15 +296,70 @@ def delta_answers(
     tl.store(end + nh * X * Z + cell, E, mask=in_cell)
 
 
+@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
+def delta_pairs(
+    do, dv, news, q, k, beta, g, sums, borders, told, erased, own, part, tokens, heads, parts, count_rows,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """(do rᵀ γ) β and (dv rᵀ γ) β of every chunk, b t h C in the tokens' dtype, zeros on and above the diagonal;
+    own_t = β_t r_t·do_t; with PART also Σ_j (do_i·r_j) γ_ij β_j (q_i·k_j), j < i: h (b t) both.
+
+    The last from scores before they are rounded: those roundings add up in dg. 2·C·C·V + C·C·K multiply-adds a chunk.
+    """
+    pid = tl.program_id(0)
+    share = pid % parts
+    h = (pid // parts) % heads
+    start, length = run_of(borders, pid // parts // heads, tokens, PACKED)
+    first, stop = part_of(length, share, parts)
+    line = h.to(tl.int64) * (count_rows // heads) + start
+    ic, ik, iv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    here, other = ic[:, None], ic[None, :]
+    for i in range(0, tl.cdiv(stop - first, C)):
+        begin = first + i * C
+        t = begin + ic
+        inside = t < stop
+        row = (start + begin) * heads + h
+        at_v = row * V + here * (heads * V) + iv[None, :]
+        ok_v = inside[:, None] & (iv < V)[None, :]
+        bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
+        bdv = tl.load(dv + at_v, mask=ok_v, other=0.0)
+        br = tl.load(news + at_v, mask=ok_v, other=0.0)
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+        P = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
+        D = tl.dot(bdv, tl.trans(br), input_precision=PRECISION)
+        tl.store(own + line + t, strength * tl.sum(tl.where(here == other, P, 0.0), 1), mask=inside)
+        if GATE != 0:
+            count = tl.minimum(stop - begin, C)
+            hi, lo, _, _ = sums_of(
+                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
+            )
+            between = decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
+            P = P * between
+            D = D * between
+        P = tl.where(here > other, P * strength[None, :], 0.0)
+        D = tl.where(here > other, D * strength[None, :], 0.0)
+        at_c = row * C + here * (heads * C) + other
+        tl.store(told + at_c, P, mask=inside[:, None])
+        tl.store(erased + at_c, D, mask=inside[:, None])
+        if PART:
+            at_k = row * K + here * (heads * K) + ik[None, :]
+            ok_k = inside[:, None] & (ik < K)[None, :]
+            bq = tl.load(q + at_k, mask=ok_k, other=0.0)
+            bk = tl.load(k + at_k, mask=ok_k, other=0.0)
+            met = tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
+            tl.store(part + line + t, tl.sum(P * met, 1), mask=inside)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
 def delta_queries(
-    do, dv, news, q, k, beta, g, sums, borders, entry, dq, dk, part,
+    do, dv, news, q, k, beta, g, sums, told, erased, own, borders, entry, dq, dk, part,
     tokens, heads, segments, slots, count_rows,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     ENTRY: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One slice (of K) of dq = do M_tᵀ and of dk = -dv M̂ᵀ over a segment; with PART the queries' part of dg.
+    """One slice (of K) of dq = do M_tᵀ and of dk = -dv M̂ᵀ over a segment; with PART the slice's part of dg.
 
     X = V, Z = K. The state lies transposed in `entry`; part: slices h (b t).
     """
@@ -344,6 +386,7 @@ def delta_queries(
 
     at_x = ic[:, None] * (heads * X) + ix[None, :]
     at_z = ic[:, None] * (heads * Z) + iz[None, :]
+    at_c = ic[:, None] * (heads * C) + ic[None, :]
     for i in range(0, tl.cdiv(stop - first, C)):
         begin = first + i * C
         t = begin + ic
@@ -355,51 +398,44 @@ def delta_queries(
         bdv = tl.load(dv + row * X + at_x, mask=in_rows_x, other=0.0)
         br = tl.load(news + row * X + at_x, mask=in_rows_x, other=0.0)
         bk = tl.load(k + row * Z + at_z, mask=in_rows_z, other=0.0)
+        P = tl.load(told + row * C + at_c, mask=inside[:, None], other=0.0)
+        D = tl.load(erased + row * C + at_c, mask=inside[:, None], other=0.0)
+        # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
         if PART:
-            bq = tl.load(q + row * Z + at_z, mask=in_rows_z, other=0.0)
-        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        hi, lo = strength, strength
+            bq = tl.load(q + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
+        writing = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+        itself = tl.load(own + line + t, mask=inside, other=0.0)
         if GATE != 0:
             count = tl.minimum(stop - begin, C)
-            hi, lo, after, total = sums_of(
+            hi, _, after, total = sums_of(
                 g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
             )
         before = S.to(bk.dtype)
         seen = tl.dot(bdo, before, input_precision=PRECISION)
-        erased = tl.dot(bdv, before, input_precision=PRECISION)
-        scores = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
-        doubts = tl.dot(bdv, tl.trans(br), input_precision=PRECISION)
-        scores = pairs_of(scores, hi, lo, g, ic, GATE, EXACT, False) * strength[None, :]
-        doubts = pairs_of(doubts, hi, lo, g, ic, GATE, EXACT, False) * strength[None, :]
-        doubts = tl.where(ic[:, None] > ic[None, :], doubts, 0.0)
-        writing = strength
+        gone = tl.dot(bdv, before, input_precision=PRECISION)
         if GATE != 0:
             reading = tl.exp2(hi)
             seen = seen * reading[:, None]
-            erased = erased * reading[:, None]
+            gone = gone * reading[:, None]
             writing = writing * tl.exp2(after)
             S = S * tl.exp2(total)
+        wide = bk.to(tl.float32)
         if PART:
-            diagonal = ic[:, None] == ic[None, :]
-            own = tl.sum(tl.where(diagonal, scores, 0.0), 1)
-            scores = tl.where(diagonal, 0.0, scores)
-            # q·dq of pairs from scores before they are rounded: those roundings add up in dg
-            asked = tl.sum(seen * bq.to(tl.float32), 1)
-            asked += tl.sum(scores * tl.dot(bq, tl.trans(bk), input_precision=PRECISION), 1)
-        seen = tl.dot(scores.to(bk.dtype), bk, seen, input_precision=PRECISION)
-        erased = tl.dot(doubts.to(bk.dtype), bk, erased, input_precision=PRECISION)
-        S = tl.dot(tl.trans(br), (bk.to(tl.float32) * writing[:, None]).to(bk.dtype), S, input_precision=PRECISION)
+            asked = tl.sum(seen * bq, 1)
+        seen = tl.dot(P, bk, seen + itself[:, None] * wide, input_precision=PRECISION)
+        gone = tl.dot(D, bk, gone, input_precision=PRECISION)
+        S = tl.dot(tl.trans(br), (wide * writing[:, None]).to(bk.dtype), S, input_precision=PRECISION)
         if PART:
-            asked -= tl.sum(erased * bk.to(tl.float32), 1)
+            asked -= tl.sum(gone * wide, 1)
             tl.store(part + s.to(tl.int64) * count_rows + line + t, asked, mask=inside)
-            seen += own[:, None] * bk.to(tl.float32)
         tl.store(dq + row * Z + at_z, seen, mask=in_rows_z)
-        tl.store(dk + row * Z + at_z, -erased, mask=in_rows_z)
+        tl.store(dk + row * Z + at_z, -gone, mask=in_rows_z)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
 def delta_keys(
-    do, dv, news, q, k, beta, g, sums, borders, entry, dk, tokens, heads, segments, slots, count_rows,
+    do, dv, news, q, k, beta, g, sums, told, erased, own, borders, entry, dk,
+    tokens, heads, segments, slots, count_rows,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, ENTRY: tl.constexpr,
 ):  # fmt: skip
@@ -427,6 +463,7 @@ def delta_keys(
 
     at_x = ic[:, None] * (heads * X) + ix[None, :]
     at_z = ic[:, None] * (heads * Z) + iz[None, :]
+    at_c = ic[:, None] * (heads * C) + ic[None, :]
     chunks = tl.cdiv(stop - first, C)
     for i in range(0, chunks):
         begin = first + (chunks - 1 - i) * C
@@ -440,33 +477,33 @@ def delta_keys(
         br = tl.load(news + row * X + at_x, mask=in_rows_x, other=0.0)
         bq = tl.load(q + row * Z + at_z, mask=in_rows_z, other=0.0)
         bk = tl.load(k + row * Z + at_z, mask=in_rows_z, other=0.0)
-        erased = tl.load(dk + row * Z + at_z, mask=in_rows_z, other=0.0)
-        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        hi, lo = strength, strength
+        P = tl.load(told + row * C + at_c, mask=inside[:, None], other=0.0)
+        D = tl.load(erased + row * C + at_c, mask=inside[:, None], other=0.0)
+        gone = tl.load(dk + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
+        answering = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+        itself = tl.load(own + line + t, mask=inside, other=0.0)
         if GATE != 0:
             count = tl.minimum(stop - begin, C)
-            hi, lo, after, total = sums_of(
+            hi, _, after, total = sums_of(
                 g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
             )
         out = tl.dot(br, E.to(bk.dtype), input_precision=PRECISION)
-        scores = tl.dot(br, tl.trans(bdo), input_precision=PRECISION)
-        doubts = tl.dot(br, tl.trans(bdv), input_precision=PRECISION)
-        scores = pairs_of(scores, hi, lo, g, ic, GATE, EXACT, True)
-        doubts = pairs_of(doubts, hi, lo, g, ic, GATE, EXACT, True)
-        doubts = tl.where(ic[:, None] < ic[None, :], -doubts, 0.0)
         asking = bq
         minus = -bk.to(tl.float32)
         if GATE != 0:
             writing = tl.exp2(hi)
             asking = (bq.to(tl.float32) * writing[:, None]).to(bk.dtype)
-            minus = minus * writing[:, None]
-            out = out * tl.exp2(after)[:, None]
+            erasing = (minus * writing[:, None]).to(bk.dtype)
+            answering = answering * tl.exp2(after)
             E = E * tl.exp2(total)
-        out = tl.dot(scores.to(bk.dtype), bq, out, input_precision=PRECISION)
-        out = tl.dot(doubts.to(bk.dtype), bk, out, input_precision=PRECISION)
+        else:
+            erasing = minus.to(bk.dtype)
+        out = gone + answering[:, None] * out + itself[:, None] * bq.to(tl.float32)
+        out = tl.dot(tl.trans(P), bq, out, input_precision=PRECISION)
+        out = tl.dot(tl.trans(D), minus.to(bk.dtype), out, input_precision=PRECISION)
         E = tl.dot(tl.trans(bdo), asking, E, input_precision=PRECISION)
-        E = tl.dot(tl.trans(bdv), minus.to(bk.dtype), E, input_precision=PRECISION)
-        tl.store(dk + row * Z + at_z, erased.to(tl.float32) + strength[:, None] * out, mask=in_rows_z)
+        E = tl.dot(tl.trans(bdv), erasing, E, input_precision=PRECISION)
+        tl.store(dk + row * Z + at_z, out, mask=in_rows_z)
 
 
 @triton.jit
@@ -495,7 +532,7 @@ def change_of(asked, answered, line, inside, count_rows, QS: tl.constexpr, KS: t
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
 def delta_dg(
     asked, answered, g, borders, memory, cotangent, last, behind, dg, tokens, heads, segments, slots, count_rows,
-    QS: tl.constexpr, KS: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr,
+    QS: tl.constexpr, KS: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr, CELL_BLOCK: tl.constexpr,
     PACKED: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """dg_t = <M, D> behind the segment + the changes from its end to t, and at its first token <M, D> before it.
@@ -514,9 +551,9 @@ def delta_dg(
     later = tl.zeros((), tl.float64)
     missing = tl.zeros((), tl.float64)
     if ENDS:
-        later = product_of(last, behind, at, CELLS, BLOCK)
+        later = product_of(last, behind, at, CELLS, CELL_BLOCK)
     if STARTS:
-        missing = product_of(memory, cotangent, at, CELLS, BLOCK)
+        missing = product_of(memory, cotangent, at, CELLS, CELL_BLOCK)
     missing -= later
     for i in range(0, tl.cdiv(stop - first, BLOCK)):
         t = first + i * BLOCK + tl.arange(0, BLOCK)
@@ -585,8 +622,8 @@ def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, chu
     """The compile-time arguments of a sweep whose state is x's columns × z's columns."""
     X, Z, columns = x.shape[-1], z.shape[-1], columns_of(x, z)
     _, warps, stages = CONFIG[padded(X), x.element_size()]
-    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": triton.cdiv(Z, columns), "C": chunk}
-    return {**sizes, **kind_of(x, g, borders), "num_warps": warps, "num_stages": stages}
+    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": triton.cdiv(Z, columns)}
+    return {**sizes, "C": chunk, **kind_of(x, g, borders), "num_warps": warps, "num_stages": stages}
 
 
 def sums_in_chunks(g: Tensor | None, borders: Tensor | None, exact: bool, chunk: int) -> Tensor | None:
@@ -604,29 +641,51 @@ def sums_in_chunks(g: Tensor | None, borders: Tensor | None, exact: bool, chunk:
     return sums
 
 
-def solve(k: Tensor, beta: Tensor, g: Tensor | None, sums: Tensor | None, borders: Tensor | None) -> Tensor:
-    """`delta_solve`: b t h C. A part is 64 tokens, or a quarter of the average document where many share a row."""
-    _, t, h, K = k.shape
-    chunk, n = chunk_for(k), sequences_of(k, borders)
-    parts = min(triton.cdiv(t, 64), 4 * triton.cdiv(t, 64 * max(n, 1)))
-    solved = k.new_empty(*k.shape[:3], chunk)
-    exact = k.element_size() == 4
+def parts_of(x: Tensor, borders: Tensor | None) -> int:
+    """In how many parts each sequence is cut where chunks need not wait for each other: 64 tokens each, or a quarter
+    of the average document where many share a row."""
+    t = x.shape[1]
+    return min(triton.cdiv(t, 64), 4 * triton.cdiv(t, 64 * max(sequences_of(x, borders), 1)))
+
+
+def prepare(q, k, beta, g, sums, borders) -> tuple[Tensor, Tensor, Tensor]:
+    """`delta_prepare`: A, q·k and Y."""
+    b, t, h, K = k.shape
+    chunk, parts, exact = chunk_for(k), parts_of(k, borders), k.element_size() == 4
+    scores, solved = (k.new_empty(b, t, h, chunk) for _ in range(2))
+    itself = beta.new_empty(h, b * t)
     decay.launch(
-        delta_solve, n * h * parts, k, beta, g, sums, borders, solved, t, h, parts, beta.numel(),
-        K=K, BK=padded(K), C=chunk, LEVELS=(chunk // 16).bit_length() - 1, SOLVING="ieee" if exact else "tf32",
+        delta_prepare, sequences_of(k, borders) * h * parts,
+        q, k, beta, g, sums, borders, scores, itself, solved, t, h, parts, beta.numel(),
+        K=K, BK=padded(K), C=chunk, LEVELS=chunk.bit_length() - 1, SOLVING=SOLVING[k.dtype],
         **kind_of(k, g, borders), num_warps=4 if chunk == 64 else 1, num_stages=1 if exact else 2,
     )  # fmt: skip
-    return solved
+    return scores, itself, solved
+
+
+def pairs(do, dv, news, q, k, beta, g, sums, borders, part) -> tuple[Tensor, Tensor, Tensor]:
+    """`delta_pairs`; with `part` its share of dg goes there."""
+    (b, t, h, K), V = q.shape, dv.shape[-1]
+    chunk, parts, exact = chunk_for(k), parts_of(k, borders), k.element_size() == 4
+    told, erased = (k.new_empty(b, t, h, chunk) for _ in range(2))
+    own = beta.new_empty(h, b * t)
+    decay.launch(
+        delta_pairs, sequences_of(k, borders) * h * parts,
+        do, dv, news, q, k, beta, g, sums, borders, told, erased, own, part, t, h, parts, beta.numel(),
+        K=K, V=V, BK=padded(K), BV=padded(V), C=chunk, PART=part is not None,
+        **kind_of(k, g, borders), num_warps=4 if chunk == 64 else 1, num_stages=1 if exact else 2,
+    )  # fmt: skip
+    return told, erased, own
 
 
 def forward(q, k, v, beta, g, memory, borders, segments: int, wide: bool, keep: bool) -> tuple[Tensor, ...]:
-    """(o, the last memory, the memories between segments, r, Y). `wide`: o in float32.
+    """(o, the last memory, the memories between segments, r, A, q·k, Y). `wide`: o in float32.
 
     `keep`: r and, where there are several segments, the memories are kept for the gradient; else they are empty.
     """
     chunk = chunk_for(k)
     sums = sums_in_chunks(g, borders, q.element_size() == 4, chunk)
-    solved = solve(k, beta, g, sums, borders)
+    scores, itself, solved = prepare(q, k, beta, g, sums, borders)
     shape = shape_of(q, v, g, borders, chunk)
     n, h, K, V = sequences_of(q, borders), *q.shape[2:], v.shape[-1]
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
@@ -635,42 +694,47 @@ def forward(q, k, v, beta, g, memory, borders, segments: int, wide: bool, keep: 
     several = keep and segments > 1
     states = last.new_empty((n, h, segments + 1, K, V) if several else 0)
     decay.launch(
-        delta_values, shape["SLICES"] * h * n, q, k, v, beta, g, sums, solved, borders, memory, o, news, states, last,
+        delta_values, shape["SLICES"] * h * n,
+        q, k, v, beta, g, sums, scores, itself, solved, borders, memory, o, news, states, last,
         q.shape[1], h, segments if several else 1, beta.numel(),
         **shape, ENTRY=memory is not None, NEWS=keep, STATES=several,
     )  # fmt: skip
-    return o, last, states, news, solved
+    return o, last, states, news, scores, itself, solved
 
 
-def backward(do, dlast, q, k, v, beta, g, memory, borders, last, states, news, solved, want_g: bool):
+def backward(
+    do, dlast, q, k, v, beta, g, memory, borders, last, states, news, scores, itself, solved, want_g: bool
+) -> tuple:
     """(dq, dk, dv, dβ, dg or None, dmemory) from the cotangents of o and of the last memory (None: zeros)."""
     several, count = states.numel() > 0, beta.numel()
     segments = states.shape[2] - 1 if several else 1
     slots = segments + 1 if several else 1
-    chunk = solved.shape[-1]
+    chunk = chunk_for(k)
     sums = sums_in_chunks(g, borders, q.element_size() == 4, chunk)
     n, (b, t, h, _) = sequences_of(q, borders), q.shape
     want_g = want_g and g is not None
 
-    by_value = shape_of(q, v, g, borders, chunk)
+    by_value, by_key = shape_of(q, v, g, borders, chunk), shape_of(v, q, g, borders, chunk)
     dv, dmemory, cotangents = torch.empty_like(v), torch.empty_like(last), torch.empty_like(states)
     answered, dbeta = (beta.new_empty(by_value["SLICES"], h, b * t) for _ in range(2))
     decay.launch(
         delta_answers, by_value["SLICES"] * h * n,
-        do, q, k, news, beta, g, sums, solved, borders, dlast, dv, dbeta, answered, cotangents, dmemory,
+        do, q, k, news, beta, g, sums, scores, itself, solved, borders, dlast, dv, dbeta, answered, cotangents, dmemory,
         t, h, segments, count, **by_value, ENTRY=dlast is not None, PART=want_g, STATES=several,
     )  # fmt: skip
 
+    asked = beta.new_empty(by_key["SLICES"] + 1, h, b * t)
+    told, erased, own = pairs(do, dv, news, q, k, beta, g, sums, borders, asked[-1] if want_g else None)
     before, behind = (states, cotangents[:, :, 1:]) if several else (memory, dlast)
-    by_key = shape_of(v, q, g, borders, chunk)
-    dq, dk, asked = torch.empty_like(q), torch.empty_like(k), beta.new_empty(by_key["SLICES"], h, b * t)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
     run, programs = (t, h, segments, slots, count), by_key["SLICES"] * segments * h * n
     decay.launch(
-        delta_queries, programs, do, dv, news, q, k, beta, g, sums, borders, before, dq, dk, asked, *run,
+        delta_queries, programs,
+        do, dv, news, q, k, beta, g, sums, told, erased, own, borders, before, dq, dk, asked, *run,
         **by_key, ENTRY=before is not None, PART=want_g,
     )  # fmt: skip
     decay.launch(
-        delta_keys, programs, do, dv, news, q, k, beta, g, sums, borders, behind, dk, *run,
+        delta_keys, programs, do, dv, news, q, k, beta, g, sums, told, erased, own, borders, behind, dk, *run,
         **by_key, ENTRY=behind is not None,
     )  # fmt: skip
     dg = None
@@ -680,7 +744,7 @@ def backward(do, dlast, q, k, v, beta, g, memory, borders, last, states, news, s
         dg = torch.empty_like(g)
         decay.launch(
             delta_dg, segments * h * n, asked, answered, g, borders, *starts, *ends, dg, *run,
-            QS=asked.shape[0], KS=answered.shape[0], CELLS=q.shape[-1] * v.shape[-1], BLOCK=256,
+            QS=asked.shape[0], KS=answered.shape[0], CELLS=q.shape[-1] * v.shape[-1], BLOCK=256, CELL_BLOCK=2048,
             PACKED=borders is not None, STARTS=starts[0] is not None, ENDS=ends[1] is not None,
         )  # fmt: skip
     return dq, dk, dv, dbeta.sum(0).view(h, b, t).permute(1, 2, 0).contiguous(), dg, dmemory
