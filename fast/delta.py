@@ -40,20 +40,22 @@ def delta(
     segments: int,
     wide: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, the last memory, the memories between segments, the news, and of chunks: scores, q·k, the system solved).
-
-    `wide`: o in float32. `keep`: what the gradient needs is kept; without it there is no gradient.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, the news, the memory before every chunk, what segments do to memories, and of chunks:
+    scores, q·k, the system solved). `wide`: o in float32. `keep`: what the gradient needs is kept; without it there is
+    none."""
     return kernels.forward(*packed(q, k, v, beta, g, memory, cu_seqlens), segments, wide, keep)
 
 
 @delta.register_fake
 def _(q, k, v, beta, g, memory, cu_seqlens, segments, wide, keep):
-    o, last, states = results(q, v, cu_seqlens, segments if keep else 1, wide)
+    o, last, _ = results(q, v, cu_seqlens, 1, wide)
+    (b, t, h, K), chunk = q.shape, kernels.chunk_for(q)
     news = torch.empty_like(v) if keep else v.new_empty(0)
-    scores, solved = (q.new_empty(*q.shape[:3], kernels.chunk_for(q)) for _ in range(2))
-    return o, last, states, news, scores, beta.new_empty(q.shape[2], beta.shape[0] * beta.shape[1]), solved
+    states = q.new_empty(kernels.memories(q, v, cu_seqlens, chunk) if keep else (0,))
+    moves = last.new_empty((last.shape[0], h, segments, K, K) if segments > 1 else (0,))
+    scores, solved = (q.new_empty(b, t, h, chunk) for _ in range(2))
+    return o, last, news, states, moves, scores, beta.new_empty(h, b * t), solved
 
 
 @torch.library.custom_op("linear_moe::delta_gradients", mutates_args=())
@@ -67,9 +69,9 @@ def delta_gradients(
     g: Tensor | None,
     memory: Tensor | None,
     cu_seqlens: Tensor | None,
-    last: Tensor,
-    states: Tensor,
     news: Tensor,
+    states: Tensor,
+    moves: Tensor,
     scores: Tensor,
     itself: Tensor,
     solved: Tensor,
@@ -78,14 +80,15 @@ def delta_gradients(
     """(dq, dk, dv, dbeta, dg, dmemory); dg is empty unless wanted."""
     do, dlast = packed(do.to(v.dtype), dlast)
     given = packed(q, k, v, beta, g, memory, cu_seqlens)
-    *grads, dg, dmemory = kernels.backward(do, dlast, *given, last, states, news, scores, itself, solved, want_g)
-    return *grads, last.new_empty(0) if dg is None else dg, dmemory
+    *grads, dg, dmemory = kernels.backward(do, dlast, *given, news, states, moves, scores, itself, solved, want_g)
+    return *grads, beta.new_empty(0) if dg is None else dg, dmemory
 
 
 @delta_gradients.register_fake
-def _(do, dlast, q, k, v, beta, g, memory, cu_seqlens, last, states, news, scores, itself, solved, want_g):
-    dg = torch.empty_like(g) if want_g else last.new_empty(0)
-    return *(torch.empty_like(y) for y in (q, k, v, beta)), dg, torch.empty_like(last)
+def _(do, dlast, q, k, v, beta, g, memory, cu_seqlens, news, states, moves, scores, itself, solved, want_g):
+    dg = torch.empty_like(g) if want_g else beta.new_empty(0)
+    _, dmemory, _ = results(q, v, cu_seqlens, 1, False)
+    return *(torch.empty_like(y) for y in (q, k, v, beta)), dg, dmemory
 
 
 def delta_context(ctx, inputs, output) -> None:
@@ -93,7 +96,7 @@ def delta_context(ctx, inputs, output) -> None:
     if not keep:
         raise RuntimeError("a delta rule's gradient needs what its forward pass kept: call it with keep = True")
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*given, *output[1:])
+    ctx.save_for_backward(*given, *output[2:])
 
 
 def delta_backward(ctx, do, dlast, *_):

@@ -76,6 +76,20 @@ CONFIG = {
     (128, 4): (32, 4, 1),
     (256, 4): (16, 8, 1),
 }
+# the same for `delta_chunks`: (channels of K a program, warps, stages)
+CHUNKS = {
+    (16, 2): (16, 4, 2),
+    (32, 2): (32, 4, 2),
+    (64, 2): (64, 4, 2),
+    (128, 2): (64, 4, 2),
+    (256, 2): (32, 4, 2),
+    (16, 4): (16, 4, 1),
+    (32, 4): (32, 4, 1),
+    (64, 4): (32, 4, 1),
+    (128, 4): (32, 4, 1),
+    (256, 4): (16, 4, 1),
+}
+FOLDED = 128  # segments only up to so many channels of K: their K × K matrices have to fit
 # how Y is multiplied by itself: products of tf32 are coarser than bfloat16 tokens need, and not than float16 tokens
 SOLVING = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}
 
@@ -131,256 +145,46 @@ def delta_prepare(
         tl.store(solved + at_c, Y, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "segments", "count_rows"])
-def delta_values(
-    q, k, v, beta, g, sums, scores, itself, solved, borders, entry, o, news, states, end,
-    tokens, heads, segments, count_rows,
-    X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    ENTRY: tl.constexpr, NEWS: tl.constexpr, STATES: tl.constexpr,
-):  # fmt: skip
-    """One slice of o and, with NEWS, of r. With STATES the state before every segment, and after the last, is left.
-
-    Products a chunk: 3·C·X·BZ + 2·C·C·BZ multiply-adds.
-    """
-    pid = tl.program_id(0)
-    s = pid % SLICES
-    h = (pid // SLICES) % heads
-    n = pid // SLICES // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    line = h.to(tl.int64) * (count_rows // heads) + start
-
-    ix = tl.arange(0, BX)
-    iz = s * BZ + tl.arange(0, BZ)
-    ic = tl.arange(0, C)
-    in_x, in_z = ix < X, iz < Z
-    cell = ix[:, None] * Z + iz[None, :]
-    in_cell = in_x[:, None] & in_z[None, :]
-    nh = (n * heads + h).to(tl.int64)
-    if ENTRY:
-        S = tl.load(entry + nh * X * Z + cell, mask=in_cell, other=0.0)
-    else:
-        S = tl.zeros((BX, BZ), tl.float32)
-
-    at_x = ic[:, None] * (heads * X) + ix[None, :]
-    at_z = ic[:, None] * (heads * Z) + iz[None, :]
-    at_c = ic[:, None] * (heads * C) + ic[None, :]
-    for segment in range(0, segments):
-        first, stop = part_of(length, segment, segments)
-        if STATES:
-            tl.store(states + (nh * (segments + 1) + segment) * X * Z + cell, S, mask=in_cell)
-        for i in range(0, tl.cdiv(stop - first, C)):
-            begin = first + i * C
-            t = begin + ic
-            inside = t < stop
-            row = (start + begin) * heads + h
-            in_rows_x = inside[:, None] & in_x[None, :]
-            in_rows_z = inside[:, None] & in_z[None, :]
-            bq = tl.load(q + row * X + at_x, mask=in_rows_x, other=0.0)
-            bk = tl.load(k + row * X + at_x, mask=in_rows_x, other=0.0)
-            bv = tl.load(v + row * Z + at_z, mask=in_rows_z, other=0.0)
-            A = tl.load(scores + row * C + at_c, mask=inside[:, None], other=0.0)
-            Y = tl.load(solved + row * C + at_c, mask=inside[:, None], other=0.0)
-            strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-            own = tl.load(itself + line + t, mask=inside, other=0.0) * strength
-            if GATE != 0:
-                count = tl.minimum(stop - begin, C)
-                hi, _, after, total = sums_of(
-                    g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
-                )
-            before = S.to(bk.dtype)
-            found = tl.dot(bk, before, input_precision=PRECISION)
-            seen = tl.dot(bq, before, input_precision=PRECISION)
-            if GATE != 0:
-                reading = tl.exp2(hi)
-                found = found * reading[:, None]
-                seen = seen * reading[:, None]
-                S = S * tl.exp2(total)
-            r = bv.to(tl.float32) - found
-            r -= tl.dot(Y, (strength[:, None] * r).to(bk.dtype), input_precision=PRECISION)
-            written = strength[:, None] * r
-            out = tl.dot(A, written.to(bk.dtype), seen + own[:, None] * r, input_precision=PRECISION)
-            if GATE != 0:
-                written = written * tl.exp2(after)[:, None]
-            S = tl.dot(tl.trans(bk), written.to(bk.dtype), S, input_precision=PRECISION)
-            tl.store(o + row * Z + at_z, out, mask=in_rows_z)
-            if NEWS:
-                tl.store(news + row * Z + at_z, r, mask=in_rows_z)
-
-    if STATES:
-        tl.store(states + (nh * (segments + 1) + segments) * X * Z + cell, S, mask=in_cell)
-    tl.store(end + nh * X * Z + cell, S, mask=in_cell)
-
-
-@triton.jit(do_not_specialize=["tokens", "heads", "segments", "count_rows"])
-def delta_answers(
-    do, q, k, news, beta, g, sums, scores, itself, solved, borders, entry, dv, dbeta, part, states, end,
-    tokens, heads, segments, count_rows,
-    X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    ENTRY: tl.constexpr, PART: tl.constexpr, STATES: tl.constexpr,
-):  # fmt: skip
-    """One slice of dv, its part of dβ and, with PART, of r·dv: slices h (b t). Backwards; states as `delta_values`."""
-    pid = tl.program_id(0)
-    s = pid % SLICES
-    h = (pid // SLICES) % heads
-    n = pid // SLICES // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    line = h.to(tl.int64) * (count_rows // heads) + start
-
-    ix = tl.arange(0, BX)
-    iz = s * BZ + tl.arange(0, BZ)
-    ic = tl.arange(0, C)
-    in_x, in_z = ix < X, iz < Z
-    cell = ix[:, None] * Z + iz[None, :]
-    in_cell = in_x[:, None] & in_z[None, :]
-    nh = (n * heads + h).to(tl.int64)
-    if ENTRY:
-        E = tl.load(entry + nh * X * Z + cell, mask=in_cell, other=0.0)
-    else:
-        E = tl.zeros((BX, BZ), tl.float32)
-
-    at_x = ic[:, None] * (heads * X) + ix[None, :]
-    at_z = ic[:, None] * (heads * Z) + iz[None, :]
-    at_c = ic[:, None] * (heads * C) + ic[None, :]
-    for j in range(0, segments):
-        segment = segments - 1 - j
-        first, stop = part_of(length, segment, segments)
-        if STATES:
-            tl.store(states + (nh * (segments + 1) + segment + 1) * X * Z + cell, E, mask=in_cell)
-        chunks = tl.cdiv(stop - first, C)
-        for i in range(0, chunks):
-            begin = first + (chunks - 1 - i) * C
-            t = begin + ic
-            inside = t < stop
-            row = (start + begin) * heads + h
-            in_rows_x = inside[:, None] & in_x[None, :]
-            in_rows_z = inside[:, None] & in_z[None, :]
-            bq = tl.load(q + row * X + at_x, mask=in_rows_x, other=0.0)
-            bk = tl.load(k + row * X + at_x, mask=in_rows_x, other=0.0)
-            bdo = tl.load(do + row * Z + at_z, mask=in_rows_z, other=0.0)
-            A = tl.load(scores + row * C + at_c, mask=inside[:, None], other=0.0)
-            Y = tl.load(solved + row * C + at_c, mask=inside[:, None], other=0.0)
-            # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
-            r = tl.load(news + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
-            strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-            own = tl.load(itself + line + t, mask=inside, other=0.0)
-            if GATE != 0:
-                count = tl.minimum(stop - begin, C)
-                hi, _, after, total = sums_of(
-                    g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
-                )
-            asked = tl.dot(bk, E.to(bk.dtype), input_precision=PRECISION)
-            writing = strength * 0.0 + 1.0
-            if GATE != 0:
-                asked = asked * tl.exp2(after)[:, None]
-                writing = tl.exp2(hi)
-                E = E * tl.exp2(total)
-            asked = tl.dot(tl.trans(A), bdo, asked, input_precision=PRECISION)
-            from_itself = own[:, None] * bdo.to(tl.float32)
-            whole = (strength[:, None] * (asked + from_itself)).to(bk.dtype)
-            du = asked - tl.dot(tl.trans(Y), whole, input_precision=PRECISION)
-            at_part = s.to(tl.int64) * count_rows + line + t
-            if PART:  # the token's own term cancels in dg
-                tl.store(part + at_part, strength * tl.sum(du * r, 1), mask=inside)
-            du += from_itself
-            answer = strength[:, None] * du
-            tl.store(dbeta + at_part, tl.sum(du * r, 1), mask=inside)
-            tl.store(dv + row * Z + at_z, answer, mask=in_rows_z)
-            written = (bdo.to(tl.float32) * writing[:, None]).to(bk.dtype)
-            E = tl.dot(tl.trans(bq), written, E, input_precision=PRECISION)
-            E = tl.dot(tl.trans(bk), (-answer * writing[:, None]).to(bk.dtype), E, input_precision=PRECISION)
-
-    if STATES:
-        tl.store(states + nh * (segments + 1) * X * Z + cell, E, mask=in_cell)
-    tl.store(end + nh * X * Z + cell, E, mask=in_cell)
-
-
-@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
-def delta_pairs(
-    do, dv, news, q, k, beta, g, sums, borders, told, erased, own, part, tokens, heads, parts, count_rows,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
-    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """(do rᵀ γ) β and (dv rᵀ γ) β of every chunk, b t h C in the tokens' dtype, zeros on and above the diagonal;
-    own_t = β_t r_t·do_t; with PART also Σ_j (do_i·r_j) γ_ij β_j (q_i·k_j), j < i: h (b t) both.
-
-    The last from scores before they are rounded: those roundings add up in dg. 2·C·C·V + C·C·K multiply-adds a chunk.
-    """
-    pid = tl.program_id(0)
-    share = pid % parts
-    h = (pid // parts) % heads
-    start, length = run_of(borders, pid // parts // heads, tokens, PACKED)
-    first, stop = part_of(length, share, parts)
-    line = h.to(tl.int64) * (count_rows // heads) + start
-    ic, ik, iv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
-    here, other = ic[:, None], ic[None, :]
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        t = begin + ic
-        inside = t < stop
-        row = (start + begin) * heads + h
-        at_v = row * V + here * (heads * V) + iv[None, :]
-        ok_v = inside[:, None] & (iv < V)[None, :]
-        bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
-        bdv = tl.load(dv + at_v, mask=ok_v, other=0.0)
-        br = tl.load(news + at_v, mask=ok_v, other=0.0)
-        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        P = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
-        D = tl.dot(bdv, tl.trans(br), input_precision=PRECISION)
-        tl.store(own + line + t, strength * tl.sum(tl.where(here == other, P, 0.0), 1), mask=inside)
-        if GATE != 0:
-            count = tl.minimum(stop - begin, C)
-            hi, lo, _, _ = sums_of(
-                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
-            )
-            between = decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
-            P = P * between
-            D = D * between
-        P = tl.where(here > other, P * strength[None, :], 0.0)
-        D = tl.where(here > other, D * strength[None, :], 0.0)
-        at_c = row * C + here * (heads * C) + other
-        tl.store(told + at_c, P, mask=inside[:, None])
-        tl.store(erased + at_c, D, mask=inside[:, None])
-        if PART:
-            at_k = row * K + here * (heads * K) + ik[None, :]
-            ok_k = inside[:, None] & (ik < K)[None, :]
-            bq = tl.load(q + at_k, mask=ok_k, other=0.0)
-            bk = tl.load(k + at_k, mask=ok_k, other=0.0)
-            met = tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
-            tl.store(part + line + t, tl.sum(P * met, 1), mask=inside)
+@triton.jit
+def place_of(start, n, begin, C: tl.constexpr):
+    """Where the chunk that begins at token `begin` of sequence n keeps its memory: no two chunks share a place."""
+    return start // C + n + begin // C
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
-def delta_queries(
-    do, dv, news, q, k, beta, g, sums, told, erased, own, borders, entry, dq, dk, part,
+def delta_values(
+    q, k, v, beta, g, sums, scores, itself, solved, borders, entry, o, news, states, end, moves,
     tokens, heads, segments, slots, count_rows,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    ENTRY: tl.constexpr, PART: tl.constexpr,
+    ENTRY: tl.constexpr, KEEP: tl.constexpr, SPAN: tl.constexpr, MOVES: tl.constexpr,
 ):  # fmt: skip
-    """One slice (of K) of dq = do M_tᵀ and of dk = -dv M̂ᵀ over a segment; with PART the slice's part of dg.
+    """One slice of o over a segment and, with KEEP, of r and of the memory before every chunk.
 
-    X = V, Z = K. The state lies transposed in `entry`; part: slices h (b t).
+    With SPAN only what the segment does to a memory, M -> A M + S: a slice of S, or, by MOVES more programs, of A, the
+    memory that the segment makes of the identity without values. Products a chunk: 3·C·X·BZ + 2·C·C·BZ.
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
+    s = pid % (SLICES + MOVES)
+    segment = (pid // (SLICES + MOVES)) % segments
+    h = (pid // (SLICES + MOVES) // segments) % heads
+    n = pid // (SLICES + MOVES) // segments // heads
     start, length = run_of(borders, n, tokens, PACKED)
     first, stop = part_of(length, segment, segments)
     line = h.to(tl.int64) * (count_rows // heads) + start
 
+    moving = s >= SLICES
     ix = tl.arange(0, BX)
-    iz = s * BZ + tl.arange(0, BZ)
+    iz = (s - SLICES if moving else s) * BZ + tl.arange(0, BZ)
     ic = tl.arange(0, C)
-    in_x, in_z = ix < X, iz < Z
-    cell = ix[:, None] + iz[None, :] * X
+    in_x, in_z = ix < X, (iz < Z) & (not moving)
+    cell = ix[:, None] * Z + iz[None, :]
     in_cell = in_x[:, None] & in_z[None, :]
     nh = (n * heads + h).to(tl.int64)
     if ENTRY:
         S = tl.load(entry + (nh * slots + segment) * X * Z + cell, mask=in_cell, other=0.0)
+    elif MOVES > 0:
+        S = tl.where(moving & (ix[:, None] == iz[None, :]), 1.0, 0.0)
     else:
         S = tl.zeros((BX, BZ), tl.float32)
 
@@ -394,52 +198,67 @@ def delta_queries(
         row = (start + begin) * heads + h
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
-        bdo = tl.load(do + row * X + at_x, mask=in_rows_x, other=0.0)
-        bdv = tl.load(dv + row * X + at_x, mask=in_rows_x, other=0.0)
-        br = tl.load(news + row * X + at_x, mask=in_rows_x, other=0.0)
-        bk = tl.load(k + row * Z + at_z, mask=in_rows_z, other=0.0)
-        P = tl.load(told + row * C + at_c, mask=inside[:, None], other=0.0)
-        D = tl.load(erased + row * C + at_c, mask=inside[:, None], other=0.0)
-        # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
-        if PART:
-            bq = tl.load(q + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
-        writing = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        itself = tl.load(own + line + t, mask=inside, other=0.0)
+        bk = tl.load(k + row * X + at_x, mask=in_rows_x, other=0.0)
+        bv = tl.load(v + row * Z + at_z, mask=in_rows_z, other=0.0)
+        Y = tl.load(solved + row * C + at_c, mask=inside[:, None], other=0.0)
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+        if not SPAN:
+            bq = tl.load(q + row * X + at_x, mask=in_rows_x, other=0.0)
+            A = tl.load(scores + row * C + at_c, mask=inside[:, None], other=0.0)
+            own = tl.load(itself + line + t, mask=inside, other=0.0) * strength
         if GATE != 0:
             count = tl.minimum(stop - begin, C)
             hi, _, after, total = sums_of(
                 g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
             )
         before = S.to(bk.dtype)
-        seen = tl.dot(bdo, before, input_precision=PRECISION)
-        gone = tl.dot(bdv, before, input_precision=PRECISION)
+        if KEEP:
+            place = (place_of(start, n, begin, C) * heads + h).to(tl.int64) * X * Z
+            tl.store(states + place + cell, before, mask=in_cell)
+        found = tl.dot(bk, before, input_precision=PRECISION)
+        if not SPAN:
+            seen = tl.dot(bq, before, input_precision=PRECISION)
         if GATE != 0:
             reading = tl.exp2(hi)
-            seen = seen * reading[:, None]
-            gone = gone * reading[:, None]
-            writing = writing * tl.exp2(after)
+            found = found * reading[:, None]
+            if not SPAN:
+                seen = seen * reading[:, None]
             S = S * tl.exp2(total)
-        wide = bk.to(tl.float32)
-        if PART:
-            asked = tl.sum(seen * bq, 1)
-        seen = tl.dot(P, bk, seen + itself[:, None] * wide, input_precision=PRECISION)
-        gone = tl.dot(D, bk, gone, input_precision=PRECISION)
-        S = tl.dot(tl.trans(br), (wide * writing[:, None]).to(bk.dtype), S, input_precision=PRECISION)
-        if PART:
-            asked -= tl.sum(gone * wide, 1)
-            tl.store(part + s.to(tl.int64) * count_rows + line + t, asked, mask=inside)
-        tl.store(dq + row * Z + at_z, seen, mask=in_rows_z)
-        tl.store(dk + row * Z + at_z, -gone, mask=in_rows_z)
+        r = bv.to(tl.float32) - found
+        r -= tl.dot(Y, (strength[:, None] * r).to(bk.dtype), input_precision=PRECISION)
+        written = strength[:, None] * r
+        if not SPAN:
+            out = tl.dot(A, written.to(bk.dtype), seen + own[:, None] * r, input_precision=PRECISION)
+            tl.store(o + row * Z + at_z, out, mask=in_rows_z)
+        if KEEP:
+            tl.store(news + row * Z + at_z, r, mask=in_rows_z)
+        if GATE != 0:
+            written = written * tl.exp2(after)[:, None]
+        S = tl.dot(tl.trans(bk), written.to(bk.dtype), S, input_precision=PRECISION)
+
+    if SPAN:
+        tl.store(end + (nh * slots + segment + 1) * X * Z + cell, S, mask=in_cell)
+        if MOVES > 0:
+            cell = ix[:, None] * X + iz[None, :]
+            tl.store(
+                moves + (nh * segments + segment) * X * X + cell, S, mask=in_x[:, None] & (iz < X)[None, :] & moving
+            )
+    elif slots == 1:
+        tl.store(end + nh * X * Z + cell, S, mask=in_cell)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
-def delta_keys(
-    do, dv, news, q, k, beta, g, sums, told, erased, own, borders, entry, dk,
+def delta_answers(
+    do, q, k, beta, g, sums, scores, itself, solved, borders, entry, states, dv, cotangents, met, end,
     tokens, heads, segments, slots, count_rows,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, ENTRY: tl.constexpr,
+    GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    ENTRY: tl.constexpr, SPAN: tl.constexpr, MET: tl.constexpr,
 ):  # fmt: skip
-    """Adds β_t r_t D_tᵀ to one slice (of K) of dk over a segment, backwards. X = V, Z = K."""
+    """One slice of dv and of the memories' cotangents behind every chunk over a segment, backwards; SPAN as above.
+
+    With MET the slice's part of <M, E>, of the memory before every chunk and the cotangent behind it: places h slices.
+    """
     pid = tl.program_id(0)
     s = pid % SLICES
     segment = (pid // SLICES) % segments
@@ -453,7 +272,7 @@ def delta_keys(
     iz = s * BZ + tl.arange(0, BZ)
     ic = tl.arange(0, C)
     in_x, in_z = ix < X, iz < Z
-    cell = ix[:, None] + iz[None, :] * X
+    cell = ix[:, None] * Z + iz[None, :]
     in_cell = in_x[:, None] & in_z[None, :]
     nh = (n * heads + h).to(tl.int64)
     if ENTRY:
@@ -472,102 +291,195 @@ def delta_keys(
         row = (start + begin) * heads + h
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
-        bdo = tl.load(do + row * X + at_x, mask=in_rows_x, other=0.0)
-        bdv = tl.load(dv + row * X + at_x, mask=in_rows_x, other=0.0)
-        br = tl.load(news + row * X + at_x, mask=in_rows_x, other=0.0)
-        bq = tl.load(q + row * Z + at_z, mask=in_rows_z, other=0.0)
-        bk = tl.load(k + row * Z + at_z, mask=in_rows_z, other=0.0)
-        P = tl.load(told + row * C + at_c, mask=inside[:, None], other=0.0)
-        D = tl.load(erased + row * C + at_c, mask=inside[:, None], other=0.0)
-        gone = tl.load(dk + row * Z + at_z, mask=in_rows_z, other=0.0).to(tl.float32)
-        answering = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        itself = tl.load(own + line + t, mask=inside, other=0.0)
+        bq = tl.load(q + row * X + at_x, mask=in_rows_x, other=0.0)
+        bk = tl.load(k + row * X + at_x, mask=in_rows_x, other=0.0)
+        bdo = tl.load(do + row * Z + at_z, mask=in_rows_z, other=0.0)
+        A = tl.load(scores + row * C + at_c, mask=inside[:, None], other=0.0)
+        Y = tl.load(solved + row * C + at_c, mask=inside[:, None], other=0.0)
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+        own = tl.load(itself + line + t, mask=inside, other=0.0)
         if GATE != 0:
             count = tl.minimum(stop - begin, C)
             hi, _, after, total = sums_of(
                 g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
             )
-        out = tl.dot(br, E.to(bk.dtype), input_precision=PRECISION)
-        asking = bq
-        minus = -bk.to(tl.float32)
+        behind = E.to(bk.dtype)
+        if not SPAN:
+            place = (place_of(start, n, begin, C) * heads + h).to(tl.int64) * X * Z
+            tl.store(cotangents + place + cell, behind, mask=in_cell)
+            if MET:
+                M = tl.load(states + place + cell, mask=in_cell, other=0.0).to(tl.float32)
+                at_met = (place_of(start, n, begin, C) * heads + h) * SLICES + s
+                tl.store(met + at_met, tl.sum(tl.sum(M * E, 1), 0))
+        du = tl.dot(bk, behind, input_precision=PRECISION)
+        wide = bdo.to(tl.float32)
+        asking = bdo
         if GATE != 0:
+            du = du * tl.exp2(after)[:, None]
             writing = tl.exp2(hi)
-            asking = (bq.to(tl.float32) * writing[:, None]).to(bk.dtype)
-            erasing = (minus * writing[:, None]).to(bk.dtype)
-            answering = answering * tl.exp2(after)
+            asking = (wide * writing[:, None]).to(bk.dtype)
             E = E * tl.exp2(total)
-        else:
-            erasing = minus.to(bk.dtype)
-        out = gone + answering[:, None] * out + itself[:, None] * bq.to(tl.float32)
-        out = tl.dot(tl.trans(P), bq, out, input_precision=PRECISION)
-        out = tl.dot(tl.trans(D), minus.to(bk.dtype), out, input_precision=PRECISION)
-        E = tl.dot(tl.trans(bdo), asking, E, input_precision=PRECISION)
-        E = tl.dot(tl.trans(bdv), erasing, E, input_precision=PRECISION)
-        tl.store(dk + row * Z + at_z, out, mask=in_rows_z)
+        du = tl.dot(tl.trans(A), bdo, du + own[:, None] * wide, input_precision=PRECISION)
+        du -= tl.dot(tl.trans(Y), (strength[:, None] * du).to(bk.dtype), input_precision=PRECISION)
+        answer = strength[:, None] * du
+        if not SPAN:
+            tl.store(dv + row * Z + at_z, answer, mask=in_rows_z)
+        if GATE != 0:
+            answer = answer * writing[:, None]
+        E = tl.dot(tl.trans(bq), asking, E, input_precision=PRECISION)
+        E = tl.dot(tl.trans(bk), (-answer).to(bk.dtype), E, input_precision=PRECISION)
+
+    if SPAN:
+        tl.store(end + (nh * slots + segment) * X * Z + cell, E, mask=in_cell)
+    elif slots == 1:
+        tl.store(end + nh * X * Z + cell, E, mask=in_cell)
 
 
-@triton.jit
-def product_of(memory, cotangent, at, CELLS: tl.constexpr, BLOCK: tl.constexpr):
-    """<M, D> of two memories at the same place, summed in float64."""
-    total = tl.zeros((), tl.float64)
-    for i in range(0, CELLS, BLOCK):
-        cell = i + tl.arange(0, BLOCK)
-        M = tl.load(memory + at + cell, mask=cell < CELLS, other=0.0)
-        D = tl.load(cotangent + at + cell, mask=cell < CELLS, other=0.0)
-        total += tl.sum((M * D).to(tl.float64), 0)
-    return total
-
-
-@triton.jit
-def change_of(asked, answered, line, inside, count_rows, QS: tl.constexpr, KS: tl.constexpr):
-    """dg_t - dg_{t+1} of some tokens, from the slices' parts."""
-    change = tl.load(asked + line, mask=inside, other=0.0)
-    for s in tl.static_range(1, QS):
-        change += tl.load(asked + s * count_rows + line, mask=inside, other=0.0)
-    for s in tl.static_range(KS):
-        change -= tl.load(answered + s * count_rows + line, mask=inside, other=0.0)
-    return change.to(tl.float64)
-
-
-@triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
-def delta_dg(
-    asked, answered, g, borders, memory, cotangent, last, behind, dg, tokens, heads, segments, slots, count_rows,
-    QS: tl.constexpr, KS: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr, CELL_BLOCK: tl.constexpr,
-    PACKED: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
+@triton.jit(do_not_specialize=["segments"])
+def delta_fold(
+    states, moves, first, last, segments,
+    X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr,
+    REVERSE: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dg_t = <M, D> behind the segment + the changes from its end to t, and at its first token <M, D> before it.
+    """The memories before every segment and after the last (backwards: their cotangents), in place of what the
+    segments wrote: M_0 = first, M_{s+1} = A_s M_s + S_s; backwards with A_sᵀ. Reads `moves` once a slice."""
+    pid = tl.program_id(0)
+    s = pid % SLICES
+    nh = (pid // SLICES).to(tl.int64)
+    ix = tl.arange(0, BX)
+    iz = s * BZ + tl.arange(0, BZ)
+    in_x = ix < X
+    cell = ix[:, None] * Z + iz[None, :]
+    in_cell = in_x[:, None] & (iz < Z)[None, :]
+    square = ix[:, None] * X + ix[None, :]
+    in_square = in_x[:, None] & in_x[None, :]
+    states += nh * (segments + 1) * X * Z
+    moves += nh * segments * X * X
+    if FIRST:
+        M = tl.load(first + nh * X * Z + cell, mask=in_cell, other=0.0)
+    else:
+        M = tl.zeros((BX, BZ), tl.float32)
+    end = segments if REVERSE else 0
+    tl.store(states + end * X * Z + cell, M, mask=in_cell)
+    for i in range(0, segments):
+        segment = segments - 1 - i if REVERSE else i
+        slot = states + (segment if REVERSE else segment + 1) * X * Z + cell
+        A = tl.load(moves + segment * X * X + square, mask=in_square, other=0.0)
+        if REVERSE:
+            A = tl.trans(A)
+        M = tl.dot(A, M, tl.load(slot, mask=in_cell, other=0.0), input_precision=PRECISION)
+        tl.store(slot, M, mask=in_cell)
+    tl.store(last + nh * X * Z + cell, M, mask=in_cell)
 
-    Both ends are known, so what rounding left of the sum at the first token is taken from all tokens in proportion to
-    how far they are from the end. Where e^g is 0 the gradient is 0, and is set to it.
+
+@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
+def delta_chunks(
+    do, dv, news, q, k, beta, g, sums, states, cotangents, met, borders, dq, dk, dbeta, dg,
+    tokens, heads, parts, count_rows,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, MET: tl.constexpr,
+):  # fmt: skip
+    """A slice (of K) of dq and dk of every chunk from the memory before it and the cotangent behind it; its parts of dβ
+    and dg: slices (b t) h.
+
+    With MET, the slices of `met`, dg's sum goes from the chunk's end, where <M, D> is e^{b_C} <M, E> and what the chunk
+    wrote, to its start.
+    Where e^g is 0 it is 0, and is set to it. Products: 3·C·BK·BV + 4·C·C·(BV + BK) multiply-adds.
     """
     pid = tl.program_id(0)
-    segment = pid % segments
-    h = (pid // segments) % heads
-    n = pid // segments // heads
+    s = pid % SLICES
+    part = (pid // SLICES) % parts
+    h = (pid // SLICES // parts) % heads
+    n = pid // SLICES // parts // heads
     start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
-    at = ((n * heads + h).to(tl.int64) * slots + segment) * CELLS
+    first, stop = part_of(length, part, parts)
     line = h.to(tl.int64) * (count_rows // heads) + start
-    later = tl.zeros((), tl.float64)
-    missing = tl.zeros((), tl.float64)
-    if ENDS:
-        later = product_of(last, behind, at, CELLS, CELL_BLOCK)
-    if STARTS:
-        missing = product_of(memory, cotangent, at, CELLS, CELL_BLOCK)
-    missing -= later
-    for i in range(0, tl.cdiv(stop - first, BLOCK)):
-        t = first + i * BLOCK + tl.arange(0, BLOCK)
-        missing -= tl.sum(change_of(asked, answered, line + t, t < stop, count_rows, QS, KS), 0)
-    missing = missing / tl.maximum(stop - first, 1).to(tl.float64)
-    for i in range(0, tl.cdiv(stop - first, BLOCK)):
-        t = stop - (i + 1) * BLOCK + tl.arange(0, BLOCK)
-        inside = t >= first
-        change = change_of(asked, answered, line + t, inside, count_rows, QS, KS)
-        value = later + tl.cumsum(change, 0, reverse=True) + missing * (stop - t).to(tl.float64)
-        rows = (start + t) * heads + h
-        gate = tl.load(g + rows, mask=inside, other=0.0)
-        tl.store(dg + rows, tl.where(gate < -104.0, 0.0, value.to(tl.float32)), mask=inside)
-        later += tl.sum(change, 0)
+    ic, iv = tl.arange(0, C), tl.arange(0, BV)
+    ik = s * BK + tl.arange(0, BK)
+    in_k, in_v = ik < K, iv < V
+    here, other = ic[:, None], ic[None, :]
+    cell = ik[:, None] * V + iv[None, :]
+    in_cell = in_k[:, None] & in_v[None, :]
+    for i in range(0, tl.cdiv(stop - first, C)):
+        begin = first + i * C
+        t = begin + ic
+        inside = t < stop
+        row = (start + begin) * heads + h
+        at_k = row * K + here * (heads * K) + ik[None, :]
+        at_v = row * V + here * (heads * V) + iv[None, :]
+        ok_k, ok_v = inside[:, None] & in_k[None, :], inside[:, None] & in_v[None, :]
+        place = (place_of(start, n, begin, C) * heads + h).to(tl.int64) * K * V
+        bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
+        bdv = tl.load(dv + at_v, mask=ok_v, other=0.0)
+        br = tl.load(news + at_v, mask=ok_v, other=0.0)
+        bq = tl.load(q + at_k, mask=ok_k, other=0.0)
+        bk = tl.load(k + at_k, mask=ok_k, other=0.0)
+        M = tl.load(states + place + cell, mask=in_cell, other=0.0)
+        E = tl.load(cotangents + place + cell, mask=in_cell, other=0.0)
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+
+        if GATE != 0:
+            count = tl.minimum(stop - begin, C)
+            hi, lo, after, total = sums_of(
+                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
+            )
+            reading, writing = tl.exp2(hi)[:, None], tl.exp2(after)[:, None]
+        if MET > 0:
+            at_met = (place_of(start, n, begin, C) * heads + h) * MET
+            later = tl.load(met + at_met)
+            for slice in tl.static_range(1, MET):
+                later += tl.load(met + at_met + slice)
+            later = tl.where(s == 0, later * tl.exp2(total), 0.0)
+
+        # one product of pairs after the other: all at once they do not fit in registers
+        pairs = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
+        own = tl.sum(tl.where(here == other, pairs, 0.0), 1)  # r_t·do_t
+        asked = tl.dot(bdo, tl.trans(M), input_precision=PRECISION)
+        if GATE != 0:
+            pairs = pairs * decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
+            asked = asked * reading
+        pairs = tl.where(here > other, pairs * strength[None, :], 0.0).to(bk.dtype)
+        asked = tl.dot(pairs, bk, asked, input_precision=PRECISION)
+        asked += (strength * own)[:, None] * bk.to(tl.float32)
+        if MET > 0:
+            change = tl.sum(asked * bq.to(tl.float32), 1)
+        tl.store(dq + at_k, asked, mask=ok_k)
+
+        pairs = tl.dot(bdv, tl.trans(br), input_precision=PRECISION)
+        if MET > 0:  # r·dv, once
+            change -= tl.sum(tl.where((here == other) & (s == 0), pairs, 0.0), 1)
+        erased = tl.dot(bdv, tl.trans(M), input_precision=PRECISION)
+        if GATE != 0:
+            pairs = pairs * decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
+            erased = erased * reading
+        pairs = tl.where(here > other, pairs * strength[None, :], 0.0).to(bk.dtype)
+        erased = tl.dot(pairs, bk, erased, input_precision=PRECISION)
+        if MET > 0:
+            change -= tl.sum(erased * bk.to(tl.float32), 1)
+
+        answered = tl.dot(br, tl.trans(E), input_precision=PRECISION)
+        if GATE != 0:
+            answered = answered * writing
+        if MET > 0:
+            later += tl.sum(strength * tl.sum(answered * bk.to(tl.float32), 1), 0)
+        pairs = tl.dot(br, tl.trans(bdo), input_precision=PRECISION)
+        if GATE != 0:
+            pairs = pairs * decays_of(hi, lo, g, 0, ic, GATE, EXACT, True)
+        pairs = tl.where(here <= other, pairs, 0.0).to(bk.dtype)
+        answered = tl.dot(pairs, bq, answered, input_precision=PRECISION)
+        pairs = tl.dot(br, tl.trans(bdv), input_precision=PRECISION)
+        if GATE != 0:
+            pairs = pairs * decays_of(hi, lo, g, 0, ic, GATE, EXACT, True)
+        pairs = tl.where(here < other, -pairs, 0.0).to(bk.dtype)
+        answered = tl.dot(pairs, bk, answered, input_precision=PRECISION)
+        rows = row + ic * heads
+        at = s.to(tl.int64) * count_rows + rows
+        tl.store(dbeta + at, tl.sum(answered * bk.to(tl.float32), 1), mask=inside)
+        tl.store(dk + at_k, strength[:, None] * answered - erased, mask=ok_k)
+        if MET > 0:
+            value = later + tl.cumsum(change, 0, reverse=True)
+            gate = tl.load(g + rows, mask=inside, other=0.0)
+            tl.store(dg + at, tl.where(gate < -104.0, 0.0, value), mask=inside)
 
 
 @triton.jit
@@ -609,8 +521,13 @@ def columns_of(x: Tensor, z: Tensor) -> int:
 
 
 def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
-    """In how many segments the sweeps for dq and dk run: of 512 tokens (where documents share a row, on average)."""
-    return max(1, triton.cdiv(q.shape[0] * q.shape[1], max(sequences, 1) * 512))
+    """In how many segments to cut each sequence. What a segment does to a memory costs two sweeps more, so only where
+    not a quarter of the GPU would be busy; two programs a multiprocessor, and at least 512 tokens a segment."""
+    if padded(q.shape[-1]) > FOLDED:
+        return 1
+    programs = max(1, sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns_of(q, v)))
+    wanted = 2 * decay.multiprocessors(q.device) // programs
+    return 1 if wanted < 8 else min(wanted, max(1, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
 
 
 def kind_of(x: Tensor, g: Tensor | None, borders: Tensor | None) -> dict:
@@ -663,91 +580,107 @@ def prepare(q, k, beta, g, sums, borders) -> tuple[Tensor, Tensor, Tensor]:
     return scores, itself, solved
 
 
-def pairs(do, dv, news, q, k, beta, g, sums, borders, part) -> tuple[Tensor, Tensor, Tensor]:
-    """`delta_pairs`; with `part` its share of dg goes there."""
-    (b, t, h, K), V = q.shape, dv.shape[-1]
-    chunk, parts, exact = chunk_for(k), parts_of(k, borders), k.element_size() == 4
-    told, erased = (k.new_empty(b, t, h, chunk) for _ in range(2))
-    own = beta.new_empty(h, b * t)
+def memories(x: Tensor, z: Tensor, borders: Tensor | None, chunk: int) -> tuple[int, ...]:
+    """The shape of the memories of all chunks: `place_of`."""
+    b, t, h, X = x.shape
+    return triton.cdiv(b * t, chunk) + sequences_of(x, borders), h, X, z.shape[-1]
+
+
+def fold(states, moves, first, reverse: bool, exact: bool) -> Tensor:
+    """`delta_fold`, in place; returns the memory at the far end."""
+    n, h, _, K, V = states.shape
+    last = torch.empty_like(states[:, :, 0])
+    columns = min(32, padded(V))
+    slices = triton.cdiv(V, columns)
     decay.launch(
-        delta_pairs, sequences_of(k, borders) * h * parts,
-        do, dv, news, q, k, beta, g, sums, borders, told, erased, own, part, t, h, parts, beta.numel(),
-        K=K, V=V, BK=padded(K), BV=padded(V), C=chunk, PART=part is not None,
-        **kind_of(k, g, borders), num_warps=4 if chunk == 64 else 1, num_stages=1 if exact else 2,
+        delta_fold, n * h * slices, states, moves, first, last, moves.shape[2],
+        X=K, Z=V, BX=padded(K), BZ=columns, SLICES=slices, REVERSE=reverse, FIRST=first is not None,
+        PRECISION="ieee" if exact else "tf32x3", num_warps=8,
     )  # fmt: skip
-    return told, erased, own
+    return last
 
 
 def forward(q, k, v, beta, g, memory, borders, segments: int, wide: bool, keep: bool) -> tuple[Tensor, ...]:
-    """(o, the last memory, the memories between segments, r, A, q·k, Y). `wide`: o in float32.
+    """(o, the last memory, r, the memory before every chunk, what segments do to memories, A, q·k, Y).
 
-    `keep`: r and, where there are several segments, the memories are kept for the gradient; else they are empty.
+    `wide`: o in float32. `keep`: what the gradient needs is kept; else the third and fourth are empty. The fifth is
+    where there is one segment.
     """
-    chunk = chunk_for(k)
-    sums = sums_in_chunks(g, borders, q.element_size() == 4, chunk)
-    scores, itself, solved = prepare(q, k, beta, g, sums, borders)
+    chunk, exact = chunk_for(k), q.element_size() == 4
+    sums = sums_in_chunks(g, borders, exact, chunk)
+    prepared = prepare(q, k, beta, g, sums, borders)
     shape = shape_of(q, v, g, borders, chunk)
-    n, h, K, V = sequences_of(q, borders), *q.shape[2:], v.shape[-1]
+    n, (_, t, h, K), V = sequences_of(q, borders), q.shape, v.shape[-1]
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     news = torch.empty_like(v) if keep else v.new_empty(0)
-    last = q.new_empty(n, h, K, V, dtype=torch.float32)
-    several = keep and segments > 1
-    states = last.new_empty((n, h, segments + 1, K, V) if several else 0)
+    states = q.new_empty(memories(q, v, borders, chunk) if keep else 0)
+    last = entry = memory
+    given, moves, slots = (q, k, v, beta, g, sums, *prepared, borders), beta.new_empty(0), 1
+    if segments > 1:
+        slots = segments + 1
+        entry, moves = beta.new_empty(n, h, slots, K, V), beta.new_empty(n, h, segments, K, K)
+        more = triton.cdiv(K, shape["BZ"])
+        decay.launch(
+            delta_values, (shape["SLICES"] + more) * segments * h * n,
+            *given, None, None, None, None, entry, moves, t, h, segments, slots, beta.numel(),
+            **shape, ENTRY=False, KEEP=False, SPAN=True, MOVES=more,
+        )  # fmt: skip
+        last = fold(entry, moves, memory, False, exact)
+    else:
+        last = beta.new_empty(n, h, K, V)
     decay.launch(
-        delta_values, shape["SLICES"] * h * n,
-        q, k, v, beta, g, sums, scores, itself, solved, borders, memory, o, news, states, last,
-        q.shape[1], h, segments if several else 1, beta.numel(),
-        **shape, ENTRY=memory is not None, NEWS=keep, STATES=several,
+        delta_values, shape["SLICES"] * segments * h * n,
+        *given, entry, o, news, states, last, None, t, h, segments, slots, beta.numel(),
+        **shape, ENTRY=entry is not None, KEEP=keep, SPAN=False, MOVES=0,
     )  # fmt: skip
-    return o, last, states, news, scores, itself, solved
+    return o, last, news, states, moves, *prepared
 
 
 def backward(
-    do, dlast, q, k, v, beta, g, memory, borders, last, states, news, scores, itself, solved, want_g: bool
+    do, dlast, q, k, v, beta, g, memory, borders, news, states, moves, scores, itself, solved, want_g: bool
 ) -> tuple:
     """(dq, dk, dv, dβ, dg or None, dmemory) from the cotangents of o and of the last memory (None: zeros)."""
-    several, count = states.numel() > 0, beta.numel()
-    segments = states.shape[2] - 1 if several else 1
-    slots = segments + 1 if several else 1
-    chunk = chunk_for(k)
-    sums = sums_in_chunks(g, borders, q.element_size() == 4, chunk)
-    n, (b, t, h, _) = sequences_of(q, borders), q.shape
+    chunk, exact, count = chunk_for(k), q.element_size() == 4, beta.numel()
+    sums = sums_in_chunks(g, borders, exact, chunk)
+    n, (b, t, h, K), V = sequences_of(q, borders), q.shape, v.shape[-1]
+    segments = moves.shape[2] if moves.numel() else 1
+    shape = shape_of(q, v, g, borders, chunk)
+    given = (do, q, k, beta, g, sums, scores, itself, solved, borders)
     want_g = want_g and g is not None
-
-    by_value, by_key = shape_of(q, v, g, borders, chunk), shape_of(v, q, g, borders, chunk)
-    dv, dmemory, cotangents = torch.empty_like(v), torch.empty_like(last), torch.empty_like(states)
-    answered, dbeta = (beta.new_empty(by_value["SLICES"], h, b * t) for _ in range(2))
-    decay.launch(
-        delta_answers, by_value["SLICES"] * h * n,
-        do, q, k, news, beta, g, sums, scores, itself, solved, borders, dlast, dv, dbeta, answered, cotangents, dmemory,
-        t, h, segments, count, **by_value, ENTRY=dlast is not None, PART=want_g, STATES=several,
-    )  # fmt: skip
-
-    asked = beta.new_empty(by_key["SLICES"] + 1, h, b * t)
-    told, erased, own = pairs(do, dv, news, q, k, beta, g, sums, borders, asked[-1] if want_g else None)
-    before, behind = (states, cotangents[:, :, 1:]) if several else (memory, dlast)
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    run, programs = (t, h, segments, slots, count), by_key["SLICES"] * segments * h * n
-    decay.launch(
-        delta_queries, programs,
-        do, dv, news, q, k, beta, g, sums, told, erased, own, borders, before, dq, dk, asked, *run,
-        **by_key, ENTRY=before is not None, PART=want_g,
-    )  # fmt: skip
-    decay.launch(
-        delta_keys, programs, do, dv, news, q, k, beta, g, sums, told, erased, own, borders, behind, dk, *run,
-        **by_key, ENTRY=behind is not None,
-    )  # fmt: skip
-    dg = None
-    if want_g:
-        starts = (states, cotangents) if several else (memory, dmemory)
-        ends = (states[:, :, 1:], behind) if several else (last, dlast)
-        dg = torch.empty_like(g)
+    dv, cotangents, entry, slots = torch.empty_like(v), torch.empty_like(states), dlast, 1
+    met = beta.new_empty(*states.shape[:2], shape["SLICES"]) if want_g else None
+    if segments > 1:
+        slots = segments + 1
+        entry = beta.new_empty(n, h, slots, K, V)
         decay.launch(
-            delta_dg, segments * h * n, asked, answered, g, borders, *starts, *ends, dg, *run,
-            QS=asked.shape[0], KS=answered.shape[0], CELLS=q.shape[-1] * v.shape[-1], BLOCK=256, CELL_BLOCK=2048,
-            PACKED=borders is not None, STARTS=starts[0] is not None, ENDS=ends[1] is not None,
+            delta_answers, shape["SLICES"] * segments * h * n,
+            *given, None, None, None, None, None, entry, t, h, segments, slots, count,
+            **shape, ENTRY=False, SPAN=True, MET=False,
         )  # fmt: skip
-    return dq, dk, dv, dbeta.sum(0).view(h, b, t).permute(1, 2, 0).contiguous(), dg, dmemory
+        dmemory = fold(entry, moves, dlast, True, exact)
+        entry = entry[:, :, 1:]
+    else:
+        dmemory = beta.new_empty(n, h, K, V)
+    decay.launch(
+        delta_answers, shape["SLICES"] * segments * h * n,
+        *given, entry, states, dv, cotangents, met, dmemory, t, h, segments, slots, count,
+        **shape, ENTRY=entry is not None, SPAN=False, MET=want_g,
+    )  # fmt: skip
+
+    columns, warps, stages = CHUNKS[padded(K), q.element_size()]
+    columns = min(columns, padded(K))
+    slices, parts = triton.cdiv(K, columns), parts_of(k, borders)
+    dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), beta.new_empty(slices, b, t, h)
+    dg = torch.empty_like(dbeta) if want_g else None
+    decay.launch(
+        delta_chunks, slices * parts * h * n,
+        do, dv, news, q, k, beta, g, sums, states, cotangents, met, borders, dq, dk, dbeta, dg,
+        t, h, parts, count,
+        K=K, V=V, BK=columns, BV=padded(V), SLICES=slices, C=chunk,
+        MET=shape["SLICES"] if want_g else 0, **kind_of(q, g, borders), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    dbeta, dg = (y if y is None else y[0] if slices == 1 else y.sum(0) for y in (dbeta, dg))
+    return dq, dk, dv, dbeta, dg, dmemory
 
 
 def step(q, k, v, beta, g, memory) -> Tensor:
