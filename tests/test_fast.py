@@ -309,7 +309,7 @@ def test_only_what_is_asked_is_computed_by_delta_rules(name, launched):
     o, _ = quick.recurrence(row, tokens)
     torch.autograd.grad(o.sum(), given)
     gates = {"decay_sums": 2} if sums else {}
-    each = ("prepare", "values", "answers", "chunks")
+    each = ("prepare", "values", "answers", "pairs", "chunks")
     assert launched == {**{f"delta_{name}": 1 for name in each}, **gates}
 
 

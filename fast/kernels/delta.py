@@ -373,8 +373,50 @@ def delta_fold(
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
+def delta_pairs(
+    do, dv, news, g, sums, borders, told, gone, own, tokens, heads, parts, count_rows,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(do rᵀ) γ and (dv rᵀ) γ of every chunk, b t h C in the tokens' dtype, zeros on and above the diagonal; their
+    diagonals r·do and r·dv: 2 h (b t). 2·C·C·V multiply-adds a chunk."""
+    pid = tl.program_id(0)
+    part = pid % parts
+    h = (pid // parts) % heads
+    start, length = run_of(borders, pid // parts // heads, tokens, PACKED)
+    first, stop = part_of(length, part, parts)
+    line = h.to(tl.int64) * (count_rows // heads) + start
+    ic, iv = tl.arange(0, C), tl.arange(0, BV)
+    here, other = ic[:, None], ic[None, :]
+    for i in range(0, tl.cdiv(stop - first, C)):
+        begin = first + i * C
+        t = begin + ic
+        inside = t < stop
+        row = (start + begin) * heads + h
+        at_v = row * V + here * (heads * V) + iv[None, :]
+        ok_v = inside[:, None] & (iv < V)[None, :]
+        bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
+        bdv = tl.load(dv + at_v, mask=ok_v, other=0.0)
+        br = tl.load(news + at_v, mask=ok_v, other=0.0)
+        P = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
+        D = tl.dot(bdv, tl.trans(br), input_precision=PRECISION)
+        tl.store(own + line + t, tl.sum(tl.where(here == other, P, 0.0), 1), mask=inside)
+        tl.store(own + count_rows + line + t, tl.sum(tl.where(here == other, D, 0.0), 1), mask=inside)
+        if GATE != 0:
+            count = tl.minimum(stop - begin, C)
+            hi, lo, _, _ = sums_of(
+                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
+            )
+            between = decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
+            P, D = P * between, D * between
+        at_c = row * C + here * (heads * C) + other
+        tl.store(told + at_c, tl.where(here > other, P, 0.0), mask=inside[:, None])
+        tl.store(gone + at_c, tl.where(here > other, D, 0.0), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
 def delta_chunks(
-    do, dv, news, q, k, beta, g, sums, states, cotangents, met, borders, dq, dk, dbeta, dg,
+    do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, borders, dq, dk, dbeta, dg,
     tokens, heads, parts, count_rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, MET: tl.constexpr,
@@ -383,8 +425,7 @@ def delta_chunks(
     and dg: slices (b t) h.
 
     With MET, the slices of `met`, dg's sum goes from the chunk's end, where <M, D> is e^{b_C} <M, E> and what the chunk
-    wrote, to its start.
-    Where e^g is 0 it is 0, and is set to it. Products: 3·C·BK·BV + 4·C·C·(BV + BK) multiply-adds.
+    wrote, to its start. Where e^g is 0 it is 0, and is set to it. 3·C·BK·BV + 4·C·C·BK multiply-adds a chunk.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -397,7 +438,6 @@ def delta_chunks(
     ic, iv = tl.arange(0, C), tl.arange(0, BV)
     ik = s * BK + tl.arange(0, BK)
     in_k, in_v = ik < K, iv < V
-    here, other = ic[:, None], ic[None, :]
     cell = ik[:, None] * V + iv[None, :]
     in_cell = in_k[:, None] & in_v[None, :]
     for i in range(0, tl.cdiv(stop - first, C)):
@@ -405,78 +445,62 @@ def delta_chunks(
         t = begin + ic
         inside = t < stop
         row = (start + begin) * heads + h
-        at_k = row * K + here * (heads * K) + ik[None, :]
-        at_v = row * V + here * (heads * V) + iv[None, :]
+        at_k = row * K + ic[:, None] * (heads * K) + ik[None, :]
+        at_v = row * V + ic[:, None] * (heads * V) + iv[None, :]
+        at_c = row * C + ic[:, None] * (heads * C) + ic[None, :]
         ok_k, ok_v = inside[:, None] & in_k[None, :], inside[:, None] & in_v[None, :]
-        place = (place_of(start, n, begin, C) * heads + h).to(tl.int64) * K * V
+        chunk = (place_of(start, n, begin, C) * heads + h).to(tl.int64)
         bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
         bdv = tl.load(dv + at_v, mask=ok_v, other=0.0)
         br = tl.load(news + at_v, mask=ok_v, other=0.0)
         bq = tl.load(q + at_k, mask=ok_k, other=0.0)
         bk = tl.load(k + at_k, mask=ok_k, other=0.0)
-        M = tl.load(states + place + cell, mask=in_cell, other=0.0)
-        E = tl.load(cotangents + place + cell, mask=in_cell, other=0.0)
+        M = tl.load(states + chunk * K * V + cell, mask=in_cell, other=0.0)
+        E = tl.load(cotangents + chunk * K * V + cell, mask=in_cell, other=0.0)
+        P = tl.load(told + at_c, mask=inside[:, None], other=0.0)
+        D = tl.load(gone + at_c, mask=inside[:, None], other=0.0)
         strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-
+        itself = tl.load(own + line + t, mask=inside, other=0.0)
         if GATE != 0:
             count = tl.minimum(stop - begin, C)
-            hi, lo, after, total = sums_of(
+            hi, _, after, total = sums_of(
                 g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
             )
-            reading, writing = tl.exp2(hi)[:, None], tl.exp2(after)[:, None]
-        if MET > 0:
-            at_met = (place_of(start, n, begin, C) * heads + h) * MET
-            later = tl.load(met + at_met)
-            for slice in tl.static_range(1, MET):
-                later += tl.load(met + at_met + slice)
-            later = tl.where(s == 0, later * tl.exp2(total), 0.0)
+        written = (strength[:, None] * bk.to(tl.float32)).to(bk.dtype)
 
-        # one product of pairs after the other: all at once they do not fit in registers
-        pairs = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
-        own = tl.sum(tl.where(here == other, pairs, 0.0), 1)  # r_t·do_t
         asked = tl.dot(bdo, tl.trans(M), input_precision=PRECISION)
         if GATE != 0:
-            pairs = pairs * decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
-            asked = asked * reading
-        pairs = tl.where(here > other, pairs * strength[None, :], 0.0).to(bk.dtype)
-        asked = tl.dot(pairs, bk, asked, input_precision=PRECISION)
-        asked += (strength * own)[:, None] * bk.to(tl.float32)
+            asked = asked * tl.exp2(hi)[:, None]
+        asked = tl.dot(P, written, asked, input_precision=PRECISION)
+        asked += (strength * itself)[:, None] * bk.to(tl.float32)
         if MET > 0:
             change = tl.sum(asked * bq.to(tl.float32), 1)
         tl.store(dq + at_k, asked, mask=ok_k)
 
-        pairs = tl.dot(bdv, tl.trans(br), input_precision=PRECISION)
-        if MET > 0:  # r·dv, once
-            change -= tl.sum(tl.where((here == other) & (s == 0), pairs, 0.0), 1)
         erased = tl.dot(bdv, tl.trans(M), input_precision=PRECISION)
         if GATE != 0:
-            pairs = pairs * decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
-            erased = erased * reading
-        pairs = tl.where(here > other, pairs * strength[None, :], 0.0).to(bk.dtype)
-        erased = tl.dot(pairs, bk, erased, input_precision=PRECISION)
+            erased = erased * tl.exp2(hi)[:, None]
+        erased = tl.dot(D, written, erased, input_precision=PRECISION)
         if MET > 0:
             change -= tl.sum(erased * bk.to(tl.float32), 1)
 
         answered = tl.dot(br, tl.trans(E), input_precision=PRECISION)
         if GATE != 0:
-            answered = answered * writing
+            answered = answered * tl.exp2(after)[:, None]
         if MET > 0:
-            later += tl.sum(strength * tl.sum(answered * bk.to(tl.float32), 1), 0)
-        pairs = tl.dot(br, tl.trans(bdo), input_precision=PRECISION)
-        if GATE != 0:
-            pairs = pairs * decays_of(hi, lo, g, 0, ic, GATE, EXACT, True)
-        pairs = tl.where(here <= other, pairs, 0.0).to(bk.dtype)
-        answered = tl.dot(pairs, bq, answered, input_precision=PRECISION)
-        pairs = tl.dot(br, tl.trans(bdv), input_precision=PRECISION)
-        if GATE != 0:
-            pairs = pairs * decays_of(hi, lo, g, 0, ic, GATE, EXACT, True)
-        pairs = tl.where(here < other, -pairs, 0.0).to(bk.dtype)
-        answered = tl.dot(pairs, bk, answered, input_precision=PRECISION)
+            later = tl.sum(strength * tl.sum(answered * bk.to(tl.float32), 1), 0)
+        answered = tl.dot(tl.trans(P), bq, answered, input_precision=PRECISION)
+        answered = tl.dot(tl.trans(D), (-bk.to(tl.float32)).to(bk.dtype), answered, input_precision=PRECISION)
+        answered += itself[:, None] * bq.to(tl.float32)
         rows = row + ic * heads
         at = s.to(tl.int64) * count_rows + rows
         tl.store(dbeta + at, tl.sum(answered * bk.to(tl.float32), 1), mask=inside)
         tl.store(dk + at_k, strength[:, None] * answered - erased, mask=ok_k)
         if MET > 0:
+            if s == 0:
+                change -= tl.load(own + count_rows + line + t, mask=inside, other=0.0)
+                for slice in tl.static_range(MET):
+                    later += tl.load(met + chunk * MET + slice) * tl.exp2(total)
             value = later + tl.cumsum(change, 0, reverse=True)
             gate = tl.load(g + rows, mask=inside, other=0.0)
             tl.store(dg + at, tl.where(gate < -104.0, 0.0, value), mask=inside)
@@ -670,11 +694,17 @@ def backward(
     columns, warps, stages = CHUNKS[padded(K), q.element_size()]
     columns = min(columns, padded(K))
     slices, parts = triton.cdiv(K, columns), parts_of(k, borders)
+    told, gone, own = torch.empty_like(scores), torch.empty_like(scores), beta.new_empty(2, h, b * t)
+    decay.launch(
+        delta_pairs, parts * h * n, do, dv, news, g, sums, borders, told, gone, own, t, h, parts, count,
+        V=V, BV=padded(V), C=chunk, **kind_of(q, g, borders),
+        num_warps=4 if chunk == 64 else 1, num_stages=1 if exact else 2,
+    )  # fmt: skip
     dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), beta.new_empty(slices, b, t, h)
     dg = torch.empty_like(dbeta) if want_g else None
     decay.launch(
         delta_chunks, slices * parts * h * n,
-        do, dv, news, q, k, beta, g, sums, states, cotangents, met, borders, dq, dk, dbeta, dg,
+        do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, borders, dq, dk, dbeta, dg,
         t, h, parts, count,
         K=K, V=V, BK=columns, BV=padded(V), SLICES=slices, C=chunk,
         MET=shape["SLICES"] if want_g else 0, **kind_of(q, g, borders), num_warps=warps, num_stages=stages,
