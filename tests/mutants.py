@@ -418,8 +418,8 @@ MUTANTS = [
     Mutant(
         "a delta rule's keys have no gradient from what they erase",
         "fast/kernels/delta.py",
-        "tl.store(dk + row * Z + at_z, -erased, mask=in_rows_z)",
-        "tl.store(dk + row * Z + at_z, erased * 0.0, mask=in_rows_z)",
+        "tl.store(dk + at_k, strength[:, None] * answered - erased, mask=ok_k)",
+        "tl.store(dk + at_k, strength[:, None] * answered, mask=ok_k)",
         "tests/test_fast.py -k delta_net",
     ),
     Mutant(

@@ -20,39 +20,41 @@ and E the state from behind the chunk, û = β r has the cotangent dû_t = k_t D
 The last with dg_{T+1} = <M_T, dM_T>: <M_t, D_t> is q_t·dq_t + dg_{t+1}, and dg_t = <M̂, D_t - k_tᵀ dv_t>. (In sum
 r_t + k_t M̂ is v_t. But the memory that goes with rounded r is another by as much, and the sum over tokens sees it.)
 
-Six kernels. `delta_solve` finds Y for all chunks at once: by elimination in blocks of 16 tokens, all blocks of the
-chunk together, and by halves above: Y_b of the two halves, L_o of the later half's tokens with the earlier's keys,
-Z = L_o - L_o β Y_b, Y = Y_b + Z - Y_b β Z. The others are sweeps as in `decay.py`: a program owns a slice of the
-output's columns, streams through time and keeps its slice of the state in registers.
+Two kernels know nothing of memories and run for all chunks at once: `delta_prepare` makes A = stril(q kᵀ γ), q·k and
+Y, by halves from single tokens up: Y_b of the two halves, L_o of the later half's tokens with the earlier's keys,
+Z = L_o - L_o β Y_b, Y = Y_b + Z - Y_b β Z. `delta_pairs` makes stril(do rᵀ γ), stril(dv rᵀ γ) and their diagonals. Two
+are sweeps as in `decay.py`: a program owns a slice of the output's columns, streams through time and keeps its slice of
+the state in registers; with a gradient in sight they leave the state of every chunk in the tokens' dtype, as products
+take it. From these `delta_chunks` has the rest, again for all chunks at once.
 
-    delta_values     o, r         forwards     S     K × V     a slice of V
-    delta_answers    dv, dβ       backwards    E     K × V     a slice of V
-    delta_queries    dq, -dv M̂ᵀ   forwards     Sᵀ    V × K     a slice of K
-    delta_keys       dk           backwards    Eᵀ    V × K     a slice of K
-    delta_dg         dg           from numbers that the second and third leave, one a token, head and slice
+    delta_values     o, r          forwards     the memory before every chunk         S     K × V     a slice of V
+    delta_answers    dv            backwards    the cotangent behind every chunk      E     K × V     a slice of V
+    delta_chunks     dq dk dβ dg   all at once                                                        a slice of K
 
-Segments. To know what a stretch of tokens does to a memory costs a K × K matrix, so the first two go through whole
-sequences. They leave the states at the borders of segments, and the last two run in all segments at once. The segments
-are for exactness, too: a delta rule corrects the errors of its own memory, but a memory that is built again from r, as
-`delta_queries` does, or from dv keeps the rounding of each. Over 2,048 tokens without gates that left the error budget.
+Two more sweeps (a memory built again from r, a cotangent from dv) instead of memories kept, 4 U on the way, made the
+whole 1.3 to 1.5 times slower, each of their slices reading do, dv and r, and less exact: a delta rule corrects the
+errors of its own memory, one built again keeps the rounding of each token.
 
-Gates. As in `decay.py`, whose sums of gates these are. A token's own term, (q·k) (β r · do), is in q·dq and in r·dv and
-cancels: it is left out of both. k M̂ · dv is k·(M̂ dvᵀ), so the queries have it, in their slices. What a chunk gives to
-q·dq is taken from scores in float32, and `delta_dg` knows dg at both ends of a segment: without either, what rounding
-left after 512 tokens was outside the error budget.
+Segments. What a stretch of tokens does to a memory costs a K × K matrix: the sweep once more without outputs, from zero
+and from the identity (SPAN). Then `delta_fold` has the memories between, and all segments run at once. So it is done
+only where there are too few programs for a quarter of the GPU.
 
-Precision. Y is found in float32: in products of tf32 for 16-bit tokens, whose own rounding is coarser, and it is
-stored as they are. A chunk has at most K tokens: more keys than channels depend on each other and the system loses
-digits (chunks of float32 have 16 all the same).
+Gates. As in `decay.py`, whose sums of gates these are. The sum for dg runs within a chunk alone: <M, E> is known for
+every chunk (`delta_answers` has E and reads M back). A token's own term, (q·k) (β r·do), is in q·dq and in r·dv.
 
-Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 64: `delta_solve` reads 1 U and writes
-1/2; values 3.5 and 1, and 1.5 for r and states where there is a gradient; answers 4.5 and 1.5; queries 4.5 (5.5 with a
-gate) and 2; keys 6.5 and 1. So 6 U forward where the floor is 4, and 28.5 U with the gradient where it is 11. Saved for
-the gradient: r, Y and states, 2 U. Multiply-adds a token and head: solving C·d, and 4·C² a chunk of more than 16 tokens
-by halves; values and answers 3·d² + slices·C·d + 2·C·d; queries and keys 3·d² + 2·slices·C·d + 2·C·d.
+Precision. Y is found in float32: in products of tf32 for bfloat16 tokens, of three tf32 for float16, and it is stored
+as they are. A chunk has at most K tokens: more keys than channels depend on each other and the system loses digits
+(chunks of float32 have 16 all the same).
+
+Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 64: `delta_prepare` reads 2 U and
+writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (6 with a gate) and 3; pairs 3 and 1; chunks 10 and 2. So
+8 U forward where the floor is 4, and 36 U with the gradient where it is 11. Kept for the gradient: r, A, Y and the
+memories, 4 U; on the way back the cotangents and pairs, 3 U. Multiply-adds a token and head: preparing 2·C·d and 10·C²;
+values and answers 3·d² + 2·C·d; pairs 2·C·d; chunks 3·d² + 4·C·d.
 
 Compilers: what `decay.py` says. No dot's result is transposed; no 16-bit line of CONFIG has one stage. Compiled for
-Hopper by Triton 3.7.1 at d = 128 in 16 bits the sweeps use all 255 registers and spill 12 to 48 numbers a thread.
+Hopper by Triton 3.7.1 at d = 128 in 16 bits the sweeps spill nothing; `delta_chunks` spills 42 numbers a thread, 122
+with the pairs' products in it.
 """
 
 import torch
