@@ -7,6 +7,7 @@ A group is a process group. None, or a group of one rank, has nobody to talk to:
 
 import contextlib
 import datetime
+import re
 from collections import Counter as Tally
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -151,6 +152,22 @@ def begun() -> bool:
 
 def end() -> None:
     dist.destroy_process_group()
+
+
+def another(timeout: float) -> Group:
+    """A second group of all processes, for tensors on CPU: what a thread says in it meets no other collective."""
+    return None if world() is None else dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+
+
+def lost(error: BaseException) -> str | None:
+    """What a collective found, in one line, when another rank was gone or silent; None if the error is another's.
+
+    Gloo raises plain RuntimeErrors: only their text, with a place in gloo's source, tells them from others.
+    """
+    line = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and re.search(r"gloo/|NCCL", line)):
+        return re.sub(r"^\[[^\]]*:\d+\] ", "", line)
+    return None
 
 
 def world() -> Group:
