@@ -46,7 +46,7 @@ def run(script: str, *arguments: str, ranks: int = 1, timeout: float = 120) -> s
 
 
 class End(NamedTuple):
-    """How a rank ended: exit code (negative: the signal), seconds after the start (None: it did not), standard error."""
+    """How a rank ended: exit code (negative: the signal), seconds from the start (None: it did not), standard error."""
 
     code: int | None
     seconds: float | None
@@ -58,11 +58,17 @@ class End(NamedTuple):
         return [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
 
 
-def forked(n: int, *arguments, before: Callable[[int], None] = lambda rank: None, seconds: float = 60) -> list[End]:
-    """train.py with these arguments on n ranks, forked: it starts in milliseconds, with nobody to stop the others when
-    one dies. `before(rank)` runs first in each, and may patch what it likes. Who still runs after `seconds` is killed.
-    """
-    import train  # and what it imports: once, before the fork
+def forked(
+    n: int, *arguments, before: Callable[[int], None], enough: int | None = None, seconds: float = 60
+) -> list[End]:
+    """train.py with these arguments on n ranks, forked: it starts quickly, with nobody to stop the others if one dies.
+    `before(rank)` runs first in each, and may patch what it likes. Who still runs when `enough` have ended (None: all),
+    or after `seconds`, is killed."""
+    import torch._dynamo
+
+    import train
+
+    assert torch._dynamo  # what every optimizer imports: once, before the fork
 
     fork, start = get_context("fork"), time.monotonic()
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
@@ -77,7 +83,7 @@ def forked(n: int, *arguments, before: Callable[[int], None] = lambda rank: None
         for child in ranks:
             child.start()
         ends = {}
-        while len(ends) < n and time.monotonic() < start + seconds:
+        while len(ends) < (enough or n) and time.monotonic() < start + seconds:
             for rank, child in enumerate(ranks):
                 if rank not in ends and child.exitcode is not None:
                     ends[rank] = time.monotonic() - start

@@ -100,7 +100,7 @@ def whole(corpus, tmp_path_factory) -> Path:
 
 # ----------------------------------------------------------------------------------------------- on another mesh
 
-WALK = [(1, 1), (2, 2), (1, 3), (4, 1), (1, 2), (1, 4), (3, 1), (2, 1)]  # data x sequence, one a step
+WALK = [(1, 1), (2, 2), (1, 3), (4, 1), (1, 2), (3, 1), (1, 4), (2, 1)]  # data x sequence, one a step
 
 
 def stopped_at(last: int):
@@ -141,7 +141,7 @@ def test_ranks_killed_in_steps_and_in_saves_lose_nothing_that_was_saved(corpus, 
     for rank, place, step, newest in KILLED:
         waited = ("--no-save-in-background",) if place == "step" else ()  # or it might be the pending save that dies
         ends = go(2, line(corpus, tmp_path, *waited), signalled(rank, place, step))
-        assert ends[rank].code == -signal.SIGKILL and not ends[rank].err.strip("\r\n ") or rank == 0
+        assert ends[rank].code == -signal.SIGKILL and not ends[rank].said
         assert_last_words(ends[1 - rank], 1 - rank, 2, r"lost the others \(.*\)", r"the same command goes on from step")
         assert published(tmp_path)[0] == newest, (rank, place)
     for end in go(3, line(corpus, tmp_path)):
@@ -151,13 +151,12 @@ def test_ranks_killed_in_steps_and_in_saves_lose_nothing_that_was_saved(corpus, 
 
 
 def test_a_silent_rank_ends_the_others_after_the_timeout(corpus, tmp_path):
-    start = time.monotonic()
     arguments = line(corpus, tmp_path, "--timeout", 2, "--no-save-in-background")
-    stopped, *others = go(3, arguments, signalled(0, "step", 5, signal.SIGSTOP), seconds=12)
-    assert stopped.code is None and time.monotonic() - start > 11
+    stopped, *others = go(3, arguments, signalled(0, "step", 5, signal.SIGSTOP), enough=2)
+    assert stopped.code is None
     for rank, end in enumerate(others, 1):
         assert_last_words(end, rank, 3, "after step 5 of 8", "silent for --timeout 2 s", "goes on from step 4$")
-        assert end.seconds < 10
+        assert end.seconds < 12
 
 
 # --------------------------------------------------------------------------------------------------- in the background
@@ -207,7 +206,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_first_step(corpus
 
 
 def test_only_what_the_network_says_is_a_lost_rank():
-    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1. This is typically x"
+    gloo = "[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1. This is typically x"
     assert comm.lost(RuntimeError(gloo)) == "Connection closed by peer [::1]:1"
     for error in (RuntimeError("CUDA out of memory"), RuntimeError(), ValueError(gloo), OSError(28, "full")):
         assert comm.lost(error) is None
@@ -263,7 +262,7 @@ def test_a_job_whose_rank_is_killed_goes_on_and_is_requeued_when_its_time_is_up(
     """torchrun starts the ranks anew after a SIGKILL; SLURM's signal becomes a checkpoint; the rest is done later."""
     out, stage, more = tmp_path / "run", tmp_path / "stage", ("--save-every", 10, "--evaluate-every", 1000)
     stage.mkdir()
-    job = submitted(stage, *line(corpus, out, *more, steps=150))
+    job = submitted(stage, *line(corpus, out, *more, steps=100))
     until(lambda: (out / "metrics.jsonl").exists() and len(steps_of(out)) >= 12, job)
     os.kill(process_of(out, 1), signal.SIGKILL)
     reached = max(steps_of(out))
@@ -275,8 +274,8 @@ def test_a_job_whose_rank_is_killed_goes_on_and_is_requeued_when_its_time_is_up(
     assert "lost the others" in err and "Traceback" not in "\n".join(x for x in err.splitlines() if "train.py" in x)
     assert (stage / "asked").read_text() == "--signal=TERM 4711\nrequeue 4711\n"
     stopped = published(out)[0]
-    assert f"stopped at step {stopped} of 150" in said and stopped > reached
+    assert f"stopped at step {stopped} of 100" in said and stopped > reached
     for where in (out, tmp_path / "whole"):  # two ranks both: rounding grows over so many steps
-        (*_, end) = go(2, line(corpus, where, *more, steps=150))
+        (*_, end) = go(2, line(corpus, where, *more, steps=100))
         assert end.code == 0, end.err
-    assert_same(checkpoint(out, 150), checkpoint(tmp_path / "whole", 150), 1e-12)
+    assert_same(checkpoint(out, 100), checkpoint(tmp_path / "whole", 100), 1e-12)
