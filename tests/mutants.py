@@ -413,7 +413,7 @@ MUTANTS = [
         "parallel/checkpoint.py",
         "        if isinstance(x, OSError):\n            raise x",
         "        if isinstance(x, OSError) and x is said:\n            raise x",
-        "tests/test_checkpoint.py -k says_so",
+        "tests/test_checkpoint.py -k background",
     ),
     Mutant(
         "any error of the run is a lost rank",

@@ -259,7 +259,7 @@ def process_of(out: Path, rank: int) -> int:
 
 
 def test_a_job_whose_rank_is_killed_goes_on_and_is_requeued_when_its_time_is_up(corpus, tmp_path):
-    """torchrun starts the ranks anew after a SIGKILL; SLURM's signal becomes a checkpoint; the rest is done later."""
+    """torchrun starts the ranks anew after a SIGKILL; SLURM's signal becomes a checkpoint, of the run it was."""
     out, stage, more = tmp_path / "run", tmp_path / "stage", ("--save-every", 10, "--evaluate-every", 1000)
     stage.mkdir()
     job = submitted(stage, *line(corpus, out, *more, steps=100))
@@ -275,7 +275,7 @@ def test_a_job_whose_rank_is_killed_goes_on_and_is_requeued_when_its_time_is_up(
     assert (stage / "asked").read_text() == "--signal=TERM 4711\nrequeue 4711\n"
     stopped = published(out)[0]
     assert f"stopped at step {stopped} of 100" in said and stopped > reached
-    for where in (out, tmp_path / "whole"):  # two ranks both: rounding grows over so many steps
-        (*_, end) = go(2, line(corpus, where, *more, steps=100))
+    exact = line(corpus, tmp_path / "whole", *more, steps=100)
+    for end in go(2, exact, stopped_at(stopped)):  # two ranks, too: rounding grows over so many steps
         assert end.code == 0, end.err
-    assert_same(checkpoint(out, 100), checkpoint(tmp_path / "whole", 100), 1e-12)
+    assert_same(checkpoint(out, stopped), checkpoint(tmp_path / "whole", stopped), 1e-12)
