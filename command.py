@@ -81,6 +81,12 @@ def refuse(prog: str, line: str) -> typing.NoReturn:
     raise SystemExit(2)
 
 
+def fail(prog: str, line: str) -> typing.NoReturn:
+    """The line, on every rank that calls this, and exit code 1: nobody's mistake."""
+    print(f"{prog}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
 def boxed(screen: str) -> str:
     """What tyro says in a box: its first two paragraphs, without the frame and the pointer to --help."""
     inside = [line.strip("│ ") for line in screen.splitlines() if line.startswith("│")]

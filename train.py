@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,7 +31,7 @@ from tqdm import tqdm
 import command
 from data import corpus
 from data.stream import Batch, Stream, evaluation
-from parallel import checkpoint, lasp, shard
+from parallel import checkpoint, comm, lasp, shard
 from parallel import mesh as meshes
 from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
 from reference.model import LanguageModel, decayed, experts_of, for_writing, initialize, starts
@@ -111,6 +112,10 @@ class Train:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest checkpoints that stay."""
+    save_in_background: bool = True
+    """Write checkpoints while training goes on, from a copy in the CPU's memory."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for another (which may be writing a checkpoint, or the report) before the run ends."""
     log_every: int = 10
     """Steps between lines."""
     patience: int = 10
@@ -132,6 +137,8 @@ class Train:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout}; it must be more than 0 seconds")
         if self.micro is not None and (self.micro < 1 or self.batch % self.micro):
             raise ValueError(f"micro {self.micro} must divide batch {self.batch}")
         if self.model.vocabulary < corpus.VOCABULARY:
@@ -527,7 +534,41 @@ def state_of(model, optimizer, step: int, skipped: int) -> dict:
     return {"model": model, "optimizer": optimizer, "step": step, "skipped": skipped}
 
 
-def train(config: Train) -> None:
+@dataclass
+class Place:
+    """Where the run is, for its last words: steps that were done, the checkpoint under way, the bar on the screen."""
+
+    step: int = 0
+    saver: checkpoint.Saver | None = None
+    bar: tqdm | None = None
+
+
+@contextlib.contextmanager
+def failures(config: Train, place: Place) -> Iterator[None]:
+    """Other ranks that are gone, and files that cannot be written, become one line on every rank that sees it, and exit
+    code 1. Anything else stays a traceback."""
+    try:
+        yield
+    except Exception as error:
+        gone = comm.lost(error)
+        if place.bar is not None:
+            place.bar.close()
+        if gone is None and place.saver is not None:
+            place.saver.settle()
+        if gone is None and not isinstance(error, OSError):
+            raise
+        what = (
+            f"lost the others ({gone}): one died, or was silent for --timeout {config.timeout:g} s" if gone else error
+        )
+        there = checkpoint.newest(Path(config.out) / "checkpoints")
+        command.fail(
+            "train.py",
+            f"{meshes.who()}, after step {place.step} of {config.steps}: {what}; "
+            f"the same command goes on from {f'step {there[0]}' if there else 'the start, as nothing was saved'}",
+        )
+
+
+def train(config: Train, place: Place) -> None:
     """The whole run: build, resume, loop, save, report."""
     with command.mistakes("train.py"):
         device = device_of(config)
@@ -544,15 +585,21 @@ def train(config: Train) -> None:
         checkpoint.load(folder.path / "checkpoints", state)
         step, skipped = state["step"], state["skipped"]
         folder.open(config, step)
+    place.step = step
+    saver = place.saver = checkpoint.Saver(
+        folder.path / "checkpoints", config.keep, config.save_in_background, config.timeout
+    )
     say = print if mesh.rank == 0 else (lambda *_: None)
     introduce(say, config, model, mesh, ops, device, step)
     flag, bad, start, tokens = Flag(), 0, time.perf_counter(), 0
     bar = tqdm(total=config.steps, initial=step, disable=mesh.rank > 0, unit="step", dynamic_ncols=True)
+    place.bar = bar
     stopped = False
     while step < config.steps and not stopped:
         batches = micro_batches(config, stream, feed, mesh, step, device)
-        result = one_step(config, model, ops, optimizer, batches, step, flag.up)
+        result = one_step(config, model, ops, optimizer, batches, step, flag.up or saver.failed())
         step, stopped, tokens = step + 1, result.stop, tokens + config.batch * config.length
+        place.step = step
         bar.update()
         bad = 0 if result.finite else bad + 1
         skipped += not result.finite
@@ -572,14 +619,17 @@ def train(config: Train) -> None:
             bar.write(spoken(line, result)) if mesh.rank == 0 else None
         if bad >= config.patience:
             bar.close()
+            saver.wait()
+            flag.lower()
             command.refuse(
                 "train.py",
                 f"stopped at step {step}: the gradients of {bad} steps in a row were not finite; "
                 f"lower --optimizer.rate (now {config.optimizer.rate}) or look at the data",
             )
         if step % config.save_every == 0 or last or stopped:
-            checkpoint.save(folder.path / "checkpoints", step, state_of(model, optimizer, step, skipped), config.keep)
+            saver.save(step, state_of(model, optimizer, step, skipped))
     bar.close()
+    saver.wait()
     flag.lower()
     folder.plot()
     if stopped and step < config.steps:
@@ -698,10 +748,12 @@ def report(say, config: Train, model, ops, mesh, folder: Folder, training, valid
 
 def main() -> None:
     config = command.choose(PRESETS, "train.py", __doc__)
-    with command.mistakes("train.py"):
-        meshes.launch()
+    place = Place()
     try:
-        train(config)
+        with failures(config, place):
+            with command.mistakes("train.py"):
+                meshes.launch(config.timeout)
+            train(config, place)
     finally:
         meshes.close()
 

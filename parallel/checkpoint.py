@@ -7,20 +7,27 @@
     folder/step-30.tmp/      being written, or left behind by a process that was killed
 
 A checkpoint is written aside and renamed when all ranks are done, so a process killed at any moment loses at most the
-one that it was writing. What is damaged later is found by the manifest, named, and passed over.
+one that it was writing. What is damaged later is found by the manifest, named, and passed over. A `Saver` writes while
+the run goes on, from a copy in the CPU's memory.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -34,25 +41,62 @@ from parallel import comm
 MANIFEST = "manifest.json"
 
 
+class Unsaved(OSError):
+    """A checkpoint that could not be written: one line, the same on every rank."""
+
+
 def save(folder: Path | str, step: int, state: dict, keep: int) -> Path:
     """Write folder/step-N, then remove all but the `keep` newest up to it. Every rank calls this; returns its path.
 
     `state` holds one model, perhaps its optimizer, and anything else that can be pickled and is the same on all ranks.
-    Raises ValueError if this step is there already, and whole.
+    Raises ValueError if this step is there already, and whole; Unsaved, on all ranks, if one of them cannot write.
     """
-    folder, group = Path(folder), comm.world()
-    done, aside = folder / f"step-{step}", folder / f"step-{step}.tmp"
-    if keep < 1:
-        raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay")
-    if at_first(done.exists) and damage(done) is None:
-        raise ValueError(f"checkpoint {done} is there already, and whole; a step is saved once")
-    at_first(lambda: prepare(aside))
-    quietly(dcp.save, stored(state), checkpoint_id=aside)
-    comm.barrier(group)
-    digests = {name: digest for part in comm.objects(digests_of(aside), group) for name, digest in part.items()}
-    at_first(lambda: publish(aside, done, digests))
-    at_first(lambda: prune(folder, step, keep))
-    return done
+    return write(Path(folder), step, stored(state), keep, comm.world())
+
+
+class Saver:
+    """A run's checkpoints, each written while the run goes on. Every rank makes one, and calls its methods in step.
+
+    `save` copies the state to the CPU's memory and returns; a thread writes the copy, and talks to the other ranks'
+    threads in a group of its own, so that its collectives never meet the run's. At most one save is under way. What
+    went wrong in it is raised by the next `save` or `wait`. Without `background`, `save` makes no copy and returns when
+    all is on disk. `timeout`, in seconds, is how long a rank's thread waits for another's.
+
+    Raises Unsaved at once if nothing can be written to the folder.
+    """
+
+    def __init__(self, folder: Path | str, keep: int, background: bool = True, timeout: float = 600.0):
+        self.folder, self.keep = Path(folder), keep
+        self.group = comm.another(timeout) if background else comm.world()
+        self.thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        self.pending: Future | None = None
+        with telling(self.folder):
+            at_first(lambda: touch(self.folder), self.group)
+
+    def save(self, step: int, state: dict) -> None:
+        """As the function `save`, later. Returns when the state may change."""
+        self.wait()
+        if self.thread is None:
+            write(self.folder, step, stored(state), self.keep, self.group)
+        else:
+            values = self.stager.stage(stored(state))
+            self.pending = self.thread.submit(write, self.folder, step, values, self.keep, self.group)
+
+    def failed(self) -> bool:
+        """Whether the save under way has gone wrong, as far as this rank knows; does not wait."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until everything is on disk; raises what went wrong, on all ranks."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def settle(self) -> None:
+        """Until the save under way has ended, whatever became of it: for a rank that has another error to tell."""
+        if self.pending is not None:
+            self.pending.exception()
 
 
 def load(folder: Path | str, state: dict) -> int | None:
@@ -64,14 +108,15 @@ def load(folder: Path | str, state: dict) -> int | None:
     ValueError, in one line, if all are damaged, and if tensors are missing, unknown, or of another shape.
     """
     folder = Path(folder)
-    steps = at_first(lambda: published(folder))
+    group = comm.world()
+    steps = at_first(lambda: published(folder), group)
     for step in steps:
         path = folder / f"step-{step}"
-        fault = damage(path)
+        fault = damage(path, group)
         if fault is None:
             fill(path, state)
             return step
-        if comm.rank(comm.world()) == 0:
+        if comm.rank(group) == 0:
             print(f"checkpoint {path} is damaged ({fault}); trying the one before it", file=sys.stderr, flush=True)
     if steps:
         raise ValueError(f"all checkpoints in {folder} are damaged (steps {steps}); move them away to start anew")
@@ -84,6 +129,51 @@ def newest(folder: Path | str) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------------ the files
+
+
+def write(folder: Path, step: int, values: dict, keep: int, group: comm.Group) -> Path:
+    """`save` of what `stored` made of a state, by the ranks of `group`."""
+    done, aside = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay")
+    with telling(done):
+        if at_first(done.exists, group) and damage(done, group) is None:
+            raise ValueError(f"checkpoint {done} is there already, and whole; a step is saved once")
+        at_first(lambda: prepare(aside), group)
+        quietly(dcp.save, values, storage_writer=Writer(aside), process_group=group)
+        comm.barrier(group)
+        digests = {name: digest for part in together(lambda: digests_of(aside, group), group) for name, digest in part}
+        at_first(lambda: publish(aside, done, digests), group)
+        at_first(lambda: prune(folder, step, keep), group)
+    return done
+
+
+@contextlib.contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """What goes wrong in the files becomes one line; ranks that are gone are another matter."""
+    try:
+        yield
+    except OSError as error:
+        raise Unsaved(f"{path} cannot be written ({error}): make room, or see who may write there") from error
+
+
+class Writer(dcp.FileSystemWriter):
+    """Torch's zip writer says "unexpected pos" on a full disk, over the OSError that says so."""
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            reason = error
+            while reason is not None and not isinstance(reason, OSError):
+                reason = reason.__context__
+            raise reason or error from None
+
+
+def touch(folder: Path) -> None:
+    """The folder is there, and a file in it can be made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def published(folder: Path) -> list[int]:
@@ -132,11 +222,10 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def digests_of(path: Path) -> dict[str, list]:
-    """Size and SHA-256 of my share of a checkpoint's files: every n-th, of n ranks."""
-    group = comm.world()
+def digests_of(path: Path, group: comm.Group) -> list[tuple[str, list]]:
+    """Names, sizes and SHA-256 of my share of a checkpoint's files: every n-th, of n ranks."""
     names = sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
-    return {name: digest(path / name) for name in names[comm.rank(group) :: comm.size(group)]}
+    return [(name, digest(path / name)) for name in names[comm.rank(group) :: comm.size(group)]]
 
 
 def digest(file: Path) -> list:
@@ -159,29 +248,33 @@ def lacking(path: Path) -> str | None:
     return None
 
 
-def damage(path: Path) -> str | None:
+def damage(path: Path, group: comm.Group) -> str | None:
     """What is wrong with a checkpoint's bytes, the same answer on every rank; None if nothing is."""
-    fault = at_first(lambda: lacking(path))
+    fault = at_first(lambda: lacking(path), group)
     if fault:
         return fault
     known = json.loads((path / MANIFEST).read_text())
-    wrong = [name for name, mine in digests_of(path).items() if known.get(name) != mine]
-    wrong = sorted(name for part in comm.objects(wrong, comm.world()) for name in part)
+    found = sorted(x for part in together(lambda: digests_of(path, group), group) for x in part)
+    wrong = [name for name, digest in found if known.get(name) != digest]
     return f"{wrong[0]} is not what was written" if wrong else None
 
 
-def at_first(act):
-    """What `act()` returns on the first rank, which alone calls it; its OSError is everybody's. The others wait."""
-    group, said = comm.world(), None
-    if comm.rank(group) == 0:
-        try:
-            said = act()
-        except OSError as error:
-            said = error
-    said = comm.objects(said, group)[0]
-    if isinstance(said, OSError):
-        raise said
-    return said
+def together(act: Callable, group: comm.Group) -> list:
+    """What `act()` returned on each rank; an OSError of one is everybody's, so that all leave at the same place."""
+    try:
+        said = act()
+    except OSError as error:
+        said = error
+    everyone = comm.objects(said, group)
+    for x in everyone:
+        if isinstance(x, OSError):
+            raise x
+    return everyone
+
+
+def at_first(act: Callable, group: comm.Group):
+    """What `act()` returns on the first rank, which alone calls it. The others wait."""
+    return together(lambda: act() if comm.rank(group) == 0 else None, group)[0]
 
 
 # -------------------------------------------------------------------------------------------------- the contents
@@ -246,8 +339,10 @@ def tensors(values: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}{name}", x
 
 
-def quietly(function, *args, **kwargs) -> None:
-    """Without torch's remark that a single process is one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def quietly(function: Callable, *args, **kwargs) -> None:
+    """Without torch's remark that a single process is one, and with the error of a rank as everybody's."""
+    warnings.filterwarnings("ignore", message="torch.distributed is .*unavailable or uninitialized")
+    try:
         function(*args, **kwargs)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error

@@ -7,6 +7,8 @@ A group is a process group. None, or a group of one rank, has nobody to talk to:
 
 import contextlib
 import datetime
+import os
+import re
 from collections import Counter as Tally
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -142,7 +144,18 @@ def _bytes(x: Tensor) -> int:
 def begin(backend: str, timeout: float, **where) -> None:
     """Join the other processes. `where` is torch's rendezvous: nothing for torchrun's environment, or init_method,
     rank and world_size. `timeout` in seconds is how long a collective waits for a missing rank."""
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **where)
+    limit = datetime.timedelta(seconds=timeout)
+    if not where and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        where = dict(zip(("store", "rank", "world_size"), next(dist.rendezvous("env://", timeout=limit)), strict=True))
+        where["store"] = dist.PrefixStore(restart(), where["store"])
+    dist.init_process_group(backend, timeout=limit, **where)
+
+
+def restart() -> str:
+    """Which start of the ranks this is. torchrun keeps one store for all of them, in which a second start would find
+    the addresses of the first, and wait for them (pytorch/pytorch#135712). Hosts count apart from each other: several
+    need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
+    return f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}" if os.environ["GROUP_WORLD_SIZE"] == "1" else "start"
 
 
 def begun() -> bool:
@@ -151,6 +164,22 @@ def begun() -> bool:
 
 def end() -> None:
     dist.destroy_process_group()
+
+
+def another(timeout: float) -> Group:
+    """A second group of all processes, for tensors on CPU: what a thread says in it meets no other collective."""
+    return None if world() is None else dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+
+
+def lost(error: BaseException) -> str | None:
+    """What a collective found, in one line, when another rank was gone or silent; None if the error is another's.
+
+    Gloo raises plain RuntimeErrors: only their text, with a place in gloo's source, tells them from others.
+    """
+    line = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and re.search(r"gloo/|NCCL", line)):
+        return re.sub(r"^\[[^\]]*:\d+\] |\. This is typically .*|\.$", "", line)
+    return None
 
 
 def world() -> Group:

@@ -89,6 +89,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def who() -> str:
+    """This process, by what torchrun calls it: there may be no group yet, or no longer."""
+    return f"rank {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
+
+
 def launch(timeout: float = 600.0) -> None:
     """Join the other processes if torchrun started several; `timeout` in seconds is how long one waits for another.
 
@@ -110,13 +115,21 @@ def close() -> None:
     if not comm.begun():
         return
     error = sys.exc_info()[1]
-    if error is None:
-        comm.barrier(comm.world())
-        comm.end()
-    code = code_of(error)
+    code = code_of(error) or (parted() if error is None else 0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def parted() -> int:
+    """Waits for everybody; 0, or 1 and a line if somebody did not come."""
+    try:
+        comm.barrier(comm.world())
+        comm.end()
+    except RuntimeError as error:
+        print(f"{who()}: all is done, but not all others came to the end ({comm.lost(error)})", file=sys.stderr)
+        return 1
+    return 0
 
 
 def code_of(error: BaseException | None) -> int:

@@ -1,9 +1,16 @@
 """Runs of the command lines in processes of their own, on a model and a text so small that a run takes seconds."""
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,6 +43,79 @@ def run(script: str, *arguments: str, ranks: int = 1, timeout: float = 120) -> s
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+class End(NamedTuple):
+    """How a rank ended: exit code (negative: the signal), seconds from the start (None: it did not), standard error."""
+
+    code: int | None
+    seconds: float | None
+    err: str
+
+    @property
+    def said(self) -> list[str]:
+        """Its lines, without what a progress bar draws."""
+        return [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
+
+
+def forked(
+    n: int, *arguments, before: Callable[[int], None], enough: int | None = None, seconds: float = 60
+) -> list[End]:
+    """train.py with these arguments on n ranks, forked: it starts quickly, with nobody to stop the others if one dies.
+    `before(rank)` runs first in each, and may patch what it likes. Who still runs when `enough` have ended (None: all),
+    or after `seconds`, is killed."""
+    import torch._dynamo
+
+    import train
+
+    assert torch._dynamo  # what every optimizer imports: once, before the fork
+
+    fork, start = get_context("fork"), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        files = [Path(folder) / f"{rank}.err" for rank in range(n)]
+        ranks = [
+            fork.Process(target=_train, args=(train, rank, n, port, file, [str(a) for a in arguments], before))
+            for rank, file in enumerate(files)
+        ]
+        for child in ranks:
+            child.start()
+        ends = {}
+        while len(ends) < (enough or n) and time.monotonic() < start + seconds:
+            for rank, child in enumerate(ranks):
+                if rank not in ends and child.exitcode is not None:
+                    ends[rank] = time.monotonic() - start
+            time.sleep(0.01)
+        for child in ranks:
+            child.kill()
+            child.join()
+        return [
+            End(child.exitcode if rank in ends else None, ends.get(rank), file.read_text())
+            for rank, (child, file) in enumerate(zip(ranks, files, strict=True))
+        ]
+
+
+def _train(train, rank: int, n: int, port: int, err: Path, arguments: list[str], before: Callable) -> None:
+    torch.set_num_threads(1)  # first: the parent's threads do not survive a fork
+    for stream, file in ((1, os.devnull), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    sys.argv = ["train.py", *arguments]
+    code = 1
+    try:
+        before(rank)
+        train.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def text(folder: Path, documents: int = 40) -> Path:

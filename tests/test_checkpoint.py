@@ -230,6 +230,66 @@ def test_hyperparameters_are_those_of_the_run_not_of_the_checkpoint(tmp_path):
     assert all(state["step"] == 3 for state in optimizer.state.values())
 
 
+# ------------------------------------------------------------------------------------------------- in the background
+
+
+def save_and_go_on(folder):
+    """Saves after 1, 2 and 3 steps, each while the next is taken; the values after 5."""
+    model, optimizer = build()
+    inner = checkpoint.publish
+    checkpoint.publish = lambda *x: (time.sleep(0.2), inner(*x))
+    saver = checkpoint.Saver(folder, 5)
+    for step in range(1, 6):
+        steps(model, optimizer, step - 1, 1)
+        if step < 4:
+            saver.save(step, {"model": model, "optimizer": optimizer, "step": step, "skipped": 0})
+            assert not (folder / f"step-{step}").exists() and checkpoint.newest(folder) == list(range(step - 1, 0, -1))
+    saver.wait()
+    checkpoint.publish = inner
+    return values(model)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_saved_in_the_background_is_the_state_at_that_step(tmp_path, whole, ranks):
+    after = testing.run(2, save_and_go_on, tmp_path)[0] if ranks == 2 else save_and_go_on(tmp_path)
+    same(after, whole[5], 1e-12)
+    for step in (3, 2, 1):
+        found, _, _, at_load, after = resume(tmp_path, 5 - step)
+        assert found == step
+        same(at_load, whole[step], 1e-12)
+        same(after, whole[5], 1e-12)
+        shutil.rmtree(tmp_path / f"step-{step}")
+
+
+def fail_in_the_background(folder):
+    model, _ = build()
+    saver = checkpoint.Saver(folder, 2)
+    saver.save(1, {"model": model})
+    saver.wait()
+    inner = checkpoint.digest
+
+    def full(file):
+        if file.name.startswith("__1_"):  # which one of two ranks alone reads
+            raise OSError(28, "No space left on device", str(file))
+        return inner(file)
+
+    checkpoint.digest = full
+    saver.save(2, {"model": model})
+    with pytest.raises(checkpoint.Unsaved, match=r"step-2 cannot be written \(.*No space left on device"):
+        saver.wait()
+    assert not saver.failed()  # it was told
+    saver.save(3, {"model": model})
+    while not saver.failed():
+        time.sleep(0.01)
+    with pytest.raises(checkpoint.Unsaved, match="step-3 cannot be written"):
+        saver.save(4, {"model": model})
+    return checkpoint.newest(folder)
+
+
+def test_an_error_in_the_background_is_told_by_the_next_call_on_every_rank(tmp_path):
+    assert testing.run(2, fail_in_the_background, tmp_path) == [[1], [1]]
+
+
 # ------------------------------------------------------------------------------------------------- killed inside
 
 
