@@ -33,7 +33,7 @@ from data.stream import Batch, Stream, evaluation
 from parallel import checkpoint, lasp, shard
 from parallel import mesh as meshes
 from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
-from reference.lsm import row as lsm
+from reference.lsm import row as lsm_row
 from reference.mixers.softmax import heads_of
 from reference.model import LanguageModel, decayed, experts_of, for_writing, initialize, starts
 from reference.moe import MoE
@@ -266,7 +266,7 @@ def refuse_to_cut(config: Train, mesh) -> None:
     letters, ranks = config.model.letters, mesh.sequence_size
     if ranks == 1:
         return
-    if "L" in letters and mesh.states == "gather" and transition(lsm(config.model.lsm)) is None:
+    if "L" in letters and mesh.states == "gather" and transition(lsm_row(config.model.lsm)) is None:
         raise ValueError(
             f"the memory of {config.model.lsm!r} is not affine, so its segments cannot be gathered over {ranks} ranks; "
             "use --mesh.states ring (slow) or --mesh.sequence 1"

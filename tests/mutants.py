@@ -151,7 +151,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention over a cut sequence has no window",
-        "parallel/lasp.py",
+        "parallel/attention.py",
         "v[:, :first], past, **how)[0]",
         "v[:, :first], past)[0]",
         "tests/test_lasp.py -k equal_one",
@@ -361,7 +361,7 @@ MUTANTS = [
     ),
     Mutant(
         "a rank without tokens leaves the graph",
-        "parallel/lasp.py",
+        "parallel/graph.py",
         "y = y + 0 * sum(x.sum() for x in inputs)",
         "pass",
         "tests/test_lasp.py",
@@ -572,8 +572,8 @@ MUTANTS = [
     Mutant(
         "the angles of a convolution are taken in float32",
         "reference/span.py",
-        "within_turn(theta.double() * t)",
-        "within_turn(theta * t)",
+        "within_turn(theta.double() * count)",
+        "within_turn(theta * count)",
         "tests/test_recurrence.py -k angles_of_long",
     ),
     Mutant(
