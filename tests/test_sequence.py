@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train
 from inputs import leaves, make, start
 from parallel import attention, comm, lasp, mesh, testing
 from reference import late
@@ -376,6 +375,8 @@ def test_what_no_way_can_do_is_refused_in_one_line():
     ],
 )
 def test_the_trainer_says_so_before_it_starts(model, how, message):
+    import train  # a program: where only the packages are, the other laws still run
+
     config = train.Train(model=train.Model(**{"width": 48, "router": "linear_moe"} | model))
     place = mesh.Mesh(sequence_size=3, **how)
     if message is None:
