@@ -102,7 +102,8 @@ ATTENTION = {
     "attention, latent": {"scale": 0.3, "value": 5},
 }
 CALLS |= {name: call_attention(**how) for name, how in ATTENTION.items()}
-CASES = list(itertools.product(CALLS, SEGMENTS, PACKED))
+GATHERED = tuple(CALLS)  # to which test_sequence adds calls of its own
+CASES = list(itertools.product(GATHERED, SEGMENTS, PACKED))
 
 
 def both(what: str, segments, packed, **how) -> tuple[list, list]:
@@ -221,7 +222,7 @@ def traffic(what: str, t: int):
 
 
 def traffics():
-    return {(what, t): traffic(what, t) for what in CALLS for t in (6, 12)}
+    return {(what, t): traffic(what, t) for what in GATHERED for t in (6, 12)}
 
 
 @pytest.fixture(scope="module")
