@@ -34,12 +34,15 @@ from data.stream import Batch, Stream, evaluation
 from parallel import checkpoint, comm, lasp, shard
 from parallel import mesh as meshes
 from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
+from reference.lsm import row as lsm_row
+from reference.mixers.softmax import heads_of
 from reference.model import LanguageModel, decayed, experts_of, for_writing, initialize, starts
 from reference.moe import MoE
 from reference.noise import seed_of
 from reference.presets import PRESETS as SHAPES
 from reference.presets import Model
 from reference.routers import Load, row
+from reference.span import transition
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -266,8 +269,21 @@ def rate(config: Train, step: int) -> float:
 
 
 def refuse_to_cut(config: Train, mesh) -> None:
-    """Tokens that are routed together must be on one rank."""
-    if mesh.sequence_size == 1 or "E" not in config.model.letters:
+    """Rows without spans, heads that ranks cannot share; and tokens that are routed together must be on one rank."""
+    letters, ranks = config.model.letters, mesh.sequence_size
+    if ranks == 1:
+        return
+    if "L" in letters and mesh.states == "gather" and transition(lsm_row(config.model.lsm)) is None:
+        raise ValueError(
+            f"the memory of {config.model.lsm!r} is not affine, so its segments cannot be gathered over {ranks} ranks; "
+            "use --mesh.states ring (slow) or --mesh.sequence 1"
+        )
+    if "N" in letters and mesh.attention == "ulysses" and heads_of(config.model) % ranks:
+        raise ValueError(
+            f"ulysses gives each of {ranks} ranks an equal share of the attention heads, and there are "
+            f"{heads_of(config.model)}; use a multiple of {ranks}, or --mesh.attention gather or ring"
+        )
+    if "E" not in letters:
         return
     layer, name = experts_of(config.model), config.model.router
     ranks = f"they cannot be cut over {mesh.sequence_size} ranks; use --mesh.sequence 1"

@@ -146,7 +146,11 @@ def section(name: str, row: Row) -> str:
     lines = " \\\\\n".join(f"{left} &= {right}" for left, right in equations(row))
     said = "; ".join(f"`{word.__name__}`: {meaning(word.__name__).about}" for word in row[:3])
     kind, size = transition(row), layer(name)
-    affine = f"{kind}, `b {TRANSITION[kind].shape}`; affine" if kind else "none: not affine, its sequences stay whole"
+    affine = (
+        f"{kind}, `b {TRANSITION[kind].shape}`; affine"
+        if kind
+        else "none: not affine, over ranks its memory goes from one to the next"
+    )
     shapes = [", ".join(f"{n} `{shape}`" for n, shape in inputs.items()) for inputs in (row.tokens, row.constants)]
     constants = f"; constants {shapes[1]}" if shapes[1] else ""
     kept, times = f"{size.bytes / 1024:,.0f}", f"{tables.cache_bytes() / size.bytes:,.0f}"

@@ -23,6 +23,7 @@ Group = ProcessGroup | None
 # The flat forms have new names since torch 2.13, where the old ones warn.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_underway: dict[int, tuple] = {}  # address of a buffer that `begin_gather` fills -> the work, and what it sends
 
 
 def size(group: Group) -> int:
@@ -46,6 +47,25 @@ def gather(x: Tensor, group: Group) -> list[Tensor]:
     _gather(everyone, mine, group=group)
     _note("gather", (n - 1) * _bytes(x))
     return list(everyone.view(n, *x.shape).unbind())
+
+
+def begin_gather(x: Tensor, everyone: Tensor, group: Group) -> None:
+    """Starts a `gather` of x into the front of the flat buffer `everyone`. Until `end_gather(everyone)` nobody may read
+    or write it; what is computed in between costs no waiting."""
+    mine = x.detach().contiguous().view(-1)
+    if not mine.numel():
+        return
+    front = everyone.data[: size(group) * mine.numel()]  # .data: autograd, which saves it, would mind late writing
+    work = _gather(front, mine, group=group, async_op=True)
+    _underway[everyone.data_ptr()] = work, mine
+    _note("gather", (size(group) - 1) * _bytes(x))
+
+
+def end_gather(everyone: Tensor) -> None:
+    """Waits for the gather into that buffer, if there is one under way."""
+    work, _ = _underway.pop(everyone.data_ptr(), (None, None))
+    if work is not None:
+        work.wait()
 
 
 def scatter(x: Tensor, group: Group) -> Tensor:
@@ -85,6 +105,52 @@ def shift(x: Tensor, group: Group, forward: bool = True) -> Tensor:
         for work in dist.batch_isend_irecv(ends):
             work.wait()
         _note("shift", _bytes(x) if 0 <= me - step < n else 0)
+    return theirs
+
+
+def rotate(x: Tensor, group: Group, steps: int = 1) -> Tensor:
+    """The x of the rank `steps` before me; before the first comes the last. No gradient."""
+    n, me = size(group), rank(group)
+    x = x.detach().contiguous()
+    if steps % n == 0 or not x.numel():
+        return x
+    theirs = torch.empty_like(x)
+    ends = [(dist.isend, x, me + steps), (dist.irecv, theirs, me - steps)]
+    for work in dist.batch_isend_irecv([dist.P2POp(f, y, group=group, group_peer=at % n) for f, y, at in ends]):
+        work.wait()
+    _note("rotate", _bytes(x))
+    return theirs
+
+
+def swap(x: Tensor, group: Group) -> Tensor:
+    """x has a part for each rank in front; returns the part that each rank has for me, in rank order. No gradient; its
+    own adjoint. Receives (W - 1) / W of the bytes of x."""
+    n = size(group)
+    if len(x) != n:
+        raise ValueError(f"swap over {n} ranks needs x of {n} parts, got shape {tuple(x.shape)}")
+    x = x.detach().contiguous()
+    if n == 1 or not x.numel():
+        return x
+    theirs = torch.empty_like(x)
+    dist.all_to_all_single(theirs.view(-1), x.view(-1), group=group)
+    _note("swap", (n - 1) * _bytes(x[0]))
+    return theirs
+
+
+def give(x: Tensor, group: Group, steps: int = 1) -> None:
+    """Sends x to the rank `steps` after me, which must `take` it; past either end nobody is there."""
+    if 0 <= rank(group) + steps < size(group) and x.numel():
+        dist.send(x.detach().contiguous(), group=group, group_dst=rank(group) + steps)
+    _note("give", 0)
+
+
+def take(like: Tensor, group: Group, steps: int = 1) -> Tensor:
+    """What the rank `steps` before me gives, of the shape and dtype of `like`; zeros if there is none. It waits."""
+    theirs = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    there = 0 <= rank(group) - steps < size(group) and bool(like.numel())
+    if there:
+        dist.recv(theirs, group=group, group_src=rank(group) - steps)
+    _note("take", _bytes(theirs) if there else 0)
     return theirs
 
 

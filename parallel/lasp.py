@@ -7,7 +7,7 @@
 One gather a layer and direction, of a size that does not know the sequence's length. This is LASP-2 (2502.07563) with
 transitions: any row of the table, packed documents, segments of any length. A short convolution and a token shift are
 spans as well: their memory is the last inputs, of which a segment pushes its own in and as many old ones out. Softmax
-attention gathers keys and values.
+attention stands in `parallel.attention`.
 
 Cut documents: in a segment's `cu_seqlens` a leading empty document, [0, 0, ...], says that the first token begins a
 document. What comes in from earlier ranks belongs to document 0; all others start from zeros.
@@ -24,11 +24,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from parallel import comm
+from parallel.attention import ATTENTION, refuse
 from parallel.comm import Group
-from reference.attention import Past
-from reference.cache import fresh, recent
+from parallel.graph import attached, differentiable, known
+from reference.late import comes_late, left_of, seen
+from reference.late import span as span_of_late
 from reference.ops import Ops
-from reference.span import TRANSITION, Span, fold, fold_back
+from reference.recurrence import check, prepare
+from reference.span import TRANSITION, Span, brief, fold, fold_back, rebuilt, transition
 
 # ----------------------------------------------------------------------------------------------- cutting a batch
 
@@ -62,6 +65,14 @@ def cut_borders(cu_seqlens: Int[Tensor, " n1"], start: int, stop: int) -> Int[Te
 # ---------------------------------------------------------------------------------------- the memory at the border
 
 
+class Wire(NamedTuple):
+    """How A travels: as it is, or as the few numbers that make it up with constants that every rank has (`brief`)."""
+
+    numbers: Tensor
+    constants: list[Tensor]
+    name: str
+
+
 def enter(span: Span, group: Group) -> Float[Tensor, "b h k v"]:
     """The memory before my segment, from every rank's span; differentiable in A and S.
 
@@ -69,30 +80,66 @@ def enter(span: Span, group: Group) -> Float[Tensor, "b h k v"]:
     though nothing comes before it, the last though nothing comes after. A rank that stayed away would meet the others
     in the next layer's gather.
     """
-    return torch.ops.linear_moe.enter(span.A.to(span.S.dtype), span.S, span.kind, group.group_name)[0]
+    wire = Wire(span.A, [], "")
+    return arrived(departed(span, wire, group), span, wire, group)
 
 
-def _enter(A: Tensor, S: Tensor, kind: str, group: str) -> tuple[Tensor, Tensor]:
-    """The memory before my segment, and every rank's A for the way back."""
+def departed(span: Span, wire: Wire, group: Group) -> Float[Tensor, " n"]:
+    """Sends my span on its way. What comes back is a buffer for `arrived`, into which nobody else may look; work
+    between the two hides the gather. Backward mirrors it: `arrived` sends the cotangents, `departed` waits for them."""
+    return torch.ops.linear_moe.depart(span.A, span.S, *wire, span.kind, group.group_name)
+
+
+def arrived(underway: Tensor, span: Span, wire: Wire, group: Group) -> Float[Tensor, "b h k v"]:
+    """The memory before my segment."""
+    return torch.ops.linear_moe.arrive(underway, span.A, span.S, *wire, span.kind, group.group_name)
+
+
+def _depart(A, S, numbers, constants, name, kind, group):
+    mine = torch.cat([numbers.flatten().to(S.dtype), S.flatten()])
     group = comm.named(group)
-    gathered = comm.gather(torch.cat([A.flatten(), S.flatten()]), group)
-    pairs = [both.split([A.numel(), S.numel()]) for both in gathered]
-    spans = [Span(a.view(A.shape), s.view(S.shape), kind) for a, s in pairs]
+    underway = mine.new_empty(comm.size(group) * mine.numel())
+    comm.begin_gather(mine, underway, group)
+    return underway
+
+
+def _arrive(underway, A, S, numbers, constants, name, kind, group):
+    comm.end_gather(underway)
     with torch.autocast(S.device.type, enabled=False):
-        M = fold(spans[: comm.rank(group)], torch.zeros_like(S))[-1]
-    return M, torch.stack([span.A for span in spans])
+        spans = spans_of(underway, A, S, numbers, constants, name, kind)
+        return fold(spans[: comm.rank(comm.named(group))], torch.zeros_like(S))[-1]
 
 
-def _enter_backward(G: Tensor, M: Tensor, As: Tensor, kind: str, group: str) -> tuple[Tensor, Tensor]:
-    """(dA, dS) from G, what the memory before my segment receives from my outputs."""
+def _depart_back(G: Tensor, underway: Tensor, group: str) -> Tensor:
+    """Sends G, what the memory before my segment receives from my outputs, in a buffer of the same size as forward: it
+    is what autograd takes for the buffer's gradient."""
+    returning = torch.empty_like(underway)
+    comm.begin_gather(G.to(underway.dtype), returning, comm.named(group))
+    return returning
+
+
+def _arrive_back(returning, underway, A, S, numbers, constants, name, kind, group):
+    """(dA, dS)."""
     group = comm.named(group)
-    later = comm.rank(group) + 1
-    Gs = comm.gather(G, group)
-    spans = [Span(A, None, kind) for A in As[later:]]
-    with torch.autocast(G.device.type, enabled=False):
-        D = fold_back(spans, Gs[later:], torch.zeros_like(G))[0]
-        dA = gradient_of_transition(kind, As[later - 1], D, M)
-    return dA, D.clone()  # an op's output may not be a piece of the buffer
+    me, later = comm.rank(group), comm.rank(group) + 1
+    comm.end_gather(returning)
+    Gs = returning[: comm.size(group) * S.numel()].view(-1, *S.shape).unbind()
+    with torch.autocast(S.device.type, enabled=False):
+        spans = spans_of(underway, A, S, numbers, constants, name, kind)
+        M = fold(spans[:me], torch.zeros_like(S))[-1]
+        D = fold_back(spans[later:], Gs[later:], torch.zeros_like(S))[0]
+        dA = gradient_of_transition(kind, spans[me].A, D, M)
+    return dA.to(A.dtype), D.clone()  # an op's output may not be a piece of the buffer
+
+
+def spans_of(underway, A, S, numbers, constants, name, kind) -> list[Span]:
+    """Every rank's span, from the buffer."""
+    spans = []
+    for part in underway.view(-1, numbers.numel() + S.numel()).unbind():
+        theirs, own = part.split([numbers.numel(), S.numel()])
+        theirs = rebuilt(theirs.view(numbers.shape), constants, name) if name else theirs.view(A.shape)
+        spans.append(Span(theirs, own.view(S.shape), kind))
+    return spans
 
 
 def gradient_of_transition(kind: str, A: Tensor, D: Tensor, M: Tensor) -> Tensor:
@@ -100,81 +147,167 @@ def gradient_of_transition(kind: str, A: Tensor, D: Tensor, M: Tensor) -> Tensor
     return TRANSITION[kind].gradient(A, D, M)
 
 
-def _enter_shapes(A, S, kind, group):
-    return torch.empty_like(S), A.new_empty(comm.size(comm.named(group)), *A.shape)
+def _depart_shapes(A, S, numbers, constants, name, kind, group):
+    return S.new_empty(comm.size(comm.named(group)) * (numbers.numel() + S.numel()))
 
 
-def _enter_backward_shapes(G, M, As, kind, group):
-    return As.new_empty(As.shape[1:]), torch.empty_like(G)
+def _keep_departed(ctx, inputs, output):
+    A, S, numbers, constants, *ctx.words = inputs
+    ctx.save_for_backward(output, A, S, numbers, *constants)
 
 
-def _keep_memory(ctx, inputs, output):
-    ctx.kind, ctx.group = inputs[2:]
+def _back_to_span(ctx, returning):
+    underway, A, S, numbers, *constants = ctx.saved_tensors
+    dA, dS = torch.ops.linear_moe.arrive_back(returning, underway, A, S, numbers, constants, *ctx.words)
+    return dA if ctx.needs_input_grad[0] else None, dS, None, [None] * len(constants), *[None] * 3
+
+
+def _keep_arrived(ctx, inputs, output):
+    ctx.constants, ctx.group = len(inputs[4]), inputs[-1]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output)
+    ctx.save_for_backward(inputs[0], inputs[2])
 
 
-def _back_to_span(ctx, G, _):
-    M, As = ctx.saved_tensors
-    G = torch.zeros_like(M) if G is None else G.contiguous()
-    dA, dS = torch.ops.linear_moe.enter_backward(G, M, As, ctx.kind, ctx.group)
-    return dA if ctx.needs_input_grad[0] else None, dS, None, None
-
-
-class _Depend(torch.autograd.Function):
-    """y, which from now on depends on the others too, with no gradient for them."""
-
-    @staticmethod
-    def forward(ctx, y, *others):
-        ctx.count = len(others)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy, *[None] * ctx.count
-
-
-def attached(y: Tensor, gathered: Tensor | None, inputs: list[Tensor | None]) -> Tensor:
-    """y, from which the backward pass reaches `gathered` and `inputs` on every rank.
-
-    A segment of no tokens, or one that begins a document, uses nothing of what enters it. Its backward pass must still
-    come by the same collectives in the same order (autograd takes the newest first, among those it reaches), and end
-    in a gradient, of zeros, for the same parameters.
-    """
-    inputs = [x for x in inputs if x is not None]
-    if not y.numel():
-        y = y + 0 * sum(x.sum() for x in inputs)
-    return _Depend.apply(y, *inputs) if gathered is None else _Depend.apply(y, gathered)
+def _back_to_departed(ctx, G):
+    underway, S = ctx.saved_tensors
+    G = torch.zeros_like(S) if G is None else G.contiguous()
+    returning = torch.ops.linear_moe.depart_back(G, underway, ctx.group)
+    return returning, None, None, None, [None] * ctx.constants, *[None] * 3
 
 
 # ------------------------------------------------------------------------------------------------------- the ops
 
 
-def over(ops: Ops, group: Group) -> Ops:
-    """The same ops for a sequence cut over the ranks of `group`, in rank order. For training: an op that is given a
-    state raises ValueError. So does, here and in one line, a field of `ops` that nobody has said how to cut."""
+def over(ops: Ops, group: Group, attention: str = "gather", how: str = "gather") -> Ops:
+    """The same ops for a sequence cut over the ranks of `group`, in rank order.
+
+    `attention` says how softmax layers see other ranks' tokens (`parallel.attention`), `how` how memories travel: all
+    at once as spans, or from rank to rank (`chain`). For training: an op that is given a state raises ValueError. So
+    does, here and in one line, a field of `ops` that nobody has said how to cut, or a name that is not known.
+    """
+    chosen = {"attention": known_as("attention", attention, ATTENTION), "recurrence": known_as("states", how, STATES)}
     if comm.size(group) == 1:
         return ops
+    cut = CUT | chosen
     for name in ops._fields:
-        if name not in CUT and name not in WHOLE:
-            raise ValueError(f"cannot cut ops.{name} over a sequence: expected one of {', '.join((*CUT, *WHOLE))}")
+        if name not in cut and name not in WHOLE:
+            raise ValueError(f"cannot cut ops.{name} over a sequence: expected one of {', '.join((*cut, *WHOLE))}")
     name = f"{ops.name} over {comm.size(group)} ranks of a sequence"
-    return ops._replace(name=name, **{name: make(ops, group) for name, make in CUT.items()})
+    return ops._replace(name=name, **{name: make(ops, group) for name, make in cut.items()})
+
+
+def known_as(what: str, name: str, table: dict[str, Callable]) -> Callable:
+    if name not in table:
+        raise ValueError(f"unknown way {name!r} for {what} over a cut sequence: expected one of {', '.join(table)}")
+    return table[name]
 
 
 def recurrence(ops: Ops, group: Group) -> Callable:
     """One gather each way. Receives (W - 1)(bytes of A and S) forward, (W - 1)(bytes of S) backward. The memory that
-    it returns is the one that leaves my segment."""
+    it returns is the one that leaves my segment.
+
+    Where a memory adds to the outputs (`reference.late`) the tokens run once, from nothing, while the gather is under
+    way, and what enters is added afterwards; the backward pass mirrors that. Other rows run for their span and again
+    from the memory: a delta rule would have to carry a K×K matrix to each token, an element's own decay K×V numbers.
+    """
 
     def run(row, tokens, constants=None, memory=None, cu_seqlens=None):
         refuse("recurrence", memory)
-        inputs = [*tokens.values(), *(constants or {}).values()]
-        span = ops.span(row, tokens, constants, cu_seqlens)
-        M = enter(span._replace(S=attached(span.S, None, inputs)), group)
-        o, last = ops.recurrence(row, tokens, constants, for_first(M, cu_seqlens), cu_seqlens)
-        return attached(o, M, inputs), last
+        if transition(row) is None:
+            raise ValueError(
+                f"{row.title} is not affine in its memory: its segments have no spans to gather; let memories go from "
+                "rank to rank (states ring, serial), use another row, or keep sequences whole"
+            )
+        constants = constants or {}
+        inputs, late = [*tokens.values(), *constants.values()], comes_late(row)
+        span = (span_of_late if late else ops.span)(row, tokens, constants, cu_seqlens)
+        span = span._replace(S=attached(span.S, [], inputs))
+        wire = Wire(*(brief(row, tokens, constants, cu_seqlens) or (span.A, [], "")))
+        underway = departed(span, wire, group)
+        if late:
+            o, last = ops.recurrence(row, tokens, constants, None, cu_seqlens)
+        M = arrived(underway, span, wire, group)
+        if late:
+            first = tokens_of_first(tokens, cu_seqlens)
+            o = added(o, seen(row, first, constants, M))
+            last = last + for_first(left_of(row, first, constants, M), cu_seqlens)
+        else:
+            o, last = ops.recurrence(row, tokens, constants, for_first(M, cu_seqlens), cu_seqlens)
+        return attached(o, [M], inputs), last
 
     return run
+
+
+def tokens_of_first(tokens: dict[str, Tensor], cu_seqlens) -> dict[str, Tensor]:
+    """Those of document 0, whom what enters my segment belongs to."""
+    if cu_seqlens is None:
+        return tokens
+    return {name: x[:, : int(cu_seqlens[1])] for name, x in tokens.items()}
+
+
+def added(o: Float[Tensor, "b t h v"], more: Float[Tensor, "b s h v"]) -> Float[Tensor, "b t h v"]:
+    """o, to whose first s tokens more is added, in the precision of what is added."""
+    s = more.shape[1]
+    return torch.cat([(o[:, :s].to(more.dtype) + more).to(o.dtype), o[:, s:]], 1)
+
+
+def chain(ops: Ops, group: Group) -> Callable:
+    """LASP-1 (2404.02882): take the memory from the rank before, run, give it to the rank after; backward the cotangent
+    goes the other way. A rank receives the bytes of one memory each way, but all wait for each other in turn.
+
+    Any row will do, affine or not. For teaching, for rows that have no span, and as what the gather is measured by.
+    """
+
+    def run(row, tokens, constants=None, memory=None, cu_seqlens=None):
+        refuse("recurrence", memory)
+        constants = constants or {}
+        check(row, tokens, constants, None, cu_seqlens)
+        nothing = prepare(row, tokens, constants, None, None)[-1]
+        inputs = [*tokens.values(), *constants.values()]
+        # a constant that my tokens do not use gets a gradient of zeros, not none
+        nothing = nothing + 0 * sum(x.sum() for x in constants.values())
+        M = torch.ops.linear_moe.take_memory(attached(nothing, [], inputs), group.group_name)
+        o, last = ops.recurrence(row, tokens, constants, for_first(M, cu_seqlens), cu_seqlens)
+        given = torch.ops.linear_moe.give_memory(last[-len(M) :], group.group_name)
+        return attached(o, [given, M], inputs), last
+
+    return run
+
+
+def _take_memory(like: Tensor, group: str) -> Tensor:
+    return comm.take(like, comm.named(group))
+
+
+def _give_memory(M: Tensor, group: str) -> Tensor:
+    """Nothing, on which outputs may depend: the backward pass then begins by taking the memory's cotangent."""
+    comm.give(M, comm.named(group))
+    return M.new_zeros(0)
+
+
+def _take_cotangent(like: Tensor, group: str) -> Tensor:
+    return comm.take(like, comm.named(group), -1)
+
+
+def _give_cotangent(D: Tensor, group: str) -> Tensor:
+    comm.give(D, comm.named(group), -1)
+    return torch.zeros_like(D)
+
+
+def _keep_group(ctx, inputs, output):
+    ctx.group = inputs[1]
+
+
+def _keep_given(ctx, inputs, output):
+    ctx.group = inputs[1]
+    ctx.save_for_backward(inputs[0])
+
+
+def _back_to_taken(ctx, D):
+    return torch.ops.linear_moe.give_cotangent(D, ctx.group), None
+
+
+def _back_to_given(ctx, _):
+    return torch.ops.linear_moe.take_cotangent(ctx.saved_tensors[0], ctx.group), None
 
 
 def short_convolution(ops: Ops, group: Group) -> Callable:
@@ -186,7 +319,7 @@ def short_convolution(ops: Ops, group: Group) -> Callable:
             return ops.short_convolution(x, weight, bias, activation, None, cu_seqlens)
         before = enter(window(x, weight.shape[-1] - 1, cu_seqlens), group)
         y, taps = ops.short_convolution(x, weight, bias, activation, for_first(before[:, 0], cu_seqlens), cu_seqlens)
-        return attached(y, before, [x, weight, bias]), taps
+        return attached(y, [before], [x, weight, bias]), taps
 
     return run
 
@@ -198,7 +331,7 @@ def token_shift(ops: Ops, group: Group) -> Callable:
         refuse("token_shift", last)
         before = enter(window(x, 1, cu_seqlens), group)
         y, last = ops.token_shift(x, for_first(before[:, 0, 0], cu_seqlens), cu_seqlens)
-        return attached(y, before, [x]), last
+        return attached(y, [before], [x]), last
 
     return run
 
@@ -208,11 +341,11 @@ def running_sum(ops: Ops, group: Group) -> Callable:
 
     def run(x, last=None, cu_seqlens=None):
         refuse("running_sum", last)
-        S = attached(ops.running_sum(x, None, cu_seqlens)[1], None, [x])[-x.shape[0] :, None, None]
+        S = attached(ops.running_sum(x, None, cu_seqlens)[1], [], [x])[-x.shape[0] :, None, None]
         whole = cu_seqlens is None or len(cu_seqlens) == 2  # else only the last document goes on
         before = enter(Span(S.new_full(S.shape[:2], float(whole)), S, "scalar"), group)
         y, last = ops.running_sum(x, for_first(before[:, 0, 0], cu_seqlens), cu_seqlens)
-        return attached(y, before, [x]), last
+        return attached(y, [before], [x]), last
 
     return run
 
@@ -239,130 +372,32 @@ def for_first(state: Float[Tensor, "b ..."], cu_seqlens) -> Float[Tensor, "n ...
     return torch.cat([state, state.new_zeros(len(cu_seqlens) - 2, *state.shape[1:])])
 
 
-def refuse(name: str, state) -> None:
-    if state is not None:
-        raise ValueError(f"{name} over a cut sequence starts at the sequence's beginning: no state can be given")
-
-
-# ------------------------------------------------------------------------------------------------ softmax attention
-
-
-def attention(ops: Ops, group: Group) -> Callable:
-    """Every rank gathers all keys and values (LASP-2H) and takes those of its own first document as its past.
-
-    Segments are padded to the longest, whose length takes a first, tiny gather. Received are (W - 1)(16 + bytes of the
-    padded k and v) forward; backward (W - 1) times their gradient in float32, in which the ranks' shares are summed.
-    A window shortens what is attended to, not what is gathered. No cache comes back: decoding does not run on a cut
-    sequence.
-    """
-
-    def run(q, k, v, past=None, cu_seqlens=None, window=None, scale=None):
-        refuse("attention", past)
-        layout = layout_of(k, cu_seqlens, group)
-        own = torch.cat([k, v], -1)
-        padded = F.pad(own, (0, 0, 0, 0, 0, max(layout.lengths) - own.shape[1]))
-        everyone = torch.ops.linear_moe.gather_tokens(padded, group.group_name)
-        earlier = [x[:, :length] for x, length in zip(everyone, layout.lengths, strict=True)][: comm.rank(group)]
-        before = torch.cat([own[:, :0], *earlier], 1)[:, layout.opened :]
-        before = before.split([k.shape[-1], v.shape[-1]], -1)
-        o = continued(ops, q, k, v, before, layout.first, cu_seqlens, {"window": window, "scale": scale})
-        return attached(o, everyone, [q, k, v]), None
-
-    return run
-
-
-class Layout(NamedTuple):
-    """Who has which tokens."""
-
-    lengths: list[int]  # of every rank's segment
-    opened: int  # the token, counted over all ranks, where the document that enters my segment began
-    first: int  # how many of my tokens belong to it
-
-
-def layout_of(x: Float[Tensor, "b t ..."], cu_seqlens, group: Group) -> Layout:
-    t = x.shape[1]
-    single = cu_seqlens is None or len(cu_seqlens) == 2
-    last = torch.tensor(-1, device=x.device) if single else cu_seqlens[-2].long()  # where my last document begins
-    everyone = comm.gather(torch.stack([torch.tensor(t, device=x.device), last]), group)
-    lengths, lasts = torch.stack(everyone).T.tolist()
-    opened = start = 0
-    for length, last in list(zip(lengths, lasts, strict=True))[: comm.rank(group)]:
-        opened = opened if last < 0 else start + last
-        start += length
-    return Layout(lengths, opened, t if single else int(cu_seqlens[1]))
-
-
-def continued(
-    ops: Ops, q, k, v, before: tuple[Tensor, Tensor], first: int, cu_seqlens, how: dict
-) -> Float[Tensor, "b t h e"]:
-    """Attention over my tokens: the first document (where nothing is packed, all rows) has a past, the others none."""
-    past = recent(fresh(Past, *before), how["window"]) if before[0].shape[1] else None
-    o = ops.attention(q[:, :first], k[:, :first], v[:, :first], past, **how)[0]
-    if first == q.shape[1]:
-        return o
-    rest = ops.attention(q[:, first:], k[:, first:], v[:, first:], None, cu_seqlens[1:] - first, **how)[0]
-    return torch.cat([o, rest], 1)
-
-
-def _gather_tokens(x: Tensor, group: str) -> Tensor:
-    """Every rank's x, stacked."""
-    return torch.stack(comm.gather(x, comm.named(group)))
-
-
-def _gather_tokens_backward(D: Tensor, group: str) -> Tensor:
-    """The sum over ranks of what my x received."""
-    wide = torch.promote_types(D.dtype, torch.float32)
-    return comm.scatter(D.to(wide), comm.named(group)).to(D.dtype, copy=True)
-
-
-def _gather_tokens_shapes(x, group):
-    return x.new_empty(comm.size(comm.named(group)), *x.shape)
-
-
-def _gather_tokens_backward_shapes(D, group):
-    return torch.empty_like(D[0])
-
-
-def _keep_group(ctx, inputs, output):
-    ctx.group = inputs[1]
-
-
-def _back_to_tokens(ctx, D):
-    return torch.ops.linear_moe.gather_tokens_backward(D, ctx.group), None
-
-
-CUT = {
-    "recurrence": recurrence,
-    "short_convolution": short_convolution,
-    "token_shift": token_shift,
-    "running_sum": running_sum,
-    "attention": attention,
-}
+STATES = {"gather": recurrence, "ring": chain}
+CUT = {"short_convolution": short_convolution, "token_shift": token_shift, "running_sum": running_sum}
 # Acts on each token alone, is about my own tokens by definition, or belongs to the mesh (total).
 WHOLE = ("name", "span", "step", "experts", "norm", "token_losses", "total", "kept")
 
-# ---------------------------------------------------------------------------------------------- known to torch
-# What communicates is an op of torch's, so that a compiler sees the same graph on every rank. Registered by hand:
-# the decorator `custom_op` imports the compiler at the first call, which takes seconds.
+# ------------------------------------------------------------------------------------------------ known to torch
 
+SPAN = "Tensor A, Tensor S, Tensor numbers, Tensor[] constants, str name, str kind, str group"
+known("depart", f"({SPAN}) -> Tensor", _depart, _depart_shapes)
+known("arrive", f"(Tensor underway, {SPAN}) -> Tensor", _arrive, lambda underway, A, S, *_: torch.empty_like(S))
+known(
+    "depart_back", "(Tensor G, Tensor underway, str group) -> Tensor", _depart_back, lambda G, x, _: torch.empty_like(x)
+)
+known(
+    "arrive_back",
+    f"(Tensor returning, Tensor underway, {SPAN}) -> (Tensor, Tensor)",
+    _arrive_back,
+    lambda returning, underway, A, S, *_: (torch.empty_like(A), torch.empty_like(S)),
+)
+differentiable("depart", _back_to_span, _keep_departed)
+differentiable("arrive", _back_to_departed, _keep_arrived)
 
-OPS = {
-    "enter": ("(Tensor A, Tensor S, str kind, str group) -> (Tensor, Tensor)", _enter, _enter_shapes),
-    "enter_backward": (
-        "(Tensor G, Tensor M, Tensor As, str kind, str group) -> (Tensor, Tensor)",
-        _enter_backward,
-        _enter_backward_shapes,
-    ),
-    "gather_tokens": ("(Tensor x, str group) -> Tensor", _gather_tokens, _gather_tokens_shapes),
-    "gather_tokens_backward": (
-        "(Tensor D, str group) -> Tensor",
-        _gather_tokens_backward,
-        _gather_tokens_backward_shapes,
-    ),
-}
-for name, (schema, function, shapes) in OPS.items():
-    torch.library.define(f"linear_moe::{name}", schema)
-    torch.library.impl(f"linear_moe::{name}", "default", function)
-    torch.library.register_fake(f"linear_moe::{name}", shapes)
-torch.library.register_autograd("linear_moe::enter", _back_to_span, setup_context=_keep_memory)
-torch.library.register_autograd("linear_moe::gather_tokens", _back_to_tokens, setup_context=_keep_group)
+MEMORY = "(Tensor memory, str group) -> Tensor"
+known("take_memory", MEMORY, _take_memory, lambda M, _: torch.empty_like(M))
+known("give_memory", MEMORY, _give_memory, lambda M, _: M.new_empty(0))
+known("take_cotangent", MEMORY, _take_cotangent, lambda M, _: torch.empty_like(M))
+known("give_cotangent", MEMORY, _give_cotangent, lambda D, _: torch.empty_like(D))
+differentiable("take_memory", _back_to_taken, _keep_group)
+differentiable("give_memory", _back_to_given, _keep_given)

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -21,6 +21,11 @@ class Degrees:
     """Groups of ranks that take different samples (-1: as many as there are ranks for)."""
     sequence: int = 1
     """Ranks that share the tokens of each sample."""
+    attention: Literal["gather", "ring", "ulysses"] = "gather"
+    """How softmax layers see the tokens of other ranks: all keys and values are gathered, or go round; or each rank
+    gets all tokens of some heads."""
+    states: Literal["gather", "ring"] = "gather"
+    """How memories cross ranks: all at once, or one rank after the other (slow; for rows that are not affine)."""
 
 
 class Mesh(NamedTuple):
@@ -35,6 +40,8 @@ class Mesh(NamedTuple):
     everyone: comm.Group = None  # over whom losses and counts are summed
     sequence: comm.Group = None  # who shares a sequence with me, in the order of its segments
     shards: DeviceMesh | None = None  # over whom parameters are sharded: everyone, in one dimension
+    attention: str = "gather"  # how softmax layers and memories cross a cut sequence
+    states: str = "gather"
 
     def __str__(self) -> str:
         if self.size == 1:
@@ -71,6 +78,8 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
         everyone=group,
         sequence=mesh.get_group("sequence") if sequence > 1 else None,
         shards=init_device_mesh(device.type, (world,), mesh_dim_names=("shards",)),
+        attention=degrees.attention,
+        states=degrees.states,
     )
 
 
@@ -78,7 +87,8 @@ def over(ops: Ops, mesh: Mesh) -> Ops:
     """The same ops on this mesh: sequences cut over their group, totals over everyone."""
     if mesh.size == 1:
         return ops
-    return lasp.over(ops, mesh.sequence)._replace(total=lambda x: comm.total(x, mesh.everyone))
+    cut = lasp.over(ops, mesh.sequence, mesh.attention, mesh.states)
+    return cut._replace(total=lambda x: comm.total(x, mesh.everyone))
 
 
 # -------------------------------------------------------------------------------------- the beginning and the end

@@ -36,12 +36,8 @@ def attention(
     must be in q and k already (`rotate`). Documents do not see each other. ValueError: h is no multiple of g, window
     below 1, wrong borders.
     """
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads: the first must be a multiple")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1, the token itself, or None for all tokens")
+    checked(q, k, cu_seqlens, window)
     if cu_seqlens is not None:
-        check_borders(cu_seqlens, *q.shape[:2])
         texts = [
             attention(*(x[:, start:stop] for x in (q, k, v)), own, None, window, scale)
             for start, stop, own in by_document(past, cu_seqlens)
@@ -51,6 +47,15 @@ def attention(
     plain = past is None and (window is None or t <= window)
     mask = None if plain else visible(now.length - t, t, now.k.shape[1], window)
     return product(q, now.k, now.v, mask, scale), recent(now, window)
+
+
+def checked(q: Tensor, k: Tensor, cu_seqlens, window: int | None) -> None:
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads: the first must be a multiple")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, the token itself, or None for all tokens")
+    if cu_seqlens is not None:
+        check_borders(cu_seqlens, *q.shape[:2])
 
 
 def visible(before: Int[Tensor, " b"], t: int, s: int, window: int | None = None) -> Bool[Tensor, "b 1 t s"]:

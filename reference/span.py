@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -209,10 +209,59 @@ def within_turn(angle: Tensor) -> Tensor:
     return angle.remainder(2 * math.pi)
 
 
-def spiral_left(g: Tensor, theta: Tensor, v: Tensor) -> Tensor:
-    b, t = v.shape[:2]
-    angle = within_turn(theta.double() * t).to(g.dtype)
-    return turned(g * t, angle, -2).expand(b, -1, -1, -1)
+class Brief(NamedTuple):
+    """A large A that a few numbers of the tokens and the row's constants, which everybody has, make up."""
+
+    sums: Callable[[Inputs], Float[Tensor, "b n"]]
+    constants: tuple[str, ...]
+    rebuilt: Callable[..., Tensor]  # (sums, *constants) -> A
+
+
+def spiral_of(count: Float[Tensor, "b 1"], g: Tensor, theta: Tensor) -> Tensor:
+    count = count[..., None, None]
+    return turned(g * count, within_turn(theta.double() * count).to(g.dtype), -2)
+
+
+BRIEF = {  # by the name of the decay
+    "element": Brief(
+        lambda x: x["dt"].sum(1).flatten(1),
+        ("A",),
+        lambda sums, A: (A * rearrange(sums, "b (h v) -> b h 1 v", h=A.shape[0])).exp(),
+    ),
+    "stepped": Brief(
+        lambda x: x["dt"].sum(1).flatten(1),
+        ("A",),
+        lambda sums, A: (A * rearrange(sums, "b (h k) -> b h k 1", h=A.shape[0])).exp(),
+    ),
+    "spiral": Brief(
+        lambda x: x["v"].new_full((x["v"].shape[0], 1), x["v"].shape[1]),
+        ("g", "theta"),
+        spiral_of,
+    ),
+}
+
+
+def brief(row: Row, tokens: Inputs, constants: Inputs, cu_seqlens=None) -> tuple[Tensor, list[Tensor], str] | None:
+    """(the sums, and 0 behind them if a border makes A zero, else 1; the constants; the key of `BRIEF`) from which
+    `rebuilt` makes the span's A, or None for a row whose A is small or known by its tokens alone."""
+    name = row.decay.__name__
+    if name not in BRIEF:
+        return None
+    _, tokens, constants, _ = prepare(row, tokens, constants, None, None)
+    whole = cu_seqlens is None or len(cu_seqlens) == 2
+    sums = BRIEF[name].sums(tokens).detach()
+    return F.pad(sums, (0, 1), value=float(whole)), [constants[n].detach() for n in BRIEF[name].constants], name
+
+
+def rebuilt(sums: Float[Tensor, "b n1"], constants: list[Tensor], name: str) -> Tensor:
+    A = BRIEF[name].rebuilt(sums[:, :-1], *constants)
+    return A * sums[:, -1, None, None, None]
+
+
+def summed_up(word: Callable) -> Callable[[Inputs], Tensor]:
+    """The A of a word that has a brief form."""
+    whole = BRIEF[word.__name__]
+    return lambda x: whole.rebuilt(whole.sums(x), *(x[name] for name in whole.constants))
 
 
 def merged(x: Inputs) -> Float[Tensor, "b h l l"]:
@@ -229,13 +278,13 @@ LEFT = {
     words.scalar: lambda x: x["g"].sum(1).exp(),
     words.channel: lambda x: x["g"].sum(1).exp(),
     words.cross: lambda x: torch.cat([x["g"].sum(1), x["f"].sum(1)], -1).exp(),
-    words.element: lambda x: (x["A"] * x["dt"].sum(1)[..., None, :]).exp(),
+    words.element: summed_up(words.element),
     printed.timed: lambda x: (x["A"] * x["beta"].sum(1)).exp(),
-    printed.stepped: lambda x: (x["A"] * x["dt"].sum(1)[..., None]).exp(),
+    printed.stepped: summed_up(printed.stepped),
     printed.full: lambda x: x["G"].sum(1).exp(),
     words.rotating: lambda x: turned(x["g"].sum(1), within_turn(x["theta"].double().sum(1)).to(x["g"].dtype), -1),
     words.merging: merged,
-    words.spiral: lambda x: spiral_left(x["g"], x["theta"], x["v"]),
+    words.spiral: summed_up(words.spiral),
 }
 
 

@@ -495,8 +495,8 @@ def test_twice_the_same_bits(name):
     "name, forward, backward", [("mamba2", 1.3, 5.8), ("gla", 2.0, 8.6), ("gated_delta_net", 5.6, 13.0)]
 )
 def test_extra_memory(name, forward, backward):
-    """Forward: the output and one memory; by channel scores, and memories for the gates' gradient; delta rules: news, two
-    tiles a chunk and the memories of chunks. Backward: o do dq dk dv, 2 memories, the gates' gradient (2 units by
+    """Forward: the output and one memory; by channel scores, and memories for the gates' gradient; delta rules: news,
+    two tiles a chunk and the memories of chunks. Backward: o do dq dk dv, 2 memories, the gates' gradient (2 units by
     channel, in float32) and what it needs; delta rules: two more tiles and the cotangents of the chunks' memories."""
     torch.use_deterministic_algorithms(False)
     row, tokens, _ = some(name, b=8, t=1024, h=8, k=128, v=128)

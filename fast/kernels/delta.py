@@ -47,10 +47,10 @@ as they are. A chunk has at most K tokens: more keys than channels depend on eac
 (chunks of float32 have 16 all the same).
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 64: `delta_prepare` reads 2 U and
-writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (6 with a gate) and 3; pairs 3 and 1; chunks 10 and 2. So
-8 U forward where the floor is 4, and 36 U with the gradient where it is 11. Kept for the gradient: r, A, Y and the
-memories, 4 U; on the way back the cotangents and pairs, 3 U. Multiply-adds a token and head: preparing 2·C·d and 10·C²;
-values and answers 3·d² + 2·C·d; pairs 2·C·d; chunks 3·d² + 4·C·d.
+writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (6 with a gate) and 3; pairs 3 and 1; chunks 10 and
+2. So 8 U forward where the floor is 4, and 36 U with the gradient where it is 11. Kept for the gradient: r, A, Y and
+the memories, 4 U; on the way back the cotangents and pairs, 3 U. Multiply-adds a token and head: preparing 2·C·d and
+10·C²; values and answers 3·d² + 2·C·d; pairs 2·C·d; chunks 3·d² + 4·C·d.
 
 Compilers: what `decay.py` says. No dot's result is transposed; no 16-bit line of CONFIG has one stage. Compiled for
 Hopper by Triton 3.7.1 at d = 128 in 16 bits the sweeps spill nothing; `delta_chunks` spills 42 numbers a thread, 122

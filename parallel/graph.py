@@ -1,0 +1,49 @@
+"""How torch sees what communicates: ops that a compiler leaves alone, and that every rank's backward pass reaches."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def known(name: str, schema: str, function: Callable, shapes: Callable) -> Callable:
+    """`function` as torch.ops.linear_moe.`name`; `shapes` makes empty results. A compiler sees the same graph on every
+    rank, whatever the ranks do inside.
+
+    Registered by hand: the decorator `custom_op` imports the compiler at the first call, which takes seconds.
+    """
+    torch.library.define(f"linear_moe::{name}", schema)
+    torch.library.impl(f"linear_moe::{name}", "default", function)
+    torch.library.register_fake(f"linear_moe::{name}", shapes)
+    return getattr(torch.ops.linear_moe, name)
+
+
+def differentiable(name: str, backward: Callable, keep: Callable) -> None:
+    """Its gradient: `keep(ctx, inputs, output)` saves what `backward(ctx, *gradients)` needs."""
+    torch.library.register_autograd(f"linear_moe::{name}", backward, setup_context=keep)
+
+
+class _Depend(torch.autograd.Function):
+    """y, which from now on depends on the others too, with no gradient for them."""
+
+    @staticmethod
+    def forward(ctx, y, *others):
+        ctx.count = len(others)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, *[None] * ctx.count
+
+
+def attached(y: Tensor, received: list[Tensor], inputs: list[Tensor | None]) -> Tensor:
+    """y, from which the backward pass reaches `received` and `inputs` on every rank.
+
+    A segment of no tokens, or one that begins a document, uses nothing of what enters it. Its backward pass must still
+    come by the same collectives in the same order (autograd takes the newest first, among those it reaches), and end
+    in a gradient, of zeros, for the same parameters.
+    """
+    inputs = [x for x in inputs if x is not None]
+    if not y.numel():
+        y = y + 0 * sum(x.sum() for x in inputs)
+    return _Depend.apply(y, *(received or inputs))
