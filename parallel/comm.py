@@ -7,8 +7,9 @@ A group is a process group. None, or a group of one rank, has nobody to talk to:
 
 import contextlib
 import datetime
+import math
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +84,30 @@ def shift(x: Tensor, group: Group, forward: bool = True) -> Tensor:
         for work in dist.batch_isend_irecv(ends):
             work.wait()
         _note("shift", _bytes(x) if 0 <= me - step < n else 0)
+    return theirs
+
+
+def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+    """Rows of x to everybody: the first send[0] to rank 0, the next send[1] to rank 1, ...; what comes back are
+    receive[r] rows of each rank r, in rank order. My send[r] must be r's receive[me]. No gradient. The adjoint is the
+    same with `send` and `receive` exchanged; receives the bytes of all rows but my own.
+
+    Zero rows are as good as any, and a rank that has none to send or to get takes part all the same. One tensor cut by
+    numbers, and no list of tensors, which gloo does not exchange.
+    """
+    n = size(group)
+    for name, rows in (("send", send), ("receive", receive)):
+        if len(rows) != n:
+            raise ValueError(f"exchange over {n} ranks needs {n} numbers of rows, got {name} {list(rows)}")
+    if sum(send) != len(x):
+        raise ValueError(f"exchange of {len(x)} rows was told to send {list(send)}, which is {sum(send)}")
+    theirs = x.new_empty(sum(receive), *x.shape[1:])
+    width = math.prod(x.shape[1:])
+    if n == 1 or not width:
+        return theirs.copy_(x) if n == 1 else theirs
+    mine = x.detach().contiguous().view(-1)
+    dist.all_to_all_single(theirs.view(-1), mine, [r * width for r in receive], [s * width for s in send], group=group)
+    _note("exchange", (sum(receive) - receive[rank(group)]) * width * x.element_size())
     return theirs
 
 
