@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import repeat
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard

@@ -108,24 +108,32 @@ def check(degrees: Degrees, world: int) -> int:
             f"replicas {replicas}"
         )
     data = max(world // sequence, 1) if data == -1 else data
-    fits = [n for n in range(1, world + 1) if world % n == 0]
     if data * sequence != world:
         raise ValueError(
             f"a mesh of {data} data x {sequence} sequence needs {data * sequence} ranks, found {world}: start as many "
-            f"(torchrun --nproc-per-node {data * sequence}), or let sequence be one of {listed(fits)}"
+            f"(torchrun --nproc-per-node {data * sequence}), or let sequence be {one_of(world)}"
         )
     if world % replicas:
-        raise ValueError(f"{replicas} replicas cannot share {world} ranks: let replicas be one of {listed(fits)}")
+        raise ValueError(
+            f"{replicas} replicas cannot be made of {ranks(world)}; let --mesh.replicas be {one_of(world)}"
+        )
     size = world // replicas
     if size % expert:
-        fits = [n for n in fits if size % n == 0]
-        inside = f" of each of {replicas} replicas" if replicas > 1 else ""
-        raise ValueError(f"groups of {expert} expert cannot share {size} ranks{inside}: let expert be {listed(fits)}")
+        inside = f"each of {replicas} replicas, {ranks(size)}" if replicas > 1 else ranks(size)
+        raise ValueError(
+            f"groups of {expert} ranks that share experts do not fit into {inside}; let --mesh.expert be {one_of(size)}"
+        )
     return data
 
 
-def listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+def ranks(n: int) -> str:
+    return f"{n} rank" + "s" * (n > 1)
+
+
+def one_of(whole: int) -> str:
+    """The divisors."""
+    fits = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+    return f"one of {', '.join(fits)}" if len(fits) > 1 else fits[0]
 
 
 def over(ops: Ops, mesh: Mesh) -> Ops:

@@ -88,9 +88,9 @@ def local(x: Tensor) -> Tensor:
 
 
 def held(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Numbers of parameters by part, experts and the others: those on this rank, and all there are."""
+    """Numbers of parameters by part, experts and all else: those on this rank, and all there are."""
     own = {p for layer in model.modules() if isinstance(layer, MoE) for p in layer.own().values()}
-    parts = {"experts": own, "others": set(model.parameters()) - own}
+    parts = {"experts": own, "everything else": set(model.parameters()) - own}
     return {name: (sum(local(p).numel() for p in ps), sum(p.numel() for p in ps)) for name, ps in parts.items()}
 
 

@@ -364,8 +364,8 @@ class MoE(nn.Module):
 
     Parameters: gate : e d (the router), w13 : e rf d, w2 : e d f; where the configuration asks for them gate_bias : e,
     b13 : e rf, b2 : e d, shared.w13, shared.w2, shared_gate : 1 d, down : l d and up : d l around a latent; where the
-    router has them spread : e d (noise), scale : 1 (Soft MoE, whose gate is e s d). Buffers: `bias` : e, float32, from 0,
-    for routers balanced by bias; `penalty`, float32, the weight of ReMoE's loss; `table` : words k, where the word
+    router has them spread : e d (noise), scale : 1 (Soft MoE, whose gate is e s d). Buffers: `bias` : e, float32, from
+    0, for routers balanced by bias; `penalty`, float32, the weight of ReMoE's loss; `table` : words k, where the word
     chooses. This layer reads buffers and never changes them.
     """
 
