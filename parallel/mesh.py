@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,6 +24,9 @@ class Degrees:
     """Ranks that share the tokens of each sample."""
     expert: int = 1
     """Ranks that share the experts of each layer: of e experts each holds e / expert, and tokens travel to theirs."""
+    dispatch: Literal["pair", "rank"] = "pair"
+    """What travels to the experts: a token's row once for each expert that it visits, or once for each rank that holds
+    some of them, which sums before it answers (fewer bytes, and in 16 bits one more rounding)."""
     replicas: int = 1
     """Groups of ranks that hold all parameters, each cut over its group (1: parameters are cut over all ranks)."""
 
@@ -39,6 +42,7 @@ class Mesh(NamedTuple):
     sequence_size: int = 1
     expert_rank: int = 0
     expert_size: int = 1
+    dispatch: str = "pair"
     replicas: int = 1
     everyone: comm.Group = None  # over whom losses and counts are summed
     sequence: comm.Group = None  # who shares a sequence with me, in the order of its segments
@@ -90,6 +94,7 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
         sequence_size=degrees.sequence,
         expert_rank=shared.get_local_rank("expert") if shared else 0,
         expert_size=expert,
+        dispatch=degrees.dispatch,
         replicas=replicas,
         everyone=group,
         sequence=batch.get_group("sequence") if degrees.sequence > 1 else None,
@@ -140,7 +145,7 @@ def over(ops: Ops, mesh: Mesh) -> Ops:
     """The same ops on this mesh: sequences cut over their group, experts shared by theirs, totals over everyone."""
     if mesh.size == 1:
         return ops
-    ops = experts.over(lasp.over(ops, mesh.sequence), mesh.expert)
+    ops = experts.over(lasp.over(ops, mesh.sequence), mesh.expert, mesh.dispatch)
     return ops._replace(total=lambda x: comm.total(x, mesh.everyone))
 
 

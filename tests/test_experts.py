@@ -82,7 +82,7 @@ WAYS = {
     "one expert has all": {"only": 5},
     "one expert a token": {"k": 1},
 }
-CASES = list(itertools.product(WAYS, TOKENS))
+CASES = list(itertools.product(WAYS, TOKENS, experts.DISPATCH))
 
 
 def made(lengths, biases=False, lose=False, share=None, room=False, only=None, k=3, inner=swiglu, gate_at="output"):
@@ -106,7 +106,7 @@ def made(lengths, biases=False, lose=False, share=None, room=False, only=None, k
     return draw(n, D_, seed=5), Routing(index, gate, kept), weights, how
 
 
-def layer(what, tokens, place):
+def layer(what, tokens, dispatch, place):
     """(output and gradients on this rank, what they should be) of each case."""
     group = comm.world()
     ranks, me = comm.size(group), comm.rank(group)
@@ -130,7 +130,7 @@ def layer(what, tokens, place):
     if "room" in how:
         how["room"] = (stop - start) * routing.index.shape[1]
     with comm.counted() as forward:
-        got = experts.over(ops, group).experts(mine[0], part._replace(gate=mine[1]), *weights, **how)
+        got = experts.over(ops, group, dispatch).experts(mine[0], part._replace(gate=mine[1]), *weights, **how)
     with comm.counted() as backward:
         (got * cotangent[start:stop]).sum().backward()
     assert all(t.grad is not None for t in (*mine, *weights)), "a rank without a gradient would leave others waiting"
@@ -152,26 +152,37 @@ def verdicts() -> dict:
 
 @pytest.mark.parametrize("what", WAYS)
 def test_experts_over_ranks_are_those_of_one(what, verdicts):
-    for ranks, tokens in itertools.product(verdicts, TOKENS):
-        worst = max(said[what, tokens][0] for said in verdicts[ranks])
-        assert worst < 1e-12, (ranks, tokens, worst)
+    for ranks, tokens, dispatch in itertools.product(verdicts, TOKENS, experts.DISPATCH):
+        worst = max(said[what, tokens, dispatch][0] for said in verdicts[ranks])
+        assert worst < 1e-12, (ranks, tokens, dispatch, worst)
 
 
 @pytest.mark.parametrize("what", WAYS)
-def test_three_exchanges_forward_and_two_backward_of_the_pairs_that_go_elsewhere(what, verdicts):
+def test_exchanges_of_the_rows_that_go_elsewhere_and_of_nothing_else(what, verdicts):
     for ranks, tokens in itertools.product((2, 3, 4), TOKENS):
         lengths, own = TOKENS[tokens][:ranks], E // ranks
         _, routing, _, how = made(lengths, **WAYS[what])
-        source = torch.arange(ranks).repeat_interleave(torch.tensor(lengths))[:, None].expand(routing.index.shape)
+        source, k = torch.arange(ranks).repeat_interleave(torch.tensor(lengths)), routing.index.shape[1]
+        dropout = "drop" in how
         for me, said in enumerate(verdicts[ranks]):
-            _, forward, backward = said[what, tokens]
-            comes = (routing.kept & (routing.index // own == me) & (source != me)).sum().item()
-            goes = (routing.kept & (routing.index // own != me) & (source == me)).sum().item()
-            dropout = "drop" in how
+
+            def moved(r, mine, me=me, source=source, routing=routing, own=own):
+                """Of each token that is mine (or is not), the pairs that rank r computes."""
+                return ((routing.kept & (routing.index // own == r)) & ((source == me) == mine)[:, None]).sum(-1)
+
+            comes, goes = moved(me, False), [moved(r, True) for r in range(ranks) if r != me]
+            pairs = comes.sum().item(), sum(x.sum().item() for x in goes)
+            rows = (comes > 0).sum().item(), sum((x > 0).sum().item() for x in goes)
+            _, forward, backward = said[what, tokens, "pair"]
             assert dict(forward.calls) == {"exchange": 3 + dropout} and dict(backward.calls) == {"exchange": 2}
-            numbers = 8 * (ranks - 1) * (own + 1) + 8 * comes * dropout
-            assert forward.received["exchange"] == 8 * D_ * (comes + goes) + numbers
-            assert backward.received["exchange"] == 8 * D_ * (comes + goes)
+            numbers = 8 * (ranks - 1) * (own + 2) + 8 * pairs[0] * dropout
+            assert forward.received["exchange"] == 8 * D_ * sum(pairs) + numbers
+            assert backward.received["exchange"] == 8 * D_ * sum(pairs)
+            _, forward, backward = said[what, tokens, "rank"]
+            assert dict(forward.calls) == {"exchange": 4 + dropout} and dict(backward.calls) == {"exchange": 3}
+            numbers = 24 * (ranks - 1) + 8 * rows[0] * (2 * k + dropout)
+            assert forward.received["exchange"] == 8 * D_ * sum(rows) + numbers
+            assert backward.received["exchange"] == 8 * D_ * sum(rows) + 8 * 2 * k * rows[1]
 
 
 # ------------------------------------------------------------------------------------------------ whole training
@@ -288,12 +299,12 @@ MODELS = {
     },
 }
 MESHES = {
-    2: [mesh.Degrees(expert=2), mesh.Degrees(sequence=2, expert=2), mesh.Degrees(replicas=2)],
+    2: [mesh.Degrees(expert=2), mesh.Degrees(sequence=2, expert=2, dispatch="rank"), mesh.Degrees(replicas=2)],
     3: [mesh.Degrees(sequence=3, expert=3), mesh.Degrees(expert=3), mesh.Degrees(sequence=3, replicas=3)],
     4: [
         mesh.Degrees(expert=2),
         mesh.Degrees(sequence=2, expert=2),
-        mesh.Degrees(sequence=2, expert=4),
+        mesh.Degrees(sequence=2, expert=4, dispatch="rank"),
         mesh.Degrees(expert=2, replicas=2),
         mesh.Degrees(sequence=4, replicas=2),
     ],
@@ -307,8 +318,8 @@ def models_alone() -> dict:
 
 @pytest.fixture(scope="module", params=MESHES)
 def on_meshes(request, models_alone):
-    every_second = list(itertools.product(MODELS, MESHES[request.param]))[::2]
-    return testing.run(request.param, runs, {(n, d): config_of(**MODELS[n], degrees=d) for n, d in every_second})
+    some = list(itertools.product(MODELS, MESHES[request.param]))[:: max(request.param - 1, 2)]  # every mesh and model
+    return testing.run(request.param, runs, {(n, d): config_of(**MODELS[n], degrees=d) for n, d in some})
 
 
 @pytest.mark.parametrize("name", MODELS)
