@@ -66,6 +66,24 @@ def test_rows_go_where_they_are_told_and_come_back(ranks):
         assert all(said.values()), said
 
 
+def compiled():
+    """Fake shapes and the way back, in one graph."""
+    group = comm.world()
+    x, receive = draw(5, 2).requires_grad_(), [2 + comm.rank(group)] * 2
+
+    def f(x):
+        return experts.exchange(2 * x, [2, 3], receive, group).sin()
+
+    torch.compile(f, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    got, x.grad = x.grad, None
+    f(x).sum().backward()
+    return torch.equal(got, x.grad)
+
+
+def test_a_compiler_sees_one_call():
+    assert all(testing.run(2, compiled))
+
+
 # ------------------------------------------------------------------------------- one layer of experts, op by op
 
 E, D_, F_ = 12, 5, 3
