@@ -716,6 +716,11 @@ def introduce(say, config: Train, model, mesh, ops, device, step: int) -> None:
         f"{count['total']:,} parameters, {count['active']:,} active"
     )
     say(f"backend {ops.name} on {device}, {config.precision}; {mesh}; run folder {config.out}")
+    if mesh.size > 1:
+        held = [
+            f"{mine:,} of {all_:,} parameters of {part}" for part, (mine, all_) in shard.held(model).items() if all_
+        ]
+        say(f"rank 0 holds {' and '.join(held)}")
     if "E" in config.model.letters:
         rules = [f"{name} loss x {weight:g}" for name, weight in config.balances().items()]
         rules += [f"a bias that moves by {config.bias_rate:g} a step"] * row(config.model.router).bias

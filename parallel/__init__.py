@@ -1,1 +1,1 @@
-"""Many processes: functions from ops to ops (lasp), from a model to a sharded model (shard), and what they stand on."""
+"""Many processes: functions from ops to ops (lasp, experts), from a model to a sharded one (shard); what they need."""

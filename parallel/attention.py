@@ -320,7 +320,8 @@ def all_borders(layout: Layout, cu_seqlens, group: Group) -> Int[Tensor, " n1"] 
 
 
 def _swap_tokens(x: Tensor, group: str) -> Tensor:
-    return comm.swap(x, comm.named(group))
+    group, each = comm.named(group), [1] * len(x)
+    return comm.exchange(x, each, each, group)
 
 
 def _back_to_swapped(ctx, D):

@@ -7,10 +7,11 @@ A group is a process group. None, or a group of one rank, has nobody to talk to:
 
 import contextlib
 import datetime
+import math
 import os
 import re
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -122,21 +123,6 @@ def rotate(x: Tensor, group: Group, steps: int = 1) -> Tensor:
     return theirs
 
 
-def swap(x: Tensor, group: Group) -> Tensor:
-    """x has a part for each rank in front; returns the part that each rank has for me, in rank order. No gradient; its
-    own adjoint. Receives (W - 1) / W of the bytes of x."""
-    n = size(group)
-    if len(x) != n:
-        raise ValueError(f"swap over {n} ranks needs x of {n} parts, got shape {tuple(x.shape)}")
-    x = x.detach().contiguous()
-    if n == 1 or not x.numel():
-        return x
-    theirs = torch.empty_like(x)
-    dist.all_to_all_single(theirs.view(-1), x.view(-1), group=group)
-    _note("swap", (n - 1) * _bytes(x[0]))
-    return theirs
-
-
 def give(x: Tensor, group: Group, steps: int = 1) -> None:
     """Sends x to the rank `steps` after me, which must `take` it; past either end nobody is there."""
     if 0 <= rank(group) + steps < size(group) and x.numel():
@@ -151,6 +137,30 @@ def take(like: Tensor, group: Group, steps: int = 1) -> Tensor:
     if there:
         dist.recv(theirs, group=group, group_src=rank(group) - steps)
     _note("take", _bytes(theirs) if there else 0)
+    return theirs
+
+
+def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+    """Rows of x to everybody: the first send[0] to rank 0, the next send[1] to rank 1, ...; what comes back are
+    receive[r] rows of each rank r, in rank order. My send[r] must be r's receive[me]. No gradient. The adjoint is the
+    same with `send` and `receive` exchanged; receives the bytes of all rows but my own.
+
+    Zero rows are as good as any, and a rank that has none to send or to get takes part all the same. One tensor cut by
+    numbers, and no list of tensors, which gloo does not exchange.
+    """
+    n = size(group)
+    for name, rows in (("send", send), ("receive", receive)):
+        if len(rows) != n:
+            raise ValueError(f"exchange over {n} ranks needs {n} numbers of rows, got {name} {list(rows)}")
+    if sum(send) != len(x):
+        raise ValueError(f"exchange of {len(x)} rows was told to send {list(send)}, which is {sum(send)}")
+    theirs = x.new_empty(sum(receive), *x.shape[1:])
+    width = math.prod(x.shape[1:])
+    if n == 1 or not width:
+        return theirs.copy_(x) if n == 1 else theirs
+    mine = x.detach().contiguous().view(-1)
+    dist.all_to_all_single(theirs.view(-1), mine, [r * width for r in receive], [s * width for s in send], group=group)
+    _note("exchange", (sum(receive) - receive[rank(group)]) * width * x.element_size())
     return theirs
 
 

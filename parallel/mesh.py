@@ -9,13 +9,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel import comm, lasp
+from parallel import comm, experts, lasp
 from reference.ops import Ops
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """How the ranks are used. Their product is the number of ranks."""
+    """How the ranks are used. The product of data and sequence is the number of ranks; replicas and expert divide it,
+    another way to see the same ranks."""
 
     data: int = -1
     """Groups of ranks that take different samples (-1: as many as there are ranks for)."""
@@ -26,6 +27,13 @@ class Degrees:
     gets all tokens of some heads."""
     states: Literal["gather", "ring"] = "gather"
     """How memories cross ranks: all at once, or one rank after the other (slow; for rows that are not affine)."""
+    expert: int = 1
+    """Ranks that share the experts of each layer: of e experts each holds e / expert, and tokens travel to theirs."""
+    dispatch: Literal["pair", "rank"] = "pair"
+    """What travels to the experts: a token's row once for each expert that it visits, or once for each rank that holds
+    some of them, which sums before it answers (fewer bytes, and in 16 bits one more rounding)."""
+    replicas: int = 1
+    """Groups of ranks that hold all parameters, each cut over its group (1: parameters are cut over all ranks)."""
 
 
 class Mesh(NamedTuple):
@@ -37,58 +45,118 @@ class Mesh(NamedTuple):
     data_size: int = 1
     sequence_rank: int = 0
     sequence_size: int = 1
+    expert_rank: int = 0
+    expert_size: int = 1
+    dispatch: str = "pair"
+    replicas: int = 1
     everyone: comm.Group = None  # over whom losses and counts are summed
     sequence: comm.Group = None  # who shares a sequence with me, in the order of its segments
-    shards: DeviceMesh | None = None  # over whom parameters are sharded: everyone, in one dimension
+    expert: comm.Group = None  # who shares the experts with me, in their order
+    shards: DeviceMesh | None = None  # over whom parameters are sharded: all ranks of a replica, in its last dimension
+    experts: DeviceMesh | None = None  # the same of the experts' parameters, and behind it the group `expert`
     attention: str = "gather"  # how softmax layers and memories cross a cut sequence
     states: str = "gather"
 
     def __str__(self) -> str:
         if self.size == 1:
             return "one process"
-        return f"{self.size} ranks = {self.data_size} data x {self.sequence_size} sequence, parameters sharded over all"
+        text = f"{self.size} ranks = {self.data_size} data x {self.sequence_size} sequence, parameters sharded over "
+        over = self.size // self.replicas
+        text += "all" if self.replicas == 1 else f"{over} in each of {self.replicas} replicas"
+        if self.expert_size > 1:
+            text += f", experts shared out to {self.expert_size} and sharded over {over // self.expert_size}"
+        return text
 
 
 def make(degrees: Degrees, device: torch.device) -> Mesh:
-    """The mesh of the processes that there are; rank = data_rank * sequence_size + sequence_rank.
+    """The mesh of the processes that there are.
 
-    Raises ValueError if the degrees do not multiply to their number.
+    The same ranks, in the same order, are seen in three ways, the last name counting fastest:
+    data x sequence; replicas x shards; replicas x shards of experts x experts. So the ranks that share a sequence are
+    neighbours, and so are those that share experts.
+
+    Raises ValueError, one line, if the degrees do not fit the number of ranks.
     """
     group = comm.world()
-    world, data, sequence = comm.size(group), degrees.data, degrees.sequence
-    if sequence < 1 or (data < 1 and data != -1):
-        raise ValueError(f"mesh degrees must be at least 1 (data: or -1), got data {data}, sequence {sequence}")
-    data = max(world // sequence, 1) if data == -1 else data
-    if data * sequence != world:
-        fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise ValueError(
-            f"a mesh of {data} data x {sequence} sequence needs {data * sequence} ranks, found {world}: start as many "
-            f"(torchrun --nproc-per-node {data * sequence}), or let sequence be one of {fits}"
-        )
+    world = comm.size(group)
+    data = check(degrees, world)
     if world == 1:
         return Mesh()
-    mesh = init_device_mesh(device.type, (data, sequence), mesh_dim_names=("data", "sequence"))
+    expert, replicas = degrees.expert, degrees.replicas
+
+    def view(**dims: int) -> DeviceMesh:
+        return init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
+
+    batch = view(data=data, sequence=degrees.sequence)
+    shards = view(replicas=replicas, shards=world // replicas)
+    shared = None
+    if expert > 1:
+        shared = view(replicas=replicas, expert_shards=world // (replicas * expert), expert=expert)
     return Mesh(
         rank=comm.rank(group),
         size=world,
-        data_rank=mesh.get_local_rank("data"),
+        data_rank=batch.get_local_rank("data"),
         data_size=data,
-        sequence_rank=mesh.get_local_rank("sequence"),
-        sequence_size=sequence,
+        sequence_rank=batch.get_local_rank("sequence"),
+        sequence_size=degrees.sequence,
+        expert_rank=shared.get_local_rank("expert") if shared else 0,
+        expert_size=expert,
+        dispatch=degrees.dispatch,
+        replicas=replicas,
         everyone=group,
-        sequence=mesh.get_group("sequence") if sequence > 1 else None,
-        shards=init_device_mesh(device.type, (world,), mesh_dim_names=("shards",)),
+        sequence=batch.get_group("sequence") if degrees.sequence > 1 else None,
+        expert=shared.get_group("expert") if shared else None,
+        shards=shards if replicas > 1 else shards["shards"],
+        experts=shared,
         attention=degrees.attention,
         states=degrees.states,
     )
 
 
+def check(degrees: Degrees, world: int) -> int:
+    """The degree of data; ValueError, one line, if this many ranks cannot be used that way."""
+    data, sequence, expert, replicas = degrees.data, degrees.sequence, degrees.expert, degrees.replicas
+    if min(sequence, expert, replicas) < 1 or (data < 1 and data != -1):
+        raise ValueError(
+            f"mesh degrees must be at least 1 (data: or -1), got data {data}, sequence {sequence}, expert {expert}, "
+            f"replicas {replicas}"
+        )
+    data = max(world // sequence, 1) if data == -1 else data
+    if data * sequence != world:
+        raise ValueError(
+            f"a mesh of {data} data x {sequence} sequence needs {data * sequence} ranks, found {world}: start as many "
+            f"(torchrun --nproc-per-node {data * sequence}), or let sequence be {one_of(world)}"
+        )
+    if world % replicas:
+        raise ValueError(
+            f"{replicas} replicas cannot be made of {ranks(world)}; let --mesh.replicas be {one_of(world)}"
+        )
+    size = world // replicas
+    if size % expert:
+        inside = f"each of {replicas} replicas, {ranks(size)}" if replicas > 1 else ranks(size)
+        raise ValueError(
+            f"groups of {expert} ranks that share experts do not fit into {inside}; let --mesh.expert be {one_of(size)}"
+        )
+    return data
+
+
+def ranks(n: int) -> str:
+    return f"{n} rank" + "s" * (n > 1)
+
+
+def one_of(whole: int) -> str:
+    """The divisors."""
+    fits = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+    return f"one of {', '.join(fits)}" if len(fits) > 1 else fits[0]
+
+
 def over(ops: Ops, mesh: Mesh) -> Ops:
-    """The same ops on this mesh: sequences cut over their group, totals over everyone."""
+    """The same ops on this mesh: sequences cut over their group, experts shared by theirs, totals over everyone."""
     if mesh.size == 1:
         return ops
     cut = lasp.over(ops, mesh.sequence, mesh.attention, mesh.states)
-    return cut._replace(total=lambda x: comm.total(x, mesh.everyone))
+    shared = experts.over(cut, mesh.expert, mesh.dispatch)
+    return shared._replace(total=lambda x: comm.total(x, mesh.everyone))
 
 
 # -------------------------------------------------------------------------------------- the beginning and the end

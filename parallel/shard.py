@@ -1,20 +1,25 @@
-"""From a model to a sharded model: parameters cut over all ranks, activations recomputed, gradients summed.
+"""From a model to a sharded model: parameters cut over ranks, activations recomputed, gradients summed.
 
 A loss that is a sum over my tokens divided by the number of everybody's has gradients that must be *summed* over ranks;
 so no factor of any group's size is anywhere.
 """
 
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+
+# Parameters of one module on two meshes: not among torch's public names yet.
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
+from parallel import comm, experts
 from parallel.mesh import Mesh
+from reference.moe import MoE
 
 
 def checkpointing(blocks: Iterable[nn.Module]) -> None:
@@ -34,19 +39,44 @@ def shard(
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> None:
-    """FSDP2, in place, over all ranks of the mesh: each block, then the rest of the model. One process: nothing.
+    """FSDP2, in place: each block, then the rest of the model. One process: nothing.
 
-    Parameters travel and compute in `param_dtype`, gradients are summed in `reduce_dtype` (None: as they are).
+    Parameters are cut over all ranks of a replica and are the same in every replica. Those of experts, where these are
+    shared out, are cut over the ranks that hold the same experts. Parameters travel and compute in `param_dtype`,
+    gradients are summed in `reduce_dtype` (None: as they are). Raises ValueError, one line, if the experts cannot be
+    shared out.
     """
     if mesh.shards is None:
         return
+    experts.place(model, mesh.experts)
     # It warns of outputs that are views, which must not be changed in place. Nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for part in (*blocks, model):
-        fully_shard(part, mesh=mesh.shards, mp_policy=precision)
+        fully_shard(part, mesh=mesh.shards, shard_placement_fn=placement(mesh), mp_policy=precision)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor in it
+
+
+def placement(mesh: Mesh) -> Callable | None:
+    """Where a parameter is cut, for `fully_shard`: experts that are shared out (they alone are DTensors by now) over
+    the ranks that hold the same ones; None, the default, for all others."""
+    if mesh.experts is None:
+        return None
+    # private, and not in every torch that the rest runs on: asked for only where experts are shared out
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+
+    own = mesh.experts["expert_shards"]
+    info = FSDPMeshInfo(own, shard_mesh_dim=0)
+    if mesh.replicas > 1:
+        info = HSDPMeshInfo(mesh.experts["replicas", "expert_shards"], shard_mesh_dim=1, replicate_mesh_dim=0)
+
+    def place(weight: Tensor) -> ShardPlacementResult | None:
+        if not isinstance(weight, DTensor):
+            return None
+        return ShardPlacementResult(experts.placement(weight, own.size()), info)
+
+    return place
 
 
 def synchronize(model: nn.Module, last: bool) -> None:
@@ -59,12 +89,35 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def held(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Numbers of parameters by part, experts and all else: those on this rank, and all there are."""
+    own = {p for layer in model.modules() if isinstance(layer, MoE) for p in layer.own().values()}
+    parts = {"experts": own, "everything else": set(model.parameters()) - own}
+    return {name: (sum(local(p).numel() for p in ps), sum(p.numel() for p in ps)) for name, ps in parts.items()}
+
+
+def copies(x: Tensor) -> int:
+    """Ranks that hold the same numbers of x."""
+    if not isinstance(x, DTensor):
+        return 1
+    sizes = zip(x.placements, x.device_mesh.shape, strict=True)
+    return math.prod(n for placement, n in sizes if isinstance(placement, Replicate))
+
+
 @torch.no_grad()
 def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients, over all ranks, the same number everywhere. One that is not finite makes it so."""
+    """The 2-norm of all gradients, over all ranks, the same number everywhere. One that is not finite makes it so.
+
+    One exchange, of the sum of squares, whatever meshes the parameters are on: what several ranks hold alike counts
+    on each of them its part.
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not grads:
+        return torch.tensor(0.0)
+    norms = torch.stack(torch._foreach_norm([local(g) for g in grads])).double()
+    shares = norms.new_tensor([1 / copies(g) for g in grads])
+    group = comm.world() if any(isinstance(g, DTensor) for g in grads) else None
+    return comm.total((norms.square() * shares).sum(), group).sqrt().to(grads[0].dtype)
 
 
 @torch.no_grad()

@@ -187,7 +187,7 @@ def combine(y: Float[Tensor, "nk d"], gate: Float[Tensor, "n k"]) -> Float[Tenso
 
 
 def softly(
-    x: Float[Tensor, "n d"], slots: Float[Tensor, "s d"], scale: Float[Tensor, ""], documents: Int[Tensor, " n"]
+    x: Float[Tensor, "n d"], slots: Float[Tensor, "s d"], scale: Float[Tensor, "1"], documents: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, "m s n"], Float[Tensor, "m s n"], Float[Tensor, "n s"]]:
     """Soft MoE's two matrices for each of m documents, and the logits: D is a softmax over the document's tokens, C
     one over the slots, zero for other documents' tokens (2308.00951, equations 1 to 3, logits between normed vectors
@@ -364,10 +364,12 @@ class MoE(nn.Module):
 
     Parameters: gate : e d (the router), w13 : e rf d, w2 : e d f; where the configuration asks for them gate_bias : e,
     b13 : e rf, b2 : e d, shared.w13, shared.w2, shared_gate : 1 d, down : l d and up : d l around a latent; where the
-    router has them spread : e d (noise), scale (Soft MoE, whose gate is e s d). Buffers: `bias` : e, float32, from 0,
-    for routers balanced by bias; `penalty`, float32, the weight of ReMoE's loss; `table` : words k, where the word
+    router has them spread : e d (noise), scale : 1 (Soft MoE, whose gate is e s d). Buffers: `bias` : e, float32, from
+    0, for routers balanced by bias; `penalty`, float32, the weight of ReMoE's loss; `table` : words k, where the word
     chooses. This layer reads buffers and never changes them.
     """
+
+    OWN = ("w13", "w2", "b13", "b2")  # the experts' parameters: of each, the first dimension counts experts
 
     def __init__(self, config: Experts, ops: Any, number: int = 0):
         super().__init__()
@@ -389,7 +391,8 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(c.latent, d)) if c.latent else None
         self.up = nn.Parameter(torch.empty(d, c.latent)) if c.latent else None
         self.spread = started("zero", c.columns, d) if self.router.weights == "gate and spread" else None
-        self.scale = nn.Parameter(torch.empty(())) if self.router.weights == "slots" else None
+        # One number as a vector: parameters are sharded along their first dimension, and a scalar has none.
+        self.scale = nn.Parameter(torch.empty(1)) if self.router.weights == "slots" else None
         if self.scale is not None:
             self.scale.start = constant(1.0)
         self.register_buffer("bias", torch.zeros(c.columns) if self.router.bias else None)
@@ -422,9 +425,13 @@ class MoE(nn.Module):
         y = y.view_as(x)
         return y if self.shared is None else y + self.always(x), stats
 
+    def own(self) -> dict[str, nn.Parameter]:
+        """The experts' parameters, without those that this layer does not have."""
+        return {name: getattr(self, name) for name in self.OWN if getattr(self, name) is not None}
+
     def idle(self) -> int:
         """Numbers of the experts that one token does not visit."""
-        routed = sum(p.numel() for p in (self.w13, self.w2, self.b13, self.b2) if p is not None)
+        routed = sum(p.numel() for p in self.own().values())
         return routed - routed * self.config.top_k // self.config.experts
 
     def routed(self, tokens: Float[Tensor, "n d"], documents: Int[Tensor, " n"], side) -> tuple[Tensor, Load]:

@@ -381,7 +381,7 @@ def test_names_and_shapes_of_the_parameters():
     weights = {
         "gate": {},
         "gate and spread": {"spread": (6, 6)},
-        "slots": {"scale": ()},
+        "slots": {"scale": (1,)},
         "table": {"table": (7, 2)},
         "table and gate": {"table": (7, 2)},
     }

@@ -141,8 +141,8 @@ def test_ulysses_exchanges_tokens_for_heads_twice_each_way(others):
             # two key heads are repeated to six, which three ranks can share
             bytes_of_token = (12 * 3 + 6 * 3 + 6 * 3 + 12 * 3) * 8
             t = 6 if t == "packed" else t
-            assert forward.calls["swap"] == backward.calls["swap"] == 2
-            assert forward.received["swap"] == backward.received["swap"] == 2 * t * bytes_of_token // 3
+            assert forward.calls["exchange"] == backward.calls["exchange"] == 2
+            assert forward.received["exchange"] == backward.received["exchange"] == 2 * t * bytes_of_token // 3
         assert [found[t][0].calls["gather"] for t in (6, 12, "packed")] == [1, 1, 2]
         assert not any(backward.calls["gather"] for _, backward in found.values())
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 from itertools import pairwise
@@ -122,12 +123,15 @@ def alone(corpus, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"sequence": 2}, {"data": 2, "expert": 2}], ids=str)
 def test_two_ranks_equal_one(corpus, alone, tmp_path, mesh):
     out = tmp_path / "run"
-    arguments = line(corpus, out, *EXACT, "--mesh.data", mesh[0], "--mesh.sequence", mesh[1], steps=3)
-    done = run("train.py", *arguments, ranks=2)
+    more = [x for name, degree in mesh.items() for x in (f"--mesh.{name}", degree)]
+    done = run("train.py", *line(corpus, out, *EXACT, *more, steps=3), ranks=2)
     assert done.returncode == 0, done.stderr
+    held = re.search(r"rank 0 holds ([\d,]+) of ([\d,]+) parameters of experts and ([\d,]+) of ([\d,]+)", done.stdout)
+    mine, all_, *_ = (int(number.replace(",", "")) for number in held.groups())
+    assert mine * 2 == all_ and done.stdout.count("rank 0 holds") == 1
     assert_same(checkpoint(out, 3), checkpoint(alone, 3), 1e-12)
     for a, b in zip(metrics(out), metrics(alone), strict=True):
         for name in ("loss", "balance", "norm", "entropy", "violation"):
