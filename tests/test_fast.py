@@ -128,7 +128,7 @@ def added_up(row, inputs, weights, want, cu_seqlens):
     """The size of what is summed for a gate's gradient: the terms of <M_T, dM_T> and, for a slope, of all tokens."""
     axes = -1 if want["dg"].ndim == 4 else (-2, -1)
     size = (want["last"] * weights[1]).norm(dim=axes).max().item() + want["dg"].abs().max().item()
-    if "g" in row.constants:
+    if row.decay is exact.fixed:
         tokens, constants, memory = inputs
         each = {**tokens, "g": constants["g"].expand(tokens["q"].shape[:3])}
         parts = run(exact.recurrence, LSM["mamba2"], (each, {}, memory), weights, torch.float64, "cpu", cu_seqlens)[

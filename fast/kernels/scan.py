@@ -1,0 +1,529 @@
+"""Triton kernels for memories scanned element by element: M_t = a_t ⊙ M_{t-1} + k_tᵀ v_t, o_t = q_t M_t.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fast.kernels import decay
+from fast.kernels.decay import LOG2_E, padded, part_of, run_of, sequences_of
+
+# what a_t is made of; RATE ... CROSS are real, ROTATE and SPIRAL complex
+RATE, ERASE, CROSS, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(5))
+
+# padded rows of the memory, how many memories it is (2: a complex one) -> (columns a program, warps, tokens at once)
+CONFIG = {
+    (16, 1): (32, 1, 4),
+    (32, 1): (32, 2, 4),
+    (64, 1): (32, 4, 4),
+    (128, 1): (64, 8, 2),
+    (256, 1): (32, 8, 2),
+    (16, 2): (32, 2, 4),
+    (32, 2): (32, 4, 4),
+    (64, 2): (32, 8, 4),
+    (128, 2): (32, 8, 2),
+}
+KEPT = 16  # tokens from one memory that is kept for the gradient to the next
+
+
+@triton.jit
+def token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
+    """(k, v, a row's gate, its turn, a column's gate) of one token in float32: outside, nothing that changes M."""
+    bv = tl.load(v + at * V + iv, mask=in_v & ok, other=0.0).to(tl.float32)
+    bk, gate, turn, step = bv, bv, bv, bv
+    if KIND != SPIRAL:
+        bk = tl.load(k + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
+    if KIND == CROSS:
+        gate = tl.load(rows + at * K + ik, mask=in_k & ok, other=0.0) * LOG2_E
+    if KIND == ROTATE:
+        gate = tl.load(rows + at * 2 * K + ik, mask=in_k & ok, other=1.0)
+        turn = tl.load(rows + at * 2 * K + K + ik, mask=in_k & ok, other=0.0)
+    if KIND == RATE or KIND == ERASE:
+        step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0)
+    if KIND == CROSS:
+        step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0) * LOG2_E
+    return bk, bv, gate, turn, step
+
+
+@triton.jit
+def decay_of(bk, gate, turn, step, rate, spin, ok, KIND: tl.constexpr):
+    """a_t, and its imaginary part."""
+    a, b = rate, spin
+    if KIND == RATE:
+        a = tl.exp2(rate * step[None, :])
+    if KIND == ERASE:
+        a = 1 - (bk * bk)[:, None] * step[None, :]
+    if KIND == CROSS:
+        a = tl.exp2(gate)[:, None] * tl.exp2(step)[None, :]
+    if KIND == ROTATE:
+        a, b = gate[:, None], turn[:, None]
+    if KIND == SPIRAL:
+        a, b = tl.where(ok, rate, 1.0), tl.where(ok, spin, 0.0)
+    return a, b
+
+
+@triton.jit
+def times(a, b, M, N, COMPLEX: tl.constexpr):
+    """(a + i b) (M + i N)."""
+    if COMPLEX:
+        return a * M - b * N, b * M + a * N
+    return a * M, N
+
+
+@triton.jit
+def written(M, bk, bv, KIND: tl.constexpr):
+    """M + kᵀ v; SPIRAL: v to every row."""
+    if KIND == SPIRAL:
+        return M + bv[None, :]
+    return M + bk[:, None] * bv[None, :]
+
+
+@triton.jit
+def tile_of(x, cell, inside, GIVEN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    if GIVEN:
+        return tl.load(x + cell, mask=inside, other=0.0)
+    return tl.zeros((BK, BV), tl.float32)
+
+
+@triton.jit
+def constants_of(fixed, M, h, heads, cell, inside, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
+    """What no token changes, in registers: (rate, spin, the read's real and imaginary parts)."""
+    rate, spin, asked, turned = M, M, M, M
+    if KIND == RATE:
+        rate = tl.load(fixed + h * K * V + cell, mask=inside, other=0.0) * LOG2_E
+    if KIND == SPIRAL:
+        rate = tl.load(fixed + h * K * V + cell, mask=inside, other=0.0)
+        spin = tl.load(fixed + (heads + h) * K * V + cell, mask=inside, other=0.0)
+        asked = 2 * tl.load(fixed + (2 * heads + h) * K * V + cell, mask=inside, other=0.0)
+        turned = 2 * tl.load(fixed + (3 * heads + h) * K * V + cell, mask=inside, other=0.0)
+    return rate, spin, asked, turned
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots"])
+def scan_forward(
+    v, q, k, rows, columns, fixed, borders, entry, o, end, marks, tokens, heads, segments, slots,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, KIND: tl.constexpr,
+    R: tl.constexpr, KEPT: tl.constexpr, PACKED: tl.constexpr, ENTRY: tl.constexpr, END: tl.constexpr,
+    MARKS: tl.constexpr,
+):  # fmt: skip
+    """A slice of o over a segment of one head of one sequence."""
+    COMPLEX: tl.constexpr = KIND >= ROTATE
+    SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
+    pid = tl.program_id(0)
+    s = pid % SLICES
+    segment = (pid // SLICES) % segments
+    h = (pid // SLICES // segments) % heads
+    n = pid // SLICES // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+
+    ik = tl.arange(0, BK)
+    iv = s * BV + tl.arange(0, BV)
+    in_k, in_v = ik < K, iv < V
+    cell = ik[:, None] * V + iv[None, :]
+    inside = in_k[:, None] & in_v[None, :]
+    nh = (n * heads + h).to(tl.int64)
+    place = (nh * slots + segment) * SIZE
+    M = tile_of(entry, place + cell, inside, ENTRY, BK, BV)
+    N = M
+    if COMPLEX:
+        N = tile_of(entry, place + K * V + cell, inside, ENTRY, BK, BV)
+    rate, spin, asked, turned = constants_of(fixed, M, h, heads, cell, inside, K, V, KIND)
+    for i in range(0, tl.cdiv(stop - first, R)):
+        begin = first + i * R
+        if MARKS:
+            mark = marks + ((start + begin) // KEPT * heads + h) * SIZE
+            now = (i * R % KEPT == 0) & (i > 0)
+            tl.store(mark + cell, M, mask=inside & now)
+            if COMPLEX:
+                tl.store(mark + K * V + cell, N, mask=inside & now)
+        for j in tl.static_range(R):
+            ok = begin + j < stop
+            at = (start + begin + j) * heads + h
+            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
+            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
+            M, N = times(a, b, M, N, COMPLEX)
+            M = written(M, bk, bv, KIND)
+            if KIND == SPIRAL:
+                out = tl.sum(asked * M - turned * N, 0)
+            else:
+                bq = tl.load(q + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
+                out = tl.sum(bq[:, None] * M, 0)
+            tl.store(o + at * V + iv, out, mask=in_v & ok)
+
+    if END:
+        tl.store(end + nh * SIZE + cell, M, mask=inside)
+        if COMPLEX:
+            tl.store(end + nh * SIZE + K * V + cell, N, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count"])
+def scan_backward(
+    do, q, k, v, rows, columns, fixed, borders, entry, cotangent, marks, dv, dcolumns, parts, dfixed, end,
+    tokens, heads, segments, slots, count,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, KIND: tl.constexpr,
+    R: tl.constexpr, KEPT: tl.constexpr, PACKED: tl.constexpr, ENTRY: tl.constexpr, ENDS: tl.constexpr,
+    END: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a slice of columns, a segment of one head of one sequence.
+
+    `parts`: what its columns give the gradients of rows (dq, dk, the gate's and its turn's): · SLICES (b t h) K.
+    """
+    COMPLEX: tl.constexpr = KIND >= ROTATE
+    SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
+    pid = tl.program_id(0)
+    s = pid % SLICES
+    segment = (pid // SLICES) % segments
+    h = (pid // SLICES // segments) % heads
+    n = pid // SLICES // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+
+    ik = tl.arange(0, BK)
+    iv = s * BV + tl.arange(0, BV)
+    in_k, in_v = ik < K, iv < V
+    cell = ik[:, None] * V + iv[None, :]
+    inside = in_k[:, None] & in_v[None, :]
+    nh = (n * heads + h).to(tl.int64)
+    place = (nh * slots + segment) * SIZE
+    D = tile_of(cotangent, place + cell, inside, ENDS, BK, BV)
+    E = D
+    if COMPLEX:
+        E = tile_of(cotangent, place + K * V + cell, inside, ENDS, BK, BV)
+    rate, spin, asked, turned = constants_of(fixed, D, h, heads, cell, inside, K, V, KIND)
+    d_rate = tl.zeros((BK, BV), tl.float32)
+    d_spin, d_asked, d_turned = d_rate, d_rate, d_rate
+    parts += s.to(tl.int64) * count * K
+    kind = count.to(tl.int64) * SLICES * K  # from the part of dq to that of dk
+    blocks = tl.cdiv(stop - first, KEPT)
+    for i in range(0, blocks * (KEPT // R)):
+        block = blocks - 1 - i // (KEPT // R)
+        ahead = (KEPT // R - 1 - i % (KEPT // R)) * R  # tokens between the kept memory and these R
+        origin = first + block * KEPT
+        begin = origin + ahead
+        mark = ((start + origin) // KEPT * heads + h) * SIZE + cell
+        later = block > 0
+        M = tl.load(marks + mark, mask=inside & later, other=0.0)
+        N = M
+        if COMPLEX:
+            N = tl.load(marks + mark + K * V, mask=inside & later, other=0.0)
+        if ENTRY:
+            M += tl.load(entry + place + cell, mask=inside & (block == 0), other=0.0)
+            if COMPLEX:
+                N += tl.load(entry + place + K * V + cell, mask=inside & (block == 0), other=0.0)
+        for j in range(0, ahead):
+            ok = origin + j < stop
+            at = (start + origin + j) * heads + h
+            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
+            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
+            M, N = times(a, b, M, N, COMPLEX)
+            M = written(M, bk, bv, KIND)
+        states, turns, decays = (M,), (N,), ()
+        for j in tl.static_range(R):
+            ok = begin + j < stop
+            at = (start + begin + j) * heads + h
+            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
+            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
+            M, N = times(a, b, M, N, COMPLEX)
+            M = written(M, bk, bv, KIND)
+            states, turns = states + (M,), turns + (N,)
+            if KIND == RATE:
+                decays = decays + (a,)
+        for back in tl.static_range(R):
+            j = R - 1 - back
+            ok = begin + j < stop
+            at = (start + begin + j) * heads + h
+            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
+            bdo = tl.load(do + at * V + iv, mask=in_v & ok, other=0.0).to(tl.float32)
+            if KIND == RATE:
+                a, b = decays[j], decays[j]
+            else:
+                a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
+            before, after = states[j], states[j + 1]
+            if KIND == SPIRAL:
+                D += asked * bdo[None, :]
+                E -= turned * bdo[None, :]
+                d_asked += 2 * after * bdo[None, :]
+                d_turned -= 2 * turns[j + 1] * bdo[None, :]
+                tl.store(dv + at * V + iv, tl.sum(D, 0), mask=in_v & ok)
+                d_rate += tl.where(ok, D * before + E * turns[j], 0.0)
+                d_spin += tl.where(ok, E * before - D * turns[j], 0.0)
+                D, E = times(a, -b, D, E, COMPLEX)
+            else:
+                bq = tl.load(q + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
+                D += bq[:, None] * bdo[None, :]
+                line = parts + at * K + ik
+                tl.store(line, tl.sum(after * bdo[None, :], 1), mask=in_k & ok)
+                dk = tl.sum(D * bv[None, :], 1)
+                tl.store(dv + at * V + iv, tl.sum(D * bk[:, None], 0), mask=in_v & ok)
+                if KIND == ROTATE:
+                    tl.store(line + 2 * kind, tl.sum(D * before + E * turns[j], 1), mask=in_k & ok)
+                    tl.store(line + 3 * kind, tl.sum(E * before - D * turns[j], 1), mask=in_k & ok)
+                    D, E = times(a, -b, D, E, COMPLEX)
+                else:
+                    if KIND == ERASE:
+                        felt = D * before
+                        dk -= 2 * bk * tl.sum(felt * step[None, :], 1)
+                        d_step = -tl.sum(felt * (bk * bk)[:, None], 0)
+                        D = a * D
+                    else:
+                        D = a * D
+                        felt = D * before
+                        if KIND == RATE:
+                            d_rate += felt * step[None, :]
+                            d_step = tl.sum(felt * rate, 0) / LOG2_E
+                        else:
+                            tl.store(line + 2 * kind, tl.sum(felt, 1), mask=in_k & ok)
+                            d_step = tl.sum(felt, 0)
+                    tl.store(dcolumns + at * V + iv, d_step, mask=in_v & ok)
+                tl.store(line + kind, dk, mask=in_k & ok)
+
+    if END:
+        tl.store(end + nh * SIZE + cell, D, mask=inside)
+        if COMPLEX:
+            tl.store(end + nh * SIZE + K * V + cell, E, mask=inside)
+    own = ((n * segments + segment).to(tl.int64) * (4 if COMPLEX else 1) * heads + h) * K * V + cell
+    if KIND == RATE or KIND == SPIRAL:
+        tl.store(dfixed + own, d_rate, mask=inside)
+    if KIND == SPIRAL:
+        tl.store(dfixed + own + heads * K * V, d_spin, mask=inside)
+        tl.store(dfixed + own + 2 * heads * K * V, d_asked, mask=inside)
+        tl.store(dfixed + own + 3 * heads * K * V, d_turned, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "segments"])
+def scan_span(
+    v, x, k, rows, columns, fixed, borders, states, totals, tokens, heads, segments,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, KIND: tl.constexpr,
+    R: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What a segment does to a memory, M -> A ⊙ M + S, or (REVERSE, v = do) to the cotangent of one: S, and A."""
+    COMPLEX: tl.constexpr = KIND >= ROTATE
+    SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
+    pid = tl.program_id(0)
+    s = pid % SLICES
+    segment = (pid // SLICES) % segments
+    h = (pid // SLICES // segments) % heads
+    n = pid // SLICES // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+
+    ik = tl.arange(0, BK)
+    iv = s * BV + tl.arange(0, BV)
+    in_k, in_v = ik < K, iv < V
+    cell = ik[:, None] * V + iv[None, :]
+    inside = in_k[:, None] & in_v[None, :]
+    M = tl.zeros((BK, BV), tl.float32)
+    N, A, B = M, M + 1.0, M
+    rate, spin, asked, turned = constants_of(fixed, M, h, heads, cell, inside, K, V, KIND)
+    for i in range(0, tl.cdiv(stop - first, R)):
+        begin = (stop - (i + 1) * R) if REVERSE else first + i * R
+        for step_in in tl.static_range(R):
+            j = R - 1 - step_in if REVERSE else step_in
+            ok = (begin + j >= first) if REVERSE else (begin + j < stop)
+            at = (start + begin + j) * heads + h
+            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
+            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
+            if REVERSE:
+                if KIND == SPIRAL:
+                    M += asked * bv[None, :]
+                    N -= turned * bv[None, :]
+                else:
+                    bx = tl.load(x + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
+                    M = written(M, bx, bv, KIND)
+                M, N = times(a, -b, M, N, COMPLEX)
+            else:
+                M, N = times(a, b, M, N, COMPLEX)
+                M = written(M, bk, bv, KIND)
+                A, B = times(a, b, A, B, COMPLEX)
+    nh = (n * heads + h).to(tl.int64)
+    slot = states + (nh * (segments + 1) + (segment if REVERSE else segment + 1)) * SIZE + cell
+    total = totals + (nh * segments + segment) * SIZE + cell
+    tl.store(slot, M, mask=inside)
+    if COMPLEX:
+        tl.store(slot + K * V, N, mask=inside)
+    if not REVERSE:
+        tl.store(total, A, mask=inside)
+        if COMPLEX:
+            tl.store(total + K * V, B, mask=inside)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def scan_fold(
+    states, totals, first, last, segments,
+    CELLS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, COMPLEX: tl.constexpr, REVERSE: tl.constexpr,
+    FIRST: tl.constexpr,
+):  # fmt: skip
+    """The memories before every segment and after the last (backwards: their cotangents), in place of what the
+    segments wrote: M_0 = first, M_{s+1} = A_s ⊙ M_s + S_s."""
+    SIZE: tl.constexpr = CELLS * (2 if COMPLEX else 1)
+    pid = tl.program_id(0)
+    nh = (pid // BLOCKS).to(tl.int64)
+    cell = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    inside = cell < CELLS
+    states += nh * (segments + 1) * SIZE
+    M = tl.zeros((BLOCK,), tl.float32)
+    N = M
+    if FIRST:
+        M = tl.load(first + nh * SIZE + cell, mask=inside, other=0.0)
+        if COMPLEX:
+            N = tl.load(first + nh * SIZE + CELLS + cell, mask=inside, other=0.0)
+    far = states + (segments * SIZE if REVERSE else 0) + cell
+    tl.store(far, M, mask=inside)
+    if COMPLEX:
+        tl.store(far + CELLS, N, mask=inside)
+    for i in range(0, segments):
+        segment = segments - 1 - i if REVERSE else i
+        slot = states + (segment if REVERSE else segment + 1) * SIZE + cell
+        total = totals + (nh * segments + segment) * SIZE + cell
+        a = tl.load(total, mask=inside, other=0.0)
+        b = a
+        if COMPLEX:
+            b = tl.load(total + CELLS, mask=inside, other=0.0)
+        M, N = times(a, -b if REVERSE else b, M, N, COMPLEX)
+        M += tl.load(slot, mask=inside, other=0.0)
+        tl.store(slot, M, mask=inside)
+        if COMPLEX:
+            N += tl.load(slot + CELLS, mask=inside, other=0.0)
+            tl.store(slot + CELLS, N, mask=inside)
+    tl.store(last + nh * SIZE + cell, M, mask=inside)
+    if COMPLEX:
+        tl.store(last + nh * SIZE + CELLS + cell, N, mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------ the launchers
+# Tensors are contiguous; gates, constants and memories float32. q k : b t h K, v : b t h V (SPIRAL has only v);
+# rows : b t h K (CROSS) or b t h 2K (ROTATE), columns : b t h V (RATE, ERASE, CROSS), fixed : 1 h K V (RATE: A) or
+# 4 h K V (SPIRAL); memory : n h K V, complex ones n h 2K V. What a kind does not have is None.
+
+
+def keys_of(k: Tensor | None, fixed: Tensor | None) -> int:
+    return fixed.shape[-2] if k is None else k.shape[-1]
+
+
+def memories(kind: int) -> int:
+    """How many matrices of K × V a memory is."""
+    return 2 if kind >= ROTATE.value else 1
+
+
+def largest(kind: int) -> int:
+    """How many rows a memory may have."""
+    return max(size for size, parts in CONFIG if parts == memories(kind))
+
+
+def row_gradients(kind: int) -> int:
+    """Of how many inputs by row: q, k and their gates."""
+    return {CROSS.value: 3, ROTATE.value: 4, SPIRAL.value: 0}.get(kind, 2)
+
+
+def line_of(kind: int, K: int) -> tuple[int, int, int]:
+    return CONFIG[padded(K), memories(kind)]
+
+
+def segments_for(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, sequences: int) -> int:
+    """In how many segments to cut each sequence: four warps a multiprocessor, and at least 512 tokens a segment."""
+    b, t, h, V = v.shape
+    columns, warps, _ = line_of(kind, keys_of(k, fixed))
+    running = sequences * h * triton.cdiv(V, columns) * warps
+    wanted = 4 * decay.multiprocessors(v.device) // max(running, 1)
+    return max(1, min(wanted, b * t // max(sequences, 1) // 512))
+
+
+def shape_of(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, borders: Tensor | None) -> dict:
+    """The compile-time arguments of a kernel that goes through time."""
+    K, V = keys_of(k, fixed), v.shape[-1]
+    columns, warps, tokens = line_of(kind, K)
+    columns = min(columns, padded(V))
+    sizes = {"K": K, "V": V, "BK": padded(K), "BV": columns, "SLICES": triton.cdiv(V, columns)}
+    return {**sizes, "KIND": kind, "R": tokens, "PACKED": borders is not None, "num_warps": warps}
+
+
+def marks_of(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, keep: bool) -> tuple[int, ...]:
+    """The shape of the memories kept for the gradient. Those inside a sequence are KEPT rows apart, also from those of
+    its neighbours: their rows over KEPT are a place of their own."""
+    b, t, h, V = v.shape
+    return (triton.cdiv(b * t, KEPT), h, memories(kind) * keys_of(k, fixed), V) if keep else (0,)
+
+
+def between(kind, x, k, v, rows, columns, fixed, borders, first, totals, segments: int, reverse=False):
+    """The memories between segments (n h segments+1 · V) and the one at the far end (n h · V), from `first`."""
+    shape = shape_of(kind, k, v, fixed, borders)
+    n, t, h, V = sequences_of(v, borders), *v.shape[1:]
+    size = (memories(kind) * shape["K"], V)
+    states = v.new_empty(n, h, segments + 1, *size, dtype=torch.float32)
+    last = torch.empty_like(states[:, :, 0])
+    decay.launch(
+        scan_span, shape["SLICES"] * segments * h * n, v, x, k, rows, columns, fixed, borders, states, totals,
+        t, h, segments, **shape, REVERSE=reverse,
+    )  # fmt: skip
+    cells = shape["K"] * V
+    block = min(1024, triton.next_power_of_2(cells))
+    blocks = triton.cdiv(cells, block)
+    decay.launch(
+        scan_fold, n * h * blocks, states, totals, first, last, segments,
+        CELLS=cells, BLOCK=block, BLOCKS=blocks, COMPLEX=memories(kind) == 2, REVERSE=reverse, FIRST=first is not None,
+    )  # fmt: skip
+    return states, last
+
+
+def sweep(kind, q, k, v, rows, columns, fixed, borders, entry, end=None, marks=None, segments=1, slots=1, wide=False):
+    """`scan_forward`: o. `end` receives the last memory, `marks` those on the way."""
+    shape = shape_of(kind, k, v, fixed, borders)
+    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    decay.launch(
+        scan_forward, shape["SLICES"] * segments * v.shape[2] * sequences_of(v, borders),
+        v, q, k, rows, columns, fixed, borders, entry, o, end, marks, *v.shape[1:3], segments, slots,
+        **shape, KEPT=KEPT, ENTRY=entry is not None, END=end is not None, MARKS=marks is not None,
+    )  # fmt: skip
+    return o
+
+
+def forward(kind, q, k, v, rows, columns, fixed, memory, borders, segments: int, keep: bool) -> tuple[Tensor, ...]:
+    """(o, the last memory, memories between segments, what segments leave of one: nothing where there is one segment,
+    marks). `keep`: a gradient will be wanted, so that marks are not empty."""
+    given = (k, v, rows, columns, fixed, borders)
+    n, h, size = sequences_of(v, borders), v.shape[2], memories(kind) * keys_of(k, fixed)
+    last = v.new_empty(n, h, size, v.shape[-1], dtype=torch.float32)
+    states, totals = last.new_empty(0), last.new_empty(0)
+    marks = last.new_empty(marks_of(kind, k, v, fixed, keep))
+    run, start, end = {}, memory, last
+    if segments > 1:
+        totals = last.new_empty(n, h, segments, *last.shape[2:])
+        states, last = between(kind, q, *given, memory, totals, segments)
+        run, start, end = {"segments": segments, "slots": segments + 1}, states, None
+    o = sweep(kind, q, *given, start, end, marks if keep else None, **run)
+    return o, last, states, totals, marks
+
+
+def backward(do, dlast, kind, q, k, v, rows, columns, fixed, memory, borders, last, states, totals, marks):
+    """(dq, dk, dv, drows, dcolumns, dfixed, dmemory), None for what the kind does not have, from the cotangents of o
+    and of the last memory (None: zeros)."""
+    cut = states.numel() > 0
+    segments = states.shape[2] - 1 if cut else 1
+    start, far, end, slots = memory, dlast, torch.empty_like(last), 1
+    if cut:
+        cotangents, end = between(
+            kind, q, k, do, rows, columns, fixed, borders, dlast, totals, segments, reverse=True
+        )
+        start, far, slots = states, cotangents[:, :, 1:], segments + 1
+    shape = shape_of(kind, k, v, fixed, borders)
+    n, (b, t, h, V), K = sequences_of(v, borders), v.shape, shape["K"]
+    dv, dcolumns = torch.empty_like(v), None if columns is None else torch.empty_like(columns)
+    parts = last.new_empty(row_gradients(kind), shape["SLICES"], b, t, h, K)
+    dfixed = None if fixed is None else last.new_empty(n, segments, *fixed.shape)
+    decay.launch(
+        scan_backward, shape["SLICES"] * segments * h * n,
+        do, q, k, v, rows, columns, fixed, borders, start, far, marks, dv, dcolumns, parts, dfixed,
+        None if cut else end, t, h, segments, slots, b * t * h,
+        **shape, KEPT=KEPT, ENTRY=start is not None, ENDS=far is not None, END=not cut,
+    )  # fmt: skip
+    dq, dk, *gates = (part.sum(0) for part in parts) if len(parts) else (None, None)
+    drows = torch.cat(gates, -1) if gates else None
+    dq, dk = (None if y is None else y.to(v.dtype) for y in (dq, dk))
+    return dq, dk, dv, drows, dcolumns, None if dfixed is None else dfixed.sum((0, 1)), end
+
+
+def step(kind, q, k, v, rows, columns, fixed, memory) -> Tensor:
+    """o : b 1 h V in float32 of one token a sequence (inputs b 1 h ·); overwrites memory."""
+    return sweep(kind, q, k, v, rows, columns, fixed, None, memory, memory, wide=True)
