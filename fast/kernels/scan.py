@@ -1,5 +1,4 @@
-"""Triton kernels for memories scanned element by element: M_t = a_t ⊙ M_{t-1} + k_tᵀ v_t, o_t = q_t M_t.
-"""
+"""Triton kernels for memories scanned element by element: M_t = a_t ⊙ M_{t-1} + k_tᵀ v_t, o_t = q_t M_t."""
 
 import torch
 import triton
@@ -28,12 +27,19 @@ KEPT = 16  # tokens from one memory that is kept for the gradient to the next
 
 
 @triton.jit
-def token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
-    """(k, v, a row's gate, its turn, a column's gate) of one token in float32: outside, nothing that changes M."""
+def token_of(
+    v, x, k, rows, columns, at, ok, ik, iv, in_k, in_v,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ASKED: tl.constexpr,
+):  # fmt: skip
+    """(v, k, a row's gate, its turn, a column's gate, ASKED: x) of one token in float32; nothing that changes M where
+    it is not ok."""
     bv = tl.load(v + at * V + iv, mask=in_v & ok, other=0.0).to(tl.float32)
-    bk, gate, turn, step = bv, bv, bv, bv
+    bk, gate, turn, step, bx = bv, bv, bv, bv, bv
     if KIND != SPIRAL:
         bk = tl.load(k + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
+        bx = bk
+        if ASKED:
+            bx = tl.load(x + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
     if KIND == CROSS:
         gate = tl.load(rows + at * K + ik, mask=in_k & ok, other=0.0) * LOG2_E
     if KIND == ROTATE:
@@ -43,7 +49,22 @@ def token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K: tl.constexpr, V
         step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0)
     if KIND == CROSS:
         step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0) * LOG2_E
-    return bk, bv, gate, turn, step
+    return bv, bk, gate, turn, step, bx
+
+
+@triton.jit
+def tokens_of(
+    v, x, k, rows, columns, row, heads, h, first, last, ik, iv, in_k, in_v,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ASKED: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """`token_of` the R tokens from that row on, of which those from `first` to before `last` are there: all loads are
+    asked for before the first of them is waited for."""
+    found = ()
+    for j in tl.static_range(R):
+        ok = (j >= first) & (j < last)
+        at = (row + j) * heads + h
+        found = found + (token_of(v, x, k, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND, ASKED),)
+    return found
 
 
 @triton.jit
@@ -130,27 +151,33 @@ def scan_forward(
     if COMPLEX:
         N = tile_of(entry, place + K * V + cell, inside, ENTRY, BK, BV)
     rate, spin, asked, turned = constants_of(fixed, M, h, heads, cell, inside, K, V, KIND)
+    ahead = tokens_of(
+        v, q, k, rows, columns, start + first, heads, h, 0, stop - first, ik, iv, in_k, in_v, K, V, KIND, True, R
+    )
     for i in range(0, tl.cdiv(stop - first, R)):
         begin = first + i * R
+        now = ahead
+        ahead = tokens_of(
+            v, q, k, rows, columns, start + begin + R, heads, h, 0, stop - begin - R, ik, iv, in_k, in_v,
+            K, V, KIND, True, R,
+        )  # fmt: skip
         if MARKS:
             mark = marks + ((start + begin) // KEPT * heads + h) * SIZE
-            now = (i * R % KEPT == 0) & (i > 0)
-            tl.store(mark + cell, M, mask=inside & now)
+            due = (i * R % KEPT == 0) & (i > 0)
+            tl.store(mark + cell, M, mask=inside & due)
             if COMPLEX:
-                tl.store(mark + K * V + cell, N, mask=inside & now)
+                tl.store(mark + K * V + cell, N, mask=inside & due)
         for j in tl.static_range(R):
             ok = begin + j < stop
-            at = (start + begin + j) * heads + h
-            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
+            bv, bk, gate, turn, step, bq = now[j]
             a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
             M, N = times(a, b, M, N, COMPLEX)
             M = written(M, bk, bv, KIND)
             if KIND == SPIRAL:
                 out = tl.sum(asked * M - turned * N, 0)
             else:
-                bq = tl.load(q + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
                 out = tl.sum(bq[:, None] * M, 0)
-            tl.store(o + at * V + iv, out, mask=in_v & ok)
+            tl.store(o + ((start + begin + j) * heads + h) * V + iv, out, mask=in_v & ok)
 
     if END:
         tl.store(end + nh * SIZE + cell, M, mask=inside)
@@ -212,54 +239,68 @@ def scan_backward(
             M += tl.load(entry + place + cell, mask=inside & (block == 0), other=0.0)
             if COMPLEX:
                 N += tl.load(entry + place + K * V + cell, mask=inside & (block == 0), other=0.0)
-        for j in range(0, ahead):
-            ok = origin + j < stop
-            at = (start + origin + j) * heads + h
-            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
-            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
-            M, N = times(a, b, M, N, COMPLEX)
-            M = written(M, bk, bv, KIND)
-        states, turns, decays = (M,), (N,), ()
+        for part in range(0, ahead // R):
+            reached = origin + part * R
+            now = tokens_of(
+                v, q, k, rows, columns, start + reached, heads, h, 0, stop - reached, ik, iv, in_k, in_v,
+                K, V, KIND, False, R,
+            )  # fmt: skip
+            for j in tl.static_range(R):
+                bv, bk, gate, turn, step, _ = now[j]
+                a, b = decay_of(bk, gate, turn, step, rate, spin, reached + j < stop, KIND)
+                M, N = times(a, b, M, N, COMPLEX)
+                M = written(M, bk, bv, KIND)
+        states, turns, decays = (), (), ()
+        now = tokens_of(
+            v, q, k, rows, columns, start + begin, heads, h, 0, stop - begin, ik, iv, in_k, in_v, K, V, KIND, True, R
+        )
+        cotangents = ()
+        for j in tl.static_range(R):
+            at = (start + begin + j) * heads + h
+            asked_of = tl.load(do + at * V + iv, mask=in_v & (begin + j < stop), other=0.0)
+            cotangents = cotangents + (asked_of.to(tl.float32),)
         for j in tl.static_range(R):
             ok = begin + j < stop
-            at = (start + begin + j) * heads + h
-            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
+            bv, bk, gate, turn, step, _ = now[j]
+            bdo = cotangents[j]
             a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
-            M, N = times(a, b, M, N, COMPLEX)
-            M = written(M, bk, bv, KIND)
             states, turns = states + (M,), turns + (N,)
             if KIND == RATE:
                 decays = decays + (a,)
+            M, N = times(a, b, M, N, COMPLEX)
+            M = written(M, bk, bv, KIND)
+            if KIND == SPIRAL:
+                d_asked += 2 * M * bdo[None, :]
+                d_turned -= 2 * N * bdo[None, :]
+            else:
+                line = parts + ((start + begin + j) * heads + h) * K + ik
+                tl.store(line, tl.sum(M * bdo[None, :], 1), mask=in_k & ok)
         for back in tl.static_range(R):
             j = R - 1 - back
             ok = begin + j < stop
             at = (start + begin + j) * heads + h
-            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
-            bdo = tl.load(do + at * V + iv, mask=in_v & ok, other=0.0).to(tl.float32)
+            bv, bk, gate, turn, step, bq = now[R - 1 - back]
+            bdo = cotangents[R - 1 - back]
             if KIND == RATE:
-                a, b = decays[j], decays[j]
+                a, b = decays[R - 1 - back], decays[R - 1 - back]
             else:
                 a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
-            before, after = states[j], states[j + 1]
+            before, turned_before = states[R - 1 - back], turns[R - 1 - back]
             if KIND == SPIRAL:
                 D += asked * bdo[None, :]
                 E -= turned * bdo[None, :]
-                d_asked += 2 * after * bdo[None, :]
-                d_turned -= 2 * turns[j + 1] * bdo[None, :]
                 tl.store(dv + at * V + iv, tl.sum(D, 0), mask=in_v & ok)
-                d_rate += tl.where(ok, D * before + E * turns[j], 0.0)
-                d_spin += tl.where(ok, E * before - D * turns[j], 0.0)
+                d_rate += tl.where(ok, D * before + E * turned_before, 0.0)
+                d_spin += tl.where(ok, E * before - D * turned_before, 0.0)
                 D, E = times(a, -b, D, E, COMPLEX)
             else:
-                bq = tl.load(q + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
                 D += bq[:, None] * bdo[None, :]
                 line = parts + at * K + ik
-                tl.store(line, tl.sum(after * bdo[None, :], 1), mask=in_k & ok)
                 dk = tl.sum(D * bv[None, :], 1)
                 tl.store(dv + at * V + iv, tl.sum(D * bk[:, None], 0), mask=in_v & ok)
                 if KIND == ROTATE:
-                    tl.store(line + 2 * kind, tl.sum(D * before + E * turns[j], 1), mask=in_k & ok)
-                    tl.store(line + 3 * kind, tl.sum(E * before - D * turns[j], 1), mask=in_k & ok)
+                    tl.store(line + 2 * kind, tl.sum(D * before + E * turned_before, 1), mask=in_k & ok)
+                    tl.store(line + 3 * kind, tl.sum(E * before - D * turned_before, 1), mask=in_k & ok)
                     D, E = times(a, -b, D, E, COMPLEX)
                 else:
                     if KIND == ERASE:
@@ -319,18 +360,19 @@ def scan_span(
     rate, spin, asked, turned = constants_of(fixed, M, h, heads, cell, inside, K, V, KIND)
     for i in range(0, tl.cdiv(stop - first, R)):
         begin = (stop - (i + 1) * R) if REVERSE else first + i * R
-        for step_in in tl.static_range(R):
-            j = R - 1 - step_in if REVERSE else step_in
-            ok = (begin + j >= first) if REVERSE else (begin + j < stop)
-            at = (start + begin + j) * heads + h
-            bk, bv, gate, turn, step = token_of(k, v, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND)
+        now = tokens_of(
+            v, x, k, rows, columns, start + begin, heads, h, first - begin, stop - begin, ik, iv, in_k, in_v,
+            K, V, KIND, REVERSE, R,
+        )  # fmt: skip
+        for j in tl.static_range(R):
+            bv, bk, gate, turn, step, bx = now[R - 1 - j if REVERSE else j]
+            ok = (begin + R - 1 - j >= first) if REVERSE else (begin + j < stop)
             a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
             if REVERSE:
                 if KIND == SPIRAL:
                     M += asked * bv[None, :]
                     N -= turned * bv[None, :]
                 else:
-                    bx = tl.load(x + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
                     M = written(M, bx, bv, KIND)
                 M, N = times(a, -b, M, N, COMPLEX)
             else:
@@ -503,9 +545,7 @@ def backward(do, dlast, kind, q, k, v, rows, columns, fixed, memory, borders, la
     segments = states.shape[2] - 1 if cut else 1
     start, far, end, slots = memory, dlast, torch.empty_like(last), 1
     if cut:
-        cotangents, end = between(
-            kind, q, k, do, rows, columns, fixed, borders, dlast, totals, segments, reverse=True
-        )
+        cotangents, end = between(kind, q, k, do, rows, columns, fixed, borders, dlast, totals, segments, reverse=True)
         start, far, slots = states, cotangents[:, :, 1:], segments + 1
     shape = shape_of(kind, k, v, fixed, borders)
     n, (b, t, h, V), K = sequences_of(v, borders), v.shape, shape["K"]
