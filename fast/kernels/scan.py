@@ -23,6 +23,29 @@ CONFIG = {
     (64, 2): (32, 8, 4),
     (128, 2): (32, 8, 2),
 }
+# the same where gradients are computed: registers hold the memories before all those tokens
+BACKWARD = {
+    (16, 1): (32, 2, 4),
+    (32, 1): (32, 2, 4),
+    (64, 1): (32, 4, 4),
+    (128, 1): (64, 8, 2),
+    (256, 1): (32, 8, 2),
+    (16, 2): (32, 2, 4),
+    (32, 2): (32, 4, 4),
+    (64, 2): (32, 8, 4),
+    (128, 2): (32, 8, 2),
+}
+# and where they hold the decays too (RATE), or what becomes the gradients of four constants (SPIRAL)
+FULL = {
+    (32, 1): (32, 4, 4),
+    (64, 1): (32, 8, 4),
+    (128, 1): (32, 8, 2),
+    (256, 1): (16, 8, 2),
+    (16, 2): (16, 2, 4),
+    (32, 2): (16, 4, 4),
+    (64, 2): (16, 8, 4),
+    (128, 2): (16, 8, 2),
+}
 KEPT = 16  # tokens from one memory that is kept for the gradient to the next
 
 
@@ -88,23 +111,30 @@ def decay_of(bk, gate, turn, step, rate, spin, ok, KIND: tl.constexpr):
 def times(a, b, M, N, COMPLEX: tl.constexpr):
     """(a + i b) (M + i N)."""
     if COMPLEX:
-        return a * M - b * N, b * M + a * N
-    return a * M, N
+        real = a * M - b * N
+        N = b * M + a * N
+    else:
+        real = a * M
+    return real, N
 
 
 @triton.jit
 def written(M, bk, bv, KIND: tl.constexpr):
     """M + kᵀ v; SPIRAL: v to every row."""
     if KIND == SPIRAL:
-        return M + bv[None, :]
-    return M + bk[:, None] * bv[None, :]
+        M += bv[None, :]
+    else:  # what stands behind a return is compiled all the same
+        M += bk[:, None] * bv[None, :]
+    return M
 
 
 @triton.jit
 def tile_of(x, cell, inside, GIVEN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     if GIVEN:
-        return tl.load(x + cell, mask=inside, other=0.0)
-    return tl.zeros((BK, BV), tl.float32)
+        tile = tl.load(x + cell, mask=inside, other=0.0)
+    else:
+        tile = tl.zeros((BK, BV), tl.float32)
+    return tile
 
 
 @triton.jit
@@ -459,8 +489,10 @@ def row_gradients(kind: int) -> int:
     return {CROSS.value: 3, ROTATE.value: 4, SPIRAL.value: 0}.get(kind, 2)
 
 
-def line_of(kind: int, K: int) -> tuple[int, int, int]:
-    return CONFIG[padded(K), memories(kind)]
+def line_of(kind: int, K: int, backward: bool = False) -> tuple[int, int, int]:
+    size = padded(K), memories(kind)
+    full = backward and kind in (RATE.value, SPIRAL.value)
+    return FULL[size] if full and size in FULL else (BACKWARD if backward else CONFIG)[size]
 
 
 def segments_for(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, sequences: int) -> int:
@@ -472,10 +504,10 @@ def segments_for(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, s
     return max(1, min(wanted, b * t // max(sequences, 1) // 512))
 
 
-def shape_of(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, borders: Tensor | None) -> dict:
+def shape_of(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, borders: Tensor | None, backward=False) -> dict:
     """The compile-time arguments of a kernel that goes through time."""
     K, V = keys_of(k, fixed), v.shape[-1]
-    columns, warps, tokens = line_of(kind, K)
+    columns, warps, tokens = line_of(kind, K, backward)
     columns = min(columns, padded(V))
     sizes = {"K": K, "V": V, "BK": padded(K), "BV": columns, "SLICES": triton.cdiv(V, columns)}
     return {**sizes, "KIND": kind, "R": tokens, "PACKED": borders is not None, "num_warps": warps}
@@ -547,7 +579,7 @@ def backward(do, dlast, kind, q, k, v, rows, columns, fixed, memory, borders, la
     if cut:
         cotangents, end = between(kind, q, k, do, rows, columns, fixed, borders, dlast, totals, segments, reverse=True)
         start, far, slots = states, cotangents[:, :, 1:], segments + 1
-    shape = shape_of(kind, k, v, fixed, borders)
+    shape = shape_of(kind, k, v, fixed, borders, backward=True)
     n, (b, t, h, V), K = sequences_of(v, borders), v.shape, shape["K"]
     dv, dcolumns = torch.empty_like(v), None if columns is None else torch.empty_like(columns)
     parts = last.new_empty(row_gradients(kind), shape["SLICES"], b, t, h, K)
