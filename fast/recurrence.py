@@ -1,8 +1,8 @@
 """`reference.recurrence` on Triton kernels: the same functions, the same rows, the same answers.
 
 A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
-that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), or delta rules (`fast/delta.py`). A row
-whose memory fades or turns element by element has no normal form but one of `fast/scan.py`, a family of its own.
+that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), or delta rules (`fast/delta.py`).
+What fades or turns element by element has no such form, but one of its own (`fast/scan.py`).
 Whatever no family takes raises; nothing falls back.
 
 Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates, write strengths and memories are

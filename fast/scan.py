@@ -84,9 +84,9 @@ def takes(x) -> bool:
 
 def fits(title: str, x: Elements) -> None:
     """One line where the memory has more rows than a program holds."""
-    K, most = kernels.keys_of(x.k, x.fixed), kernels.largest(x.kind)
-    if K > most:
-        raise ValueError(f"{title}: K = {K}, fast kernels take at most {most}; use the backend 'reference'")
+    size, most = kernels.keys_of(x.k, x.fixed), kernels.largest(x.kind)
+    if size > most:
+        raise ValueError(f"{title}: K = {size}, fast kernels take at most {most}; use the backend 'reference'")
 
 
 def run(x: Elements, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):

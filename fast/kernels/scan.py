@@ -68,7 +68,7 @@ def token_of(
     if KIND == ROTATE:
         gate = tl.load(rows + at * 2 * K + ik, mask=in_k & ok, other=1.0)
         turn = tl.load(rows + at * 2 * K + K + ik, mask=in_k & ok, other=0.0)
-    if KIND == RATE or KIND == ERASE:
+    if KIND < CROSS:
         step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0)
     if KIND == CROSS:
         step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0) * LOG2_E
@@ -86,7 +86,7 @@ def tokens_of(
     for j in tl.static_range(R):
         ok = (j >= first) & (j < last)
         at = (row + j) * heads + h
-        found = found + (token_of(v, x, k, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND, ASKED),)
+        found += (token_of(v, x, k, rows, columns, at, ok, ik, iv, in_k, in_v, K, V, KIND, ASKED),)
     return found
 
 
@@ -288,15 +288,16 @@ def scan_backward(
         for j in tl.static_range(R):
             at = (start + begin + j) * heads + h
             asked_of = tl.load(do + at * V + iv, mask=in_v & (begin + j < stop), other=0.0)
-            cotangents = cotangents + (asked_of.to(tl.float32),)
+            cotangents += (asked_of.to(tl.float32),)
         for j in tl.static_range(R):
             ok = begin + j < stop
             bv, bk, gate, turn, step, _ = now[j]
             bdo = cotangents[j]
             a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
-            states, turns = states + (M,), turns + (N,)
+            states += (M,)
+            turns += (N,)
             if KIND == RATE:
-                decays = decays + (a,)
+                decays += (a,)
             M, N = times(a, b, M, N, COMPLEX)
             M = written(M, bk, bv, KIND)
             if KIND == SPIRAL:
@@ -355,9 +356,10 @@ def scan_backward(
         if COMPLEX:
             tl.store(end + nh * SIZE + K * V + cell, E, mask=inside)
     own = ((n * segments + segment).to(tl.int64) * (4 if COMPLEX else 1) * heads + h) * K * V + cell
-    if KIND == RATE or KIND == SPIRAL:
+    if KIND == RATE:
         tl.store(dfixed + own, d_rate, mask=inside)
     if KIND == SPIRAL:
+        tl.store(dfixed + own, d_rate, mask=inside)
         tl.store(dfixed + own + heads * K * V, d_spin, mask=inside)
         tl.store(dfixed + own + 2 * heads * K * V, d_asked, mask=inside)
         tl.store(dfixed + own + 3 * heads * K * V, d_turned, mask=inside)
@@ -504,7 +506,9 @@ def segments_for(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, s
     return max(1, min(wanted, b * t // max(sequences, 1) // 512))
 
 
-def shape_of(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, borders: Tensor | None, backward=False) -> dict:
+def shape_of(
+    kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, borders: Tensor | None, backward=False
+) -> dict:
     """The compile-time arguments of a kernel that goes through time."""
     K, V = keys_of(k, fixed), v.shape[-1]
     columns, warps, tokens = line_of(kind, K, backward)
@@ -580,7 +584,7 @@ def backward(do, dlast, kind, q, k, v, rows, columns, fixed, memory, borders, la
         cotangents, end = between(kind, q, k, do, rows, columns, fixed, borders, dlast, totals, segments, reverse=True)
         start, far, slots = states, cotangents[:, :, 1:], segments + 1
     shape = shape_of(kind, k, v, fixed, borders, backward=True)
-    n, (b, t, h, V), K = sequences_of(v, borders), v.shape, shape["K"]
+    n, (b, t, h), K = sequences_of(v, borders), v.shape[:3], shape["K"]
     dv, dcolumns = torch.empty_like(v), None if columns is None else torch.empty_like(columns)
     parts = last.new_empty(row_gradients(kind), shape["SLICES"], b, t, h, K)
     dfixed = None if fixed is None else last.new_empty(n, segments, *fixed.shape)
