@@ -532,6 +532,18 @@ def test_compiles_for_hopper_without_one(dtype, tmp_path):
     assert kernels == {n for n in vars(channels) if n.startswith("channel_")}
 
 
+def test_scans_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
+    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("hopper.py")
+    said = subprocess.run(
+        [sys.executable, script, "32", "256", "bfloat16", "rate", "spiral"],
+        env=outside, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    kernels = {line.split()[0] for line in said}
+    assert kernels == {n for n in vars(scans) if n.startswith("scan_")}
+    assert all(line.endswith(" 0 bytes of stack") for line in said), said
+
+
 def test_tensors_on_cpu_are_refused(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     row, tokens, _ = make("mamba2", t=3, dtype=torch.float32)

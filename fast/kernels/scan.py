@@ -512,7 +512,8 @@ def shape_of(
     """The compile-time arguments of a kernel that goes through time."""
     K, V = keys_of(k, fixed), v.shape[-1]
     columns, warps, tokens = line_of(kind, K, backward)
-    columns = min(columns, padded(V))
+    columns, full = min(columns, padded(V)), columns
+    warps = max(1, warps * columns // full)
     sizes = {"K": K, "V": V, "BK": padded(K), "BV": columns, "SLICES": triton.cdiv(V, columns)}
     return {**sizes, "KIND": kind, "R": tokens, "PACKED": borders is not None, "num_warps": warps}
 
@@ -548,6 +549,8 @@ def between(kind, x, k, v, rows, columns, fixed, borders, first, totals, segment
 def sweep(kind, q, k, v, rows, columns, fixed, borders, entry, end=None, marks=None, segments=1, slots=1, wide=False):
     """`scan_forward`: o. `end` receives the last memory, `marks` those on the way."""
     shape = shape_of(kind, k, v, fixed, borders)
+    if v.shape[1] == 1:
+        shape["R"] = 1
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     decay.launch(
         scan_forward, shape["SLICES"] * segments * v.shape[2] * sequences_of(v, borders),
