@@ -35,7 +35,7 @@ BACKWARD = {
     (64, 2): (32, 8, 4),
     (128, 2): (32, 8, 2),
 }
-# and where they hold the decays too (RATE), or what becomes the gradients of four constants (SPIRAL)
+# and where they hold more: the decays too (RATE), what becomes the gradients of four constants (SPIRAL)
 FULL = {
     (32, 1): (32, 4, 4),
     (64, 1): (32, 8, 4),
@@ -493,7 +493,7 @@ def row_gradients(kind: int) -> int:
 
 def line_of(kind: int, K: int, backward: bool = False) -> tuple[int, int, int]:
     size = padded(K), memories(kind)
-    full = backward and kind in (RATE.value, SPIRAL.value)
+    full = backward and kind in (RATE.value, ERASE.value, SPIRAL.value)
     return FULL[size] if full and size in FULL else (BACKWARD if backward else CONFIG)[size]
 
 
