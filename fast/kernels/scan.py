@@ -1,4 +1,52 @@
-"""Triton kernels for memories scanned element by element: M_t = a_t ⊙ M_{t-1} + k_tᵀ v_t, o_t = q_t M_t."""
+"""Triton kernels for memories scanned element by element: M_t = a_t ⊙ M_{t-1} + k_tᵀ v_t, o_t = q_t M_t.
+
+a_t is a number an element and token, of few parts, by KIND (c is a column, a number a value channel):
+
+    RATE     e^{A_kc Δ_tc}        Mamba         ROTATE   z_tk, complex              GateLoop; o reads the real part
+    ERASE    1 - k_tk² Δ_tc       Longhorn      SPIRAL   z_kc, complex, no token's  S4; k is 1, o = Σ_k Re(r_kc M_kc)
+    CROSS    e^{g_tk + f_tc}      gated fast weights
+
+Chunks of tokens are no matrix products here: the sum over tokens has another weight for every pair of row and column.
+So a program owns all K rows of a slice of columns, in registers, and goes through time token by token; every input is
+read once. With D_t the cotangent of M_t, its own read included, and Λ_t = D_t ⊙ a_t ⊙ M_{t-1}:
+
+    D_t += q_tᵀ do_t     dq_t = Σ_c M_t do_t     dk_t = Σ_c D_t v_t     dv_t = Σ_k k_t D_t     D_{t-1} = conj(a_t) ⊙ D_t
+    RATE     dA = Σ_t Δ_t Λ_t     dΔ_t = Σ_k A Λ_t
+    ERASE    dΔ_t = -Σ_k k² D_t M_{t-1}     dk_t -= 2 k Σ_c Δ_t D_t M_{t-1}
+    CROSS    dg_t = Σ_c Λ_t     df_t = Σ_k Λ_t
+    ROTATE   dz_t = Σ_c D_t conj(M_{t-1})
+    SPIRAL   dz = Σ_t D_t conj(M_{t-1})     dr = Σ_t do_t conj(M_t)     D_t += conj(r) do_t     r = 2 (q + i p)
+
+The forward pass keeps the memory of every KEPT = 16th token, if a gradient will be wanted. The backward pass goes from
+the last tokens to the first, R at a time: from the memory that is kept before them forwards, with the memories (and
+decays) of the R tokens in registers, then back. Walking from the kept memory to the R tokens costs (KEPT / R - 1) / 2
+further decays a token, 1.5 here. What is summed over time (dA, dz, dr) stays in registers, a partial sum a program;
+what is summed over columns (dq, dk, row gates) is a partial sum a slice: `parts`. Both are added up afterwards, in a
+fixed order, so that results are the same bits every time.
+
+Too few programs: segments, as in `decay.py`: what each does to a memory, M -> A ⊙ M + S (`scan_span`, which needs all
+decays once more), the memories between them (`scan_fold`), then the same kernels from every one of them.
+
+No exponent is a sum over tokens, so any Δ and gates in [-inf, 0] are right; tokens beyond the end have a_t = 1 and
+write nothing. Inputs are 16 or 32 bits, everything is computed in float32 on ordinary lanes: there is no product of
+matrices, so odd sizes need no padding.
+
+Bytes and operations, Mamba with N = 16 rows, U = one b t V tensor in 16 bits, Δ in float32 (2 U): forward v Δ -> o 4 U,
+the floor, and 2 U of kept memories; backward v Δ do, kept memories -> dv dΔ 9 U (floor 7), 2 U for `parts`, read again.
+At B8 T2048 V2048 there are 537 M elements and tokens: as many exponentials forward (0.145 ms at 16 a clock and
+multiprocessor of an H200, where 4 U take 0.063), 2.5 times as many backward. Beside it an element and token costs
+2 multiplications and 2 multiply-adds forward; backward 12, and 4 for each step of walking. S4 has no exponentials and
+moves 2 U forward and 3 more backward; a complex element and token costs 4 multiply-adds, a sum, and 2 to be read.
+
+Layout. The first tile loaded decides how Triton lays out the memory: 16 bytes a thread, so 4 × 8 threads of 4 × 4
+elements each for 16 × 32. A sum over rows is then 8 exchanges between threads and one over columns 12; with all rows in
+one thread, which Triton would choose for sums over rows alone, a sum over columns takes 80. Tokens are asked for R at a
+time, one group ahead (forwards): no load is waited for in the chain.
+
+Compilers: code after a `return` that stands under a condition known at compile time is compiled all the same. Every
+line of the tables below compiles for sm_90 without spills, in 16 and 32 bits (Triton 3.7.1, tests/hopper.py). They are
+chosen by instructions (bench/LOG.md), not by times.
+"""
 
 import torch
 import triton
@@ -158,7 +206,11 @@ def scan_forward(
     R: tl.constexpr, KEPT: tl.constexpr, PACKED: tl.constexpr, ENTRY: tl.constexpr, END: tl.constexpr,
     MARKS: tl.constexpr,
 ):  # fmt: skip
-    """A slice of o over a segment of one head of one sequence."""
+    """A slice of o over a segment of one head of one sequence. MARKS: memories are kept for the gradient.
+
+    Reads its slice of v and of the columns' gates once, q, k and the rows' gates once a slice. One token, with `entry`
+    as its own `end`, is a step: every program reads its tile before it writes it.
+    """
     COMPLEX: tl.constexpr = KIND >= ROTATE
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     pid = tl.program_id(0)
@@ -225,7 +277,8 @@ def scan_backward(
 ):  # fmt: skip
     """The gradients of a slice of columns, a segment of one head of one sequence.
 
-    `parts`: what its columns give the gradients of rows (dq, dk, the gate's and its turn's): · SLICES (b t h) K.
+    `parts`: what its columns give the gradients of rows (dq, dk, the gate's and its turn's): · SLICES (b t h) K; count
+    is b t h. `dfixed`: what its tokens give those of constants: n segments · h K V.
     """
     COMPLEX: tl.constexpr = KIND >= ROTATE
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
@@ -371,7 +424,8 @@ def scan_span(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, KIND: tl.constexpr,
     R: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What a segment does to a memory, M -> A ⊙ M + S, or (REVERSE, v = do) to the cotangent of one: S, and A."""
+    """What a segment does to a memory, M -> A ⊙ M + S: S to the slot behind it, A to `totals`. REVERSE (x v = q do):
+    what its outputs give the cotangent of the memory before it; A is the same, conjugate."""
     COMPLEX: tl.constexpr = KIND >= ROTATE
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     pid = tl.program_id(0)
