@@ -408,7 +408,13 @@ def fla(name: str) -> Callable:
 
         return chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], scale=1.0, output_final_state=True)
 
-    operators = {"linear_attention": linear, "linear_attention_normalized": linear, "mamba2": gated}
+    def slots(row, x, constants):
+        from fla.ops.gsa import chunk_gsa
+
+        s = -torch.expm1(x["g"]).to(x["q"].dtype)
+        return chunk_gsa(*(x[n] for n in "qkv"), s, x["g"], scale=1.0, output_final_state=True)
+
+    operators = {"gsa": slots, "linear_attention": linear, "linear_attention_normalized": linear, "mamba2": gated}
     operators |= {"lightning": slopes, "retention": slopes, "gla": channels, "hgrn2": channels, "rwkv6": bonus}
     operators |= {"delta_net": delta, "gated_delta_net": gated_delta}
     return operators.get(name, lambda *_: (_ for _ in ()).throw(NotImplementedError(f"no operator named for {name}")))

@@ -2,7 +2,8 @@
 
 A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
 that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), or delta rules (`fast/delta.py`).
-What fades or turns element by element has no such form, but one of its own (`fast/scan.py`).
+What fades or turns element by element has no such form, but one of its own (`fast/scan.py`); so have slots, which two
+families compute (`fast/slots.py`).
 Whatever no family takes raises; nothing falls back.
 
 Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates, write strengths and memories are
@@ -13,21 +14,22 @@ whole graphs, and a third for one token; its kernels are in the file of its name
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fast import channel, decay, delta, scan
+from fast import channel, decay, delta, scan, slots
 from fast.local import DTYPES, runnable
+from fast.operators import even
 from reference import recurrence as words
 from reference import span as spans
 from reference.lsm import LSM
 from reference.normal import Normal, has_normal, normal
 from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
-FAMILIES = (scan, decay, channel, delta)
+OWN = (scan, slots)  # families of rows without a normal form: each has a form of its own
+FAMILIES = (*OWN, decay, channel, delta)
 LARGEST = 256  # K and V, the count column of a normalised row included
-Form = Normal | scan.Elements
+Form = Normal | scan.Elements | slots.Slots
 
 
 def recurrence(
@@ -105,9 +107,10 @@ def form_of(row: Row, x: Inputs) -> Form:
 
 
 def form_by_words(row: Row, x: Inputs) -> Form | None:
-    """By elements; or the normal form, whose gates must be inputs of the row as they are, without features."""
-    if scan.has_form(row):
-        return scan.form(row, x)
+    """A family's own; or the normal form, whose gates must be inputs of the row as they are, without features."""
+    for family in OWN:
+        if family.has_form(row):
+            return family.form(row, x)
     if not has_normal(row) or row.features or row.decay not in (words.keep, fixed, words.scalar, words.channel):
         return None
     form = normal(row, x)
@@ -144,8 +147,8 @@ def supported(row: Row, x: Form, memory) -> None:
     if len(devices) > 1:
         raise ValueError(f"{row.title}: inputs on several devices: {', '.join(sorted(devices))}; put all on one")
     runnable(row.title, x.v)
-    if isinstance(x, scan.Elements):
-        scan.fits(row.title, x)
+    if not isinstance(x, Normal):
+        family_of(x).fits(row.title, x)
     elif max(x.k.shape[-1], x.v.shape[-1]) > LARGEST:
         raise ValueError(
             f"{row.title}: K = {x.k.shape[-1]} and V = {x.v.shape[-1]} (a count column included), fast kernels take "
@@ -173,9 +176,3 @@ def ready(row: Row, x: Form, constants: Inputs, pad) -> Form:
 
 def same(x: Tensor) -> Tensor:
     return x
-
-
-def even(x: Tensor, rows: int = 0) -> Tensor:
-    """The last axis filled with zeros to a multiple of 16 (and the one before with `rows` zeros)."""
-    columns = -x.shape[-1] % 16
-    return F.pad(x, (0, columns, 0, rows)) if columns or rows else x

@@ -18,6 +18,7 @@ class Elements(NamedTuple):
 
         rate     e^{A dt}          A of an element, dt of a token and column
         erase    1 - k² dt         k² of a row, dt of a column
+        column   e^f               f of a column (`fast/slots.py`)
         cross    e^g e^f           g of a row, f of a column
         rotate   e^{g + i θ}       of a row; M complex, o real
         spiral   e^{g + i θ}       of an element, no token's; k is 1, and q + i p too is an element's: o = 2 Re(q M)

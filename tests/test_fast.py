@@ -25,6 +25,7 @@ import fast
 import reference
 from fast import recurrence as quick
 from fast import scan as by_element
+from fast import slots as by_slots
 from fast.kernels import channel as channels
 from fast.kernels import decay as kernels
 from fast.kernels import delta as deltas
@@ -35,7 +36,9 @@ from reference import recurrence as exact
 from reference.lsm import LSM
 
 ALL = list({LSM[name][:3]: name for name in reversed(quick.rows())}.values())[::-1]  # one of the same three words
-SCANNED = [name for name in ALL if by_element.has_form(LSM[name])]  # token by token: few, in the interpreter
+# token by token: few, in the interpreter
+SCANNED = [name for name in ALL if by_element.has_form(LSM[name]) or by_slots.has_form(LSM[name])]
+ELEMENTS = [name for name in SCANNED if by_element.has_form(LSM[name])]
 ROWS = [name for name in ALL if name not in SCANNED]
 GATED = (
     "mamba2",
@@ -288,7 +291,7 @@ def forgetful(tokens, constants):
                 tokens[name][:, token] = x
 
 
-@pytest.mark.parametrize("name", ["mamba", "gated_fast_weights", "gate_loop"])
+@pytest.mark.parametrize("name", ["mamba", "gated_fast_weights", "gate_loop", "gsa"])
 def test_scanned_with_extreme_gates(name):
     compare(name, t=10, k=5, v=6, change=forgetful)
 
@@ -377,7 +380,7 @@ def test_only_what_is_asked_is_computed_by_delta_rules(name, launched):
     assert launched == {"delta_solve": 1, **{f"delta_{name}": 1 for name in sweeps}, **gates}
 
 
-@pytest.mark.parametrize("name", SCANNED)
+@pytest.mark.parametrize("name", ELEMENTS)
 def test_only_what_is_asked_is_computed_by_scans(name, launched):
     """One pass each way; memories on the way are kept for a gradient and for nothing else."""
     row, tokens, constants = some(name, t=5)
@@ -459,7 +462,8 @@ def test_steps_are_the_whole(name, launched):
         o.append(y)
     torch.testing.assert_close(torch.cat(o, 1), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(memory, last, rtol=1e-5, atol=1e-5)
-    assert launched == {"scan_forward" if name in SCANNED else f"{family_of(name)}_step": 5}
+    kernels = {"scan": ["scan_forward"], "slots": ["scan_forward", "channel_step"]}
+    assert launched == dict.fromkeys(kernels.get(family_of(name), [f"{family_of(name)}_step"]), 5)
 
 
 def test_a_step_with_gradients_overwrites_nothing(launched):

@@ -5,6 +5,7 @@ a_t is a number an element and token, of few parts, by KIND (c is a column, a nu
     RATE     e^{A_kc Δ_tc}        Mamba         ROTATE   z_tk, complex              GateLoop; o reads the real part
     ERASE    1 - k_tk² Δ_tc       Longhorn      SPIRAL   z_kc, complex, no token's  S4; k is 1, o = Σ_k Re(r_kc M_kc)
     CROSS    e^{g_tk + f_tc}      gated fast weights
+    COLUMN   e^{f_tc}             the keys of slots
 
 Chunks of tokens are no matrix products here: the sum over tokens has another weight for every pair of row and column.
 So a program owns all K rows of a slice of columns, in registers, and goes through time token by token; every input is
@@ -13,7 +14,7 @@ read once. With D_t the cotangent of M_t, its own read included, and Λ_t = D_t 
     D_t += q_tᵀ do_t     dq_t = Σ_c M_t do_t     dk_t = Σ_c D_t v_t     dv_t = Σ_k k_t D_t     D_{t-1} = conj(a_t) ⊙ D_t
     RATE     dA = Σ_t Δ_t Λ_t     dΔ_t = Σ_k A Λ_t
     ERASE    dΔ_t = -Σ_k k² D_t M_{t-1}     dk_t -= 2 k Σ_c Δ_t D_t M_{t-1}
-    CROSS    dg_t = Σ_c Λ_t     df_t = Σ_k Λ_t
+    CROSS    dg_t = Σ_c Λ_t     df_t = Σ_k Λ_t, as for COLUMN
     ROTATE   dz_t = Σ_c D_t conj(M_{t-1})
     SPIRAL   dz = Σ_t D_t conj(M_{t-1})     dr = Σ_t do_t conj(M_t)     D_t += conj(r) do_t     r = 2 (q + i p)
 
@@ -56,8 +57,8 @@ from torch import Tensor
 from fast.kernels import decay
 from fast.kernels.decay import LOG2_E, padded, part_of, run_of, sequences_of
 
-# what a_t is made of; RATE ... CROSS are real, ROTATE and SPIRAL complex
-RATE, ERASE, CROSS, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(5))
+# what a_t is made of; RATE ... CROSS are real and have a gate of columns, ROTATE and SPIRAL are complex
+RATE, ERASE, COLUMN, CROSS, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(6))
 
 # padded rows of the memory, how many memories it is (2: a complex one) -> (columns a program, warps, tokens at once)
 CONFIG = {
@@ -116,10 +117,12 @@ def token_of(
     if KIND == ROTATE:
         gate = tl.load(rows + at * 2 * K + ik, mask=in_k & ok, other=1.0)
         turn = tl.load(rows + at * 2 * K + K + ik, mask=in_k & ok, other=0.0)
-    if KIND < CROSS:
+    if KIND < ROTATE:
         step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0)
+    if KIND == COLUMN:
+        step *= LOG2_E
     if KIND == CROSS:
-        step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0) * LOG2_E
+        step *= LOG2_E
     return bv, bk, gate, turn, step, bx
 
 
@@ -146,6 +149,8 @@ def decay_of(bk, gate, turn, step, rate, spin, ok, KIND: tl.constexpr):
         a = tl.exp2(rate * step[None, :])
     if KIND == ERASE:
         a = 1 - (bk * bk)[:, None] * step[None, :]
+    if KIND == COLUMN:
+        a = tl.exp2(step)[None, :]
     if KIND == CROSS:
         a = tl.exp2(gate)[:, None] * tl.exp2(step)[None, :]
     if KIND == ROTATE:
@@ -399,8 +404,9 @@ def scan_backward(
                             d_rate += felt * step[None, :]
                             d_step = tl.sum(felt * rate, 0) / LOG2_E
                         else:
-                            tl.store(line + 2 * kind, tl.sum(felt, 1), mask=in_k & ok)
                             d_step = tl.sum(felt, 0)
+                        if KIND == CROSS:
+                            tl.store(line + 2 * kind, tl.sum(felt, 1), mask=in_k & ok)
                     tl.store(dcolumns + at * V + iv, d_step, mask=in_v & ok)
                 tl.store(line + kind, dk, mask=in_k & ok)
 
@@ -522,7 +528,7 @@ def scan_fold(
 
 # ------------------------------------------------------------------------------------------------ the launchers
 # Tensors are contiguous; gates, constants and memories float32. q k : b t h K, v : b t h V (SPIRAL has only v);
-# rows : b t h K (CROSS) or b t h 2K (ROTATE), columns : b t h V (RATE, ERASE, CROSS), fixed : 1 h K V (RATE: A) or
+# rows : b t h K (CROSS) or b t h 2K (ROTATE), columns : b t h V (RATE ... CROSS), fixed : 1 h K V (RATE: A) or
 # 4 h K V (SPIRAL); memory : n h K V, complex ones n h 2K V. What a kind does not have is None.
 
 
@@ -653,7 +659,7 @@ def backward(do, dlast, kind, q, k, v, rows, columns, fixed, memory, borders, la
     )  # fmt: skip
     dq, dk, *gates = (part.sum(0) for part in parts) if len(parts) else (None, None)
     drows = torch.cat(gates, -1) if gates else None
-    dq, dk = (None if y is None else y.to(v.dtype) for y in (dq, dk))
+    dq, dk = (None if y is None else y.to(q.dtype) for y in (dq, dk))
     return dq, dk, dv, drows, dcolumns, None if dfixed is None else dfixed.sum((0, 1)), end
 
 
