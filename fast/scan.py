@@ -131,7 +131,7 @@ def _(kind, q, k, v, rows, columns, fixed, memory, cu_seqlens, segments, keep):
     last = v.new_empty(n, h, *size, dtype=torch.float32)
     states = last.new_empty((n, h, segments + 1, *size) if segments > 1 else (0,))
     totals = last.new_empty((n, h, segments, *size) if segments > 1 else (0,))
-    return torch.empty_like(v), last, states, totals, last.new_empty(kernels.marks_of(kind, k, v, fixed, keep))
+    return torch.empty_like(v), last, states, totals, last.new_empty(kernels.marks_of(kind, k, v, fixed, n, keep))
 
 
 @torch.library.custom_op("linear_moe::scan_gradients", mutates_args=())

@@ -425,9 +425,16 @@ MUTANTS = [
     Mutant(
         "a scan keeps memories at other tokens than its gradient takes them for",
         "fast/kernels/scan.py",
-        "due = (i * R % KEPT == 0) & (i > 0)",
+        "due = (i * R % FAR == 0) & (i > 0)",
         "due = i > 0",
         "tests/test_fast.py -k scanned_values",
+    ),
+    Mutant(
+        "a scan leaves memories that it finds again a block too early",
+        "fast/kernels/scan.py",
+        "slot = near + i * R // KEPT * SIZE + cell",
+        "slot = near + (i * R // KEPT + 1) * SIZE + cell",
+        "tests/test_fast.py -k far_apart",
     ),
     Mutant(
         "tokens beyond the end turn a spiral",

@@ -21,7 +21,9 @@ read once. With D_t the cotangent of M_t, its own read included, and Λ_t = D_t 
 The forward pass keeps the memory of every KEPT = 16th token, if a gradient will be wanted. The backward pass goes from
 the last tokens to the first, R at a time: from the memory that is kept before them forwards, with the memories (and
 decays) of the R tokens in registers, then back. Walking from the kept memory to the R tokens costs (KEPT / R - 1) / 2
-further decays a token, 1.5 here. What is summed over time (dA, dz, dr) stays in registers, a partial sum a program;
+further decays a token, 1.5 where R = 4. Where a memory has more than 16 rows that would be K / 8 U and more, so every
+FAR = 256th token is kept, and the backward pass finds the others of such a stretch again, one more decay a token, and
+leaves them in `near`, one stretch a program: a place that stays in the L2 cache if programs are few. What is summed over time (dA, dz, dr) stays in registers, a partial sum a program;
 what is summed over columns (dq, dk, row gates) is a partial sum a slice: `parts`. Both are added up afterwards, in a
 fixed order, so that results are the same bits every time.
 
@@ -95,7 +97,8 @@ FULL = {
     (64, 2): (16, 8, 4),
     (128, 2): (16, 8, 2),
 }
-KEPT = 16  # tokens from one memory that is kept for the gradient to the next
+KEPT = 16  # tokens from one memory on the way back to the next
+FAR = 256  # tokens between those kept from the forward pass where they are large; the others are found again
 
 
 @triton.jit
@@ -208,7 +211,7 @@ def constants_of(fixed, M, h, heads, cell, inside, K: tl.constexpr, V: tl.conste
 def scan_forward(
     v, q, k, rows, columns, fixed, borders, entry, o, end, marks, tokens, heads, segments, slots,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, KIND: tl.constexpr,
-    R: tl.constexpr, KEPT: tl.constexpr, PACKED: tl.constexpr, ENTRY: tl.constexpr, END: tl.constexpr,
+    R: tl.constexpr, FAR: tl.constexpr, PACKED: tl.constexpr, ENTRY: tl.constexpr, END: tl.constexpr,
     MARKS: tl.constexpr,
 ):  # fmt: skip
     """A slice of o over a segment of one head of one sequence. MARKS: memories are kept for the gradient.
@@ -249,8 +252,8 @@ def scan_forward(
             K, V, KIND, True, R,
         )  # fmt: skip
         if MARKS:
-            mark = marks + ((start + begin) // KEPT * heads + h) * SIZE
-            due = (i * R % KEPT == 0) & (i > 0)
+            mark = marks + ((start + begin) // FAR * heads + h) * SIZE
+            due = (i * R % FAR == 0) & (i > 0)
             tl.store(mark + cell, M, mask=inside & due)
             if COMPLEX:
                 tl.store(mark + K * V + cell, N, mask=inside & due)
@@ -272,16 +275,46 @@ def scan_forward(
             tl.store(end + nh * SIZE + K * V + cell, N, mask=inside)
 
 
+@triton.jit
+def walked(
+    M, N, near, v, k, rows, columns, start, origin, stop, groups, heads, h, rate, spin, cell, inside,
+    ik, iv, in_k, in_v,
+    K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, KEPT: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """The memory `groups` times R tokens later than at `origin`; KEEP: every KEPT tokens it is left in `near`."""
+    COMPLEX: tl.constexpr = KIND >= ROTATE
+    SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
+    for i in range(0, groups):
+        begin = origin + i * R
+        if KEEP:
+            due = i * R % KEPT == 0
+            slot = near + i * R // KEPT * SIZE + cell
+            tl.store(slot, M, mask=inside & due)
+            if COMPLEX:
+                tl.store(slot + K * V, N, mask=inside & due)
+        now = tokens_of(
+            v, k, k, rows, columns, start + begin, heads, h, 0, stop - begin, ik, iv, in_k, in_v, K, V, KIND, False, R
+        )
+        for j in tl.static_range(R):
+            bv, bk, gate, turn, step, _ = now[j]
+            a, b = decay_of(bk, gate, turn, step, rate, spin, begin + j < stop, KIND)
+            M, N = times(a, b, M, N, COMPLEX)
+            M = written(M, bk, bv, KIND)
+    return M, N
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count"])
 def scan_backward(
-    do, q, k, v, rows, columns, fixed, borders, entry, cotangent, marks, dv, dcolumns, parts, dfixed, end,
+    do, q, k, v, rows, columns, fixed, borders, entry, cotangent, marks, near, dv, dcolumns, parts, dfixed, end,
     tokens, heads, segments, slots, count,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, KIND: tl.constexpr,
-    R: tl.constexpr, KEPT: tl.constexpr, PACKED: tl.constexpr, ENTRY: tl.constexpr, ENDS: tl.constexpr,
-    END: tl.constexpr,
+    R: tl.constexpr, KEPT: tl.constexpr, FAR: tl.constexpr, PACKED: tl.constexpr, ENTRY: tl.constexpr,
+    ENDS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a slice of columns, a segment of one head of one sequence.
 
+    The memory before R tokens comes from `marks` (at a segment's start: `entry`) where FAR = KEPT. Else the first time
+    that a stretch of FAR tokens is met its memories are made from there, every KEPT tokens, and left in `near`.
     `parts`: what its columns give the gradients of rows (dq, dk, the gate's and its turn's): · SLICES (b t h) K; count
     is b t h. `dfixed`: what its tokens give those of constants: n segments · h K V.
     """
@@ -311,33 +344,44 @@ def scan_backward(
     d_spin, d_asked, d_turned = d_rate, d_rate, d_rate
     parts += s.to(tl.int64) * count * K
     kind = count.to(tl.int64) * SLICES * K  # from the part of dq to that of dk
+    if FAR > KEPT:
+        near += (nh * segments + segment) * (FAR // KEPT) * SIZE
     blocks = tl.cdiv(stop - first, KEPT)
     for i in range(0, blocks * (KEPT // R)):
         block = blocks - 1 - i // (KEPT // R)
         ahead = (KEPT // R - 1 - i % (KEPT // R)) * R  # tokens between the kept memory and these R
         origin = first + block * KEPT
         begin = origin + ahead
-        mark = ((start + origin) // KEPT * heads + h) * SIZE + cell
-        later = block > 0
-        M = tl.load(marks + mark, mask=inside & later, other=0.0)
+        late = block % (FAR // KEPT)  # blocks between the memory that was kept and this one
+        newly = (i % (KEPT // R) == 0) & ((late == FAR // KEPT - 1) | (block == blocks - 1))  # not met before
+        wanted = inside & newly if FAR > KEPT else inside
+        far = block - late
+        mark = ((start + first + far * KEPT) // FAR * heads + h) * SIZE + cell
+        M = tl.load(marks + mark, mask=wanted & (far > 0), other=0.0)
         N = M
         if COMPLEX:
-            N = tl.load(marks + mark + K * V, mask=inside & later, other=0.0)
+            N = tl.load(marks + mark + K * V, mask=wanted & (far > 0), other=0.0)
         if ENTRY:
-            M += tl.load(entry + place + cell, mask=inside & (block == 0), other=0.0)
+            M += tl.load(entry + place + cell, mask=wanted & (far == 0), other=0.0)
             if COMPLEX:
-                N += tl.load(entry + place + K * V + cell, mask=inside & (block == 0), other=0.0)
-        for part in range(0, ahead // R):
-            reached = origin + part * R
-            now = tokens_of(
-                v, q, k, rows, columns, start + reached, heads, h, 0, stop - reached, ik, iv, in_k, in_v,
-                K, V, KIND, False, R,
+                N += tl.load(entry + place + K * V + cell, mask=wanted & (far == 0), other=0.0)
+        if FAR > KEPT:
+            groups = tl.where(newly, late * (KEPT // R), 0)
+            M, N = walked(
+                M, N, near, v, k, rows, columns, start, first + far * KEPT, stop, groups, heads, h, rate, spin, cell, inside, ik, iv, in_k, in_v, K, V, KIND, R, KEPT, True,
             )  # fmt: skip
-            for j in tl.static_range(R):
-                bv, bk, gate, turn, step, _ = now[j]
-                a, b = decay_of(bk, gate, turn, step, rate, spin, reached + j < stop, KIND)
-                M, N = times(a, b, M, N, COMPLEX)
-                M = written(M, bk, bv, KIND)
+            tl.store(near + late * SIZE + cell, M, mask=wanted)
+            if COMPLEX:
+                tl.store(near + late * SIZE + K * V + cell, N, mask=wanted)
+            tl.debug_barrier()
+            M = tl.load(near + late * SIZE + cell, mask=inside, other=0.0)
+            N = M
+            if COMPLEX:
+                N = tl.load(near + late * SIZE + K * V + cell, mask=inside, other=0.0)
+        M, N = walked(
+            M, N, near, v, k, rows, columns, start, origin, stop, ahead // R,
+            heads, h, rate, spin, cell, inside, ik, iv, in_k, in_v, K, V, KIND, R, KEPT, False,
+        )  # fmt: skip
         states, turns, decays = (), (), ()
         now = tokens_of(
             v, q, k, rows, columns, start + begin, heads, h, 0, stop - begin, ik, iv, in_k, in_v, K, V, KIND, True, R
@@ -578,11 +622,20 @@ def shape_of(
     return {**sizes, "KIND": kind, "R": tokens, "PACKED": borders is not None, "num_warps": warps}
 
 
-def marks_of(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, keep: bool) -> tuple[int, ...]:
-    """The shape of the memories kept for the gradient. Those inside a sequence are KEPT rows apart, also from those of
-    its neighbours: their rows over KEPT are a place of their own."""
-    b, t, h, V = v.shape
-    return (triton.cdiv(b * t, KEPT), h, memories(kind) * keys_of(k, fixed), V) if keep else (0,)
+def far_of(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, sequences: int) -> int:
+    """Tokens from one memory that the forward pass keeps to the next: KEPT where memories are small, or sequences
+    short."""
+    small = memories(kind) * keys_of(k, fixed) <= 16
+    return KEPT if small or v.shape[0] * v.shape[1] < FAR * sequences else FAR
+
+
+def marks_of(
+    kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, sequences: int, keep: bool
+) -> tuple[int, ...]:
+    """The shape of the memories kept for the gradient. Those inside a sequence are `far_of` rows apart, also from those
+    of its neighbours: their rows over that are a place of their own."""
+    (b, t, h, V), far = v.shape, far_of(kind, k, v, fixed, sequences)
+    return (triton.cdiv(b * t, far), h, memories(kind) * keys_of(k, fixed), V) if keep else (0,)
 
 
 def between(kind, x, k, v, rows, columns, fixed, borders, first, totals, segments: int, reverse=False):
@@ -608,14 +661,15 @@ def between(kind, x, k, v, rows, columns, fixed, borders, first, totals, segment
 
 def sweep(kind, q, k, v, rows, columns, fixed, borders, entry, end=None, marks=None, segments=1, slots=1, wide=False):
     """`scan_forward`: o. `end` receives the last memory, `marks` those on the way."""
-    shape = shape_of(kind, k, v, fixed, borders)
+    shape, n = shape_of(kind, k, v, fixed, borders), sequences_of(v, borders)
     if v.shape[1] == 1:
         shape["R"] = 1
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     decay.launch(
-        scan_forward, shape["SLICES"] * segments * v.shape[2] * sequences_of(v, borders),
+        scan_forward, shape["SLICES"] * segments * v.shape[2] * n,
         v, q, k, rows, columns, fixed, borders, entry, o, end, marks, *v.shape[1:3], segments, slots,
-        **shape, KEPT=KEPT, ENTRY=entry is not None, END=end is not None, MARKS=marks is not None,
+        **shape, FAR=far_of(kind, k, v, fixed, n), ENTRY=entry is not None, END=end is not None,
+        MARKS=marks is not None,
     )  # fmt: skip
     return o
 
@@ -627,7 +681,7 @@ def forward(kind, q, k, v, rows, columns, fixed, memory, borders, segments: int,
     n, h, size = sequences_of(v, borders), v.shape[2], memories(kind) * keys_of(k, fixed)
     last = v.new_empty(n, h, size, v.shape[-1], dtype=torch.float32)
     states, totals = last.new_empty(0), last.new_empty(0)
-    marks = last.new_empty(marks_of(kind, k, v, fixed, keep))
+    marks = last.new_empty(marks_of(kind, k, v, fixed, n, keep))
     run, start, end = {}, memory, last
     if segments > 1:
         totals = last.new_empty(n, h, segments, *last.shape[2:])
@@ -650,12 +704,14 @@ def backward(do, dlast, kind, q, k, v, rows, columns, fixed, memory, borders, la
     n, (b, t, h), K = sequences_of(v, borders), v.shape[:3], shape["K"]
     dv, dcolumns = torch.empty_like(v), None if columns is None else torch.empty_like(columns)
     parts = last.new_empty(row_gradients(kind), shape["SLICES"], b, t, h, K)
+    between_marks = far_of(kind, k, v, fixed, n)
+    near = last.new_empty(n, h, segments, between_marks // KEPT, *last.shape[2:]) if between_marks > KEPT else None
     dfixed = None if fixed is None else last.new_empty(n, segments, *fixed.shape)
     decay.launch(
         scan_backward, shape["SLICES"] * segments * h * n,
-        do, q, k, v, rows, columns, fixed, borders, start, far, marks, dv, dcolumns, parts, dfixed,
+        do, q, k, v, rows, columns, fixed, borders, start, far, marks, near, dv, dcolumns, parts, dfixed,
         None if cut else end, t, h, segments, slots, b * t * h,
-        **shape, KEPT=KEPT, ENTRY=start is not None, ENDS=far is not None, END=not cut,
+        **shape, KEPT=KEPT, FAR=between_marks, ENTRY=start is not None, ENDS=far is not None, END=not cut,
     )  # fmt: skip
     dq, dk, *gates = (part.sum(0) for part in parts) if len(parts) else (None, None)
     drows = torch.cat(gates, -1) if gates else None
