@@ -41,7 +41,8 @@ class Elements(NamedTuple):
 
 def turned(g: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """e^{g + i θ} in two parts."""
-    return g.exp() * theta.cos(), g.exp() * theta.sin()
+    size = g.exp()
+    return size * theta.cos(), size * theta.sin()
 
 
 # the words of a row -> its kind, and the inputs by which a_t is made

@@ -23,9 +23,11 @@ the last tokens to the first, R at a time: from the memory that is kept before t
 decays) of the R tokens in registers, then back. Walking from the kept memory to the R tokens costs (KEPT / R - 1) / 2
 further decays a token, 1.5 where R = 4. Where a memory has more than 16 rows that would be K / 8 U and more, so every
 FAR = 256th token is kept, and the backward pass finds the others of such a stretch again, one more decay a token, and
-leaves them in `near`, one stretch a program: a place that stays in the L2 cache if programs are few. What is summed over time (dA, dz, dr) stays in registers, a partial sum a program;
-what is summed over columns (dq, dk, row gates) is a partial sum a slice: `parts`. Both are added up afterwards, in a
-fixed order, so that results are the same bits every time.
+leaves them in `near`, one stretch a program: a place that stays in the L2 cache if programs are few.
+
+What is summed over time (dA, dz, dr) stays in registers, a partial sum a program; what is summed over columns (dq, dk,
+row gates) is a partial sum a slice: `parts`. Both are added up afterwards, in a fixed order, so that results are the
+same bits every time.
 
 Too few programs: segments, as in `decay.py`: what each does to a memory, M -> A ⊙ M + S (`scan_span`, which needs all
 decays once more), the memories between them (`scan_fold`), then the same kernels from every one of them.
@@ -368,7 +370,8 @@ def scan_backward(
         if FAR > KEPT:
             groups = tl.where(newly, late * (KEPT // R), 0)
             M, N = walked(
-                M, N, near, v, k, rows, columns, start, first + far * KEPT, stop, groups, heads, h, rate, spin, cell, inside, ik, iv, in_k, in_v, K, V, KIND, R, KEPT, True,
+                M, N, near, v, k, rows, columns, start, first + far * KEPT, stop, groups, heads, h,
+                rate, spin, cell, inside, ik, iv, in_k, in_v, K, V, KIND, R, KEPT, True,
             )  # fmt: skip
             tl.store(near + late * SIZE + cell, M, mask=wanted)
             if COMPLEX:
