@@ -368,6 +368,7 @@ def scan_backward(
             if COMPLEX:
                 N += tl.load(entry + place + K * V + cell, mask=wanted & (far == 0), other=0.0)
         if FAR > KEPT:
+            tl.debug_barrier()  # the stretch before has been read
             groups = tl.where(newly, late * (KEPT // R), 0)
             M, N = walked(
                 M, N, near, v, k, rows, columns, start, first + far * KEPT, stop, groups, heads, h,
@@ -376,7 +377,7 @@ def scan_backward(
             tl.store(near + late * SIZE + cell, M, mask=wanted)
             if COMPLEX:
                 tl.store(near + late * SIZE + K * V + cell, N, mask=wanted)
-            tl.debug_barrier()
+            tl.debug_barrier()  # this one has been written
             M = tl.load(near + late * SIZE + cell, mask=inside, other=0.0)
             N = M
             if COMPLEX:
