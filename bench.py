@@ -16,6 +16,9 @@ float32 with the token loop in float64 over a long sequence: in all, and in its 
 the host needs to launch, `graph` replays a CUDA graph. The floor is each input read once and each output written once
 at the copy bandwidth measured in the same run: forward q k v -> o (4 tensors), forward and backward 11 (the gradient
 reads q k v do and writes dq dk dv), and float32 gates and write strengths (read by both, and their gradients written).
+Where every element of the memory needs an exponential of its own (Mamba), one a token each way is a second floor, at 16
+a clock and multiprocessor; the larger counts. Rows of one head (Mamba, Longhorn, S4) take a shape's h·d as the width of
+their layer: at 8x2048x8x128 Mamba has 2048 channels of 16 keys.
 Before anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
 Peers that cannot run are listed as unavailable, with the reason.
 """
@@ -45,8 +48,10 @@ from reference.recurrence import counted
 
 SHAPES = ("8x2048x8x128", "1x16384x8x128", "2x16384x16x128")
 CHECKED = (1, 512, 2)  # b t h of the inputs for the error budget: the token loop in float64 is slow
-# by the number of inputs that are no gates: how many tensors must move
-TENSORS = {"forward": lambda n: n + 1, "forward+backward": lambda n: 3 * n + 2}
+# how often inputs with a time axis and outputs must move
+TENSORS = {"forward": (1, 1), "forward+backward": (3, 2)}
+ONE_HEAD = {"mamba": (16, 2), "longhorn": (16, 2), "s4": (32, 1)}  # keys, and channels for each of the layer's width
+SPECIAL = 16  # exponentials a clock and multiprocessor (CUDA C++ programming guide, compute capability 9.0)
 SIDES = {"token loop": exact.recurrence, "chunked": chunked.recurrence}
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 AVERAGED = 2048  # tokens at which the geometric mean over the rows is taken
@@ -403,7 +408,13 @@ def fla(name: str) -> Callable:
 
         return chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], scale=1.0, output_final_state=True)
 
-    operators = {"linear_attention": linear, "linear_attention_normalized": linear, "mamba2": gated}
+    def slots(row, x, constants):
+        from fla.ops.gsa import chunk_gsa
+
+        s = -torch.expm1(x["g"]).to(x["q"].dtype)
+        return chunk_gsa(*(x[n] for n in "qkv"), s, x["g"], scale=1.0, output_final_state=True)
+
+    operators = {"gsa": slots, "linear_attention": linear, "linear_attention_normalized": linear, "mamba2": gated}
     operators |= {"lightning": slopes, "retention": slopes, "gla": channels, "hgrn2": channels, "rwkv6": bonus}
     operators |= {"delta_net": delta, "gated_delta_net": gated_delta}
     return operators.get(name, lambda *_: (_ for _ in ()).throw(NotImplementedError(f"no operator named for {name}")))
@@ -426,8 +437,8 @@ def budget(name: str, f: Callable, d: int, dtype) -> dict:
 
     Budget: twice the error of the chunk form in plain PyTorch on the same 16-bit inputs, and one rounding.
     """
-    row, tokens, constants = inputs(name, *CHECKED, d, dtype)
-    do = torch.randn(*CHECKED, d).to(dtype)
+    row, tokens, constants = inputs(name, *CHECKED, d, dtype, as_layers=True)
+    do = torch.randn(tokens["v"].shape).to(dtype)
 
     def run(f, wide, device):
         there = {n: (x if wide is None else x.to(wide)).to(device).requires_grad_() for n, x in tokens.items()}
@@ -457,10 +468,10 @@ def budget(name: str, f: Callable, d: int, dtype) -> dict:
 
 def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) -> Iterable[dict]:
     """Forward, and forward with backward: eager, as a CUDA graph, extra memory, and the ratio to the byte floor."""
-    row, tokens, constants = inputs(name if name in LSM else "linear_attention", *shape, dtype)
+    row, tokens, constants = inputs(name if name in LSM else "linear_attention", *shape, dtype, as_layers=True)
     tokens = {n: x.cuda().requires_grad_() for n, x in tokens.items()}
     constants = {n: x.cuda() for n, x in constants.items()}
-    do = torch.randn(shape, device="cuda").to(dtype)
+    do = torch.randn(tokens["v"].shape, device="cuda").to(dtype)
     given = list(tokens.values())
 
     def forward():
@@ -470,20 +481,34 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
     def both():
         return torch.autograd.grad(f(row, tokens, constants)[0], given, do)
 
-    gates = sum(x.numel() * x.element_size() for n, x in tokens.items() if n in ("g", "beta"))
-    tensors = len(tokens.keys() - {"g", "beta"})
-    for what, run, times in (("forward", forward, 1), ("forward+backward", both, 3)):
-        floor = TENSORS[what](tensors) * do.numel() * do.element_size() + gates * times
-        yield {"row": name, "side": side, "what": what, "shape": text(shape), **clocked(run, do.dtype, floor, ceiling)}
+    for what, run in (("forward", forward), ("forward+backward", both)):
+        floor = moved(what, tokens, do), exponentials(what, row, tokens, constants)
+        yield {"row": name, "side": side, "what": what, "shape": text(shape), **clocked(run, do.dtype, *floor, ceiling)}
 
 
-def clocked(run: Callable, dtype, floor: int, ceiling: dict) -> dict:
-    """First call, extra memory, eager and as a CUDA graph, and the ratio to the time that `floor` bytes take."""
+def moved(what: str, tokens: dict, o: torch.Tensor) -> int:
+    """The bytes that must move at least: every input with a time axis, its gradient, and outputs like `o`."""
+    of_inputs, of_outputs = TENSORS[what]
+    return of_inputs * sum(x.nbytes for x in tokens.values()) + of_outputs * o.nbytes
+
+
+def exponentials(what: str, row, tokens: dict, constants: dict) -> int:
+    """Those of a decay that differs by element and token: one of each a direction."""
+    if row.decay is not exact.element:
+        return 0
+    each = tokens["v"].shape[:2].numel() * constants["A"].numel()
+    return each * (1 if what == "forward" else 2)
+
+
+def clocked(run: Callable, dtype, floor: int, exps: int, ceiling: dict) -> dict:
+    """First call, extra memory, eager and as a CUDA graph, and the ratio to the time that `floor` bytes or `exps`
+    exponentials take, whichever is longer."""
     begin = time.perf_counter()
     run()
     torch.cuda.synchronize()
     first, extra = time.perf_counter() - begin, held(run, "cuda").bytes / 2**20
-    floor_ms = floor / ceiling["copy_gb_s"] / 1e6
+    rate = ceiling["exponentials_g_s"]
+    floors = floor / ceiling["copy_gb_s"] / 1e6, exps / rate / 1e6 if exps and rate else 0.0
     eager, graph = median(run), median(captured(run))
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -492,8 +517,9 @@ def clocked(run: Callable, dtype, floor: int, ceiling: dict) -> dict:
         "graph_ms": graph[0],
         "graph_spread_ms": graph[1:],
         "floor_bytes": floor,
-        "floor_ms": floor_ms,
-        "graph_over_floor": graph[0] / floor_ms,
+        "floor_ms": floors[0],
+        "exponentials_ms": floors[1],
+        "graph_over_floor": graph[0] / max(floors),
         "extra_mib": extra,
         "first_call_s": first,
     }
@@ -566,16 +592,22 @@ def raced(name: str, side: str, f: Callable, leaves: list, dy, moved: tuple[int,
     shape = "x".join(map(str, dy.shape))
     for what, run, tensors in (("forward", forward, moved[0]), ("forward+backward", both, sum(moved))):
         floor = tensors * dy.numel() * dy.element_size()
-        yield {"row": name, "side": side, "what": what, "shape": shape, **clocked(run, dy.dtype, floor, ceiling)}
+        yield {"row": name, "side": side, "what": what, "shape": shape, **clocked(run, dy.dtype, floor, 0, ceiling)}
 
 
-def inputs(name: str, b: int, t: int, h: int, d: int, dtype) -> tuple:
-    """(row, tokens, constants): tokens in dtype but for gates; gates near 1 as trained models have them."""
+def inputs(name: str, b: int, t: int, h: int, d: int, dtype, as_layers: bool = False) -> tuple:
+    """(row, tokens, constants): tokens in dtype but for gates and steps; gates near 1 as trained models have them.
+
+    `as_layers`: rows of one head get the keys and values that a layer of width h·d gives them.
+    """
     row = LSM[name]
     keys = d if row.features is None else 16  # polynomial features of more are thousands
+    if as_layers and name in ONE_HEAD:
+        keys, times = ONE_HEAD[name]
+        h, d = 1, h * d * times
     sizes = {"b": b, "t": t, "h": h, "k": keys, "v": d, "m": 64, "l": 15}
     tokens, constants = example.inputs(row, sizes, dtype=torch.float32, drawn=example.TRAINED)
-    narrow = {n for n, x in tokens.items() if x.is_floating_point()} - set(example.GATES)
+    narrow = {n for n, x in tokens.items() if x.is_floating_point()} - {*example.GATES, "dt"}
     return row, {n: x.to(dtype) if n in narrow else x for n, x in tokens.items()}, constants
 
 
@@ -610,7 +642,17 @@ def ceilings() -> dict:
         "what": "ceilings",
         "copy_gb_s": 2 * 2**31 / copy[0] / 1e6,
         "matmul_tflop_s": 2 * 8192**3 / product[0] / 1e9,
+        "exponentials_g_s": special_functions(),
     }
+
+
+def special_functions() -> float | None:
+    """10^9 exponentials a second, at this GPU's highest clock; None if nvidia-smi does not say which that is."""
+    try:
+        clock = float(asked_of_driver("clocks.max.sm"))
+    except (TypeError, ValueError):
+        return None
+    return SPECIAL * torch.cuda.get_device_properties(0).multi_processor_count * clock / 1e3
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -639,7 +681,11 @@ def machine(device: str) -> str:
 
 
 def driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return asked_of_driver("driver_version")
+
+
+def asked_of_driver(what: str) -> str | None:
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):

@@ -1,6 +1,7 @@
 """What the operators of all families have in common, as torch sees them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,3 +19,9 @@ def results(
 def packed(*tensors: Tensor | None) -> list[Tensor | None]:
     """Contiguous: a gradient arrives expanded from a sum, a compiler may have chosen other strides."""
     return [None if x is None else x.contiguous() for x in tensors]
+
+
+def even(x: Tensor, rows: int = 0) -> Tensor:
+    """The last axis filled with zeros to a multiple of 16 (and the one before with `rows` zeros)."""
+    columns = -x.shape[-1] % 16
+    return F.pad(x, (0, columns, 0, rows)) if columns or rows else x

@@ -2,6 +2,8 @@
 
 A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
 that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), or delta rules (`fast/delta.py`).
+What fades or turns element by element has no such form, but one of its own (`fast/scan.py`); so have slots, which two
+families compute (`fast/slots.py`).
 Whatever no family takes raises; nothing falls back.
 
 Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates, write strengths and memories are
@@ -12,20 +14,22 @@ whole graphs, and a third for one token; its kernels are in the file of its name
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fast import channel, decay, delta
+from fast import channel, decay, delta, scan, slots
 from fast.local import DTYPES, runnable
+from fast.operators import even
 from reference import recurrence as words
 from reference import span as spans
 from reference.lsm import LSM
 from reference.normal import Normal, has_normal, normal
 from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
-FAMILIES = (decay, channel, delta)
+OWN = (scan, slots)  # families of rows without a normal form: each has a form of its own
+FAMILIES = (*OWN, decay, channel, delta)
 LARGEST = 256  # K and V, the count column of a normalised row included
+Form = Normal | scan.Elements | slots.Slots
 
 
 def recurrence(
@@ -42,10 +46,13 @@ def recurrence(
     x = form_of(row, {**tokens, **constants})
     supported(row, x, memory)
     wide = row.read is not words.inclusive  # something is still to be computed from o
+    sequences = x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    memory = None if memory is None else memory.float()
+    if not isinstance(x, Normal):  # no products, whose rows must be even
+        return family_of(x).run(ready(row, x, constants, same), memory, cu_seqlens, sequences, wide)
     K, V = x.k.shape[-1], x.v.shape[-1]
     if memory is not None:
-        memory = even(memory.float(), -K % 16).contiguous()
-    sequences = x.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        memory = even(memory, -K % 16).contiguous()
     o, last = family_of(x).run(ready(row, x, constants, even), memory, cu_seqlens, sequences, wide)
     return x.finish(o[..., :V]).to(x.q.dtype), last[..., :K, :V]
 
@@ -62,12 +69,13 @@ def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None)
         return recurrence(row, tokens, constants, memory)
     x = form_of(row, {**tokens, **constants})
     supported(row, x, memory)
-    if x.q.shape[1] != 1:
-        raise ValueError(f"{row.title}: step takes one token, got t = {x.q.shape[1]}; use recurrence")
+    if x.v.shape[1] != 1:
+        raise ValueError(f"{row.title}: step takes one token, got t = {x.v.shape[1]}; use recurrence")
     memory = empty(row, tokens, constants) if memory is None else memory.float().contiguous()
-    one = ready(row, x, constants, lambda y: y)
-    one = one._replace(**{n: y[:, 0].contiguous() for n, y in tensors_of(one).items() if n != "u" and y.ndim > 2})
-    return x.finish(family_of(x).step(one, memory)[:, None]).to(x.q.dtype), memory
+    one = ready(row, x, constants, same)
+    if isinstance(x, Normal):
+        one = one._replace(**{n: y[:, 0].contiguous() for n, y in tensors_of(one).items() if n != "u" and y.ndim > 2})
+    return x.finish(family_of(x).step(one, memory)[:, None]).to(x.v.dtype), memory
 
 
 def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> spans.Span:
@@ -88,23 +96,29 @@ def checked(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> 
     check(row, tokens, constants, memory, cu_seqlens)
 
 
-def form_of(row: Row, x: Inputs) -> Normal:
-    """The row's normal form. NotImplementedError, in one line, if no kernel computes it."""
-    form = normal(row, x) if may_have_kernel(row) else None
+def form_of(row: Row, x: Inputs) -> Form:
+    """The row's form. NotImplementedError, in one line, if no kernel computes it."""
+    form = form_by_words(row, x)
     if form is None or family_of(form) is None:
         raise NotImplementedError(
             f"no fast kernel for {row.title!r} (have {', '.join(rows())}); use the backend 'reference'"
         )
+    return form
+
+
+def form_by_words(row: Row, x: Inputs) -> Form | None:
+    """A family's own; or the normal form, whose gates must be inputs of the row as they are, without features."""
+    for family in OWN:
+        if family.has_form(row):
+            return family.form(row, x)
+    if not has_normal(row) or row.features or row.decay not in (words.keep, fixed, words.scalar, words.channel):
+        return None
+    form = normal(row, x)
     # keys that are made of gates (HGRN2) are float32 as gates are: the products want all alike
     return form if "k" in row.tokens else form._replace(k=form.k.to(form.q.dtype))
 
 
-def may_have_kernel(row: Row) -> bool:
-    """Whether the row has a normal form whose gates are inputs of the row as they are, and no features."""
-    return has_normal(row) and row.features is None and row.decay in (words.keep, fixed, words.scalar, words.channel)
-
-
-def family_of(x: Normal) -> ModuleType | None:
+def family_of(x: Form) -> ModuleType | None:
     """The family whose kernels compute this form."""
     return next((family for family in FAMILIES if family.takes(x)), None)
 
@@ -112,18 +126,19 @@ def family_of(x: Normal) -> ModuleType | None:
 def rows() -> list[str]:
     """The rows of the table that have a kernel."""
 
-    def form(row: Row) -> Normal:
+    def form(row: Row) -> Form | None:
         inputs = {**row.tokens, **row.constants}
-        return normal(row, {name: torch.empty([1] * len(s.split()), device="meta") for name, s in inputs.items()})
+        return form_by_words(row, {n: torch.empty([1] * len(s.split()), device="meta") for n, s in inputs.items()})
 
-    return [name for name, row in LSM.items() if may_have_kernel(row) and family_of(form(row)) is not None]
+    forms = {name: form(row) for name, row in LSM.items()}
+    return [name for name, x in forms.items() if x is not None and family_of(x) is not None]
 
 
-def supported(row: Row, x: Normal, memory) -> None:
+def supported(row: Row, x: Form, memory) -> None:
     """One line for what no kernel computes, before any launch."""
     given = tensors_of(x) | ({} if memory is None else {"memory": memory})
     dtypes = {name: y.dtype for name, y in given.items() if name in "qkv"}
-    if x.q.dtype not in DTYPES or len(set(dtypes.values())) > 1:
+    if x.v.dtype not in DTYPES or len(set(dtypes.values())) > 1:
         raise ValueError(
             f"{row.title}: no fast kernel for {', '.join(f'{n} {d}' for n, d in dtypes.items())}; allowed: all "
             "float32, all bfloat16 or all float16 (the backend 'reference' takes any)"
@@ -131,19 +146,21 @@ def supported(row: Row, x: Normal, memory) -> None:
     devices = {str(y.device) for y in given.values()}
     if len(devices) > 1:
         raise ValueError(f"{row.title}: inputs on several devices: {', '.join(sorted(devices))}; put all on one")
-    runnable(row.title, x.q)
-    if max(x.k.shape[-1], x.v.shape[-1]) > LARGEST:
+    runnable(row.title, x.v)
+    if not isinstance(x, Normal):
+        family_of(x).fits(row.title, x)
+    elif max(x.k.shape[-1], x.v.shape[-1]) > LARGEST:
         raise ValueError(
             f"{row.title}: K = {x.k.shape[-1]} and V = {x.v.shape[-1]} (a count column included), fast kernels take "
             f"at most {LARGEST}; use the backend 'reference'"
         )
 
 
-def tensors_of(x: Normal) -> dict[str, Tensor]:
+def tensors_of(x: Form) -> dict[str, Tensor]:
     return {name: y for name, y in x._asdict().items() if isinstance(y, Tensor)}
 
 
-def ready(row: Row, x: Normal, constants: Inputs, pad) -> Normal:
+def ready(row: Row, x: Form, constants: Inputs, pad) -> Form:
     """The form as kernels take it: contiguous, all but q, k and v in float32, what has K or V columns through `pad`.
 
     A gate that is the same for every token is one number a head (but for delta rules).
@@ -157,7 +174,5 @@ def ready(row: Row, x: Normal, constants: Inputs, pad) -> Normal:
     return x._replace(**made)
 
 
-def even(x: Tensor, rows: int = 0) -> Tensor:
-    """The last axis filled with zeros to a multiple of 16 (and the one before with `rows` zeros)."""
-    columns = -x.shape[-1] % 16
-    return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
+def same(x: Tensor) -> Tensor:
+    return x

@@ -1,11 +1,17 @@
-"""Compile what a forward and backward pass would launch, by channel, for a Hopper GPU, without one.
+"""Compile what a forward and backward pass would launch, by channel or element, for a Hopper GPU, without one.
 
     python tests/hopper.py 128 128 bfloat16
+    python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
+
+Each line: the kernel, its shared memory, and the registers and bytes of stack of a thread (a stack means spills).
 
 What this cannot show: whether the machine code is right. Not with TRITON_INTERPRET=1.
 """
 
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -14,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fast.kernels import channel, decay
+from fast.kernels import channel, decay, scan
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 
@@ -33,13 +39,48 @@ def compiled(kernel, programs, *args, **meta):
         signature[name], constants[(names.index(name),)] = "constexpr", value
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    print(kernel.__name__, f"{done.metadata.shared} bytes of shared memory", flush=True)
+    print(kernel.__name__, f"{done.metadata.shared} bytes of shared memory, {thread(done.asm['cubin'])}", flush=True)
 
 
-def main(K: str = "64", V: str = "64", dtype: str = "bfloat16") -> None:
+def thread(code: bytes) -> str:
+    """What a thread needs, as the disassembler that comes with Triton says."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    return f"{registers} registers, {stack} bytes of stack"
+
+
+def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> None:
     decay.launch, decay.multiprocessors = compiled, lambda _: 132
     b, t, h, K, V = 1, 600, 2, int(K), int(V)
     q, k, v = (torch.empty(b, t, h, n, dtype=getattr(torch, dtype)) for n in (K, K, V))
+    for kind in kinds:
+        scans(getattr(scan, kind.upper()).value, q, k, v)
+    if not kinds:
+        channels(q, k, v)
+
+
+def scans(kind: int, q, k, v) -> None:
+    b, t, h, K = q.shape
+    V, size = v.shape[-1], scan.memories(kind) * K
+    rows = {scan.CROSS.value: K, scan.ROTATE.value: 2 * K}.get(kind)
+    fixed = {scan.RATE.value: 1, scan.SPIRAL.value: 4}.get(kind)
+    q, k = (None, None) if kind == scan.SPIRAL.value else (q, k)
+    rows = None if rows is None else torch.empty(b, t, h, rows)
+    columns = torch.empty(b, t, h, V) if kind < scan.ROTATE.value else None
+    fixed = None if fixed is None else torch.empty(fixed, h, K, V)
+    memory = torch.empty(1, h, size, V)
+    given = (kind, q, k, v, rows, columns, fixed, memory, torch.tensor([0, t], dtype=torch.int32))
+    _, *kept = scan.forward(*given, 2, True)
+    scan.backward(v, memory, *given, *kept)
+
+
+def channels(q, k, v) -> None:
+    b, t, h, K = q.shape
+    V = v.shape[-1]
     g, u, memory = torch.empty(b, t, h, K), torch.empty(h, K), torch.empty(1, h, K, V)
     given = (q, k, v, g, u, memory, torch.tensor([0, t], dtype=torch.int32))
     _, *kept = channel.forward(*given, 2, False, True)

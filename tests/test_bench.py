@@ -71,3 +71,17 @@ def test_drift_is_seen_where_it_is(tmp_path, monkeypatch):
             assert x["last"] > 1 and x["last"] > 3 * x["first"] and x["memory"] <= 1
     monkeypatch.setattr(chunked, "recurrence", lambda *x: (right(*x)[0], right(*x)[1] * torch.nan))
     assert all(x["verdict"] == "BUDGET EXCEEDED" for x in lines(tmp_path, *short))
+
+
+def test_floors_of_kernels():
+    """Four tensors forward and eleven with backward; Mamba's, of one head, and its exponentials."""
+    _, tokens, constants = bench.inputs("linear_attention", 2, 4, 3, 16, torch.bfloat16, as_layers=True)
+    unit = tokens["v"].nbytes
+    assert [bench.moved(what, tokens, tokens["v"]) / unit for what in bench.TENSORS] == [4, 11]
+    row, tokens, constants = bench.inputs("mamba", 2, 4, 3, 16, torch.bfloat16, as_layers=True)
+    assert tokens["v"].shape == (2, 4, 1, 96) and tokens["k"].shape == (2, 4, 1, 16)
+    assert tokens["dt"].dtype == torch.float32 and tokens["v"].dtype == torch.bfloat16
+    assert bench.moved("forward", tokens, tokens["v"]) == 2 * 4 * (2 * 16 * 2 + 96 * (2 + 2 + 4))
+    exps = [bench.exponentials(what, row, tokens, constants) for what in bench.TENSORS]
+    assert exps == [2 * 4 * 96 * 16, 2 * 2 * 4 * 96 * 16]
+    assert bench.inputs("mamba", 1, 2, 3, 16, torch.float32)[1]["v"].shape == (1, 2, 3, 16)  # on a CPU as all others

@@ -24,15 +24,22 @@ from hypothesis import strategies as st
 import fast
 import reference
 from fast import recurrence as quick
+from fast import scan as by_element
+from fast import slots as by_slots
 from fast.kernels import channel as channels
 from fast.kernels import decay as kernels
 from fast.kernels import delta as deltas
+from fast.kernels import scan as scans
 from inputs import assert_within_budget, leaves, make, start
 from reference import chunked, example, span
 from reference import recurrence as exact
 from reference.lsm import LSM
 
-ROWS = list({LSM[name][:3]: name for name in reversed(quick.rows())}.values())[::-1]  # one of the same three words
+ALL = list({LSM[name][:3]: name for name in reversed(quick.rows())}.values())[::-1]  # one of the same three words
+# token by token: few, in the interpreter
+SCANNED = [name for name in ALL if by_element.has_form(LSM[name]) or by_slots.has_form(LSM[name])]
+ELEMENTS = [name for name in SCANNED if by_element.has_form(LSM[name])]
+ROWS = [name for name in ALL if name not in SCANNED]
 GATED = (
     "mamba2",
     "gla",
@@ -69,7 +76,7 @@ def family_of(name):
 
 
 def cut(monkeypatch, segments):
-    for family in (kernels, channels, deltas):
+    for family in (kernels, channels, deltas, scans):
         monkeypatch.setattr(family, "segments_for", lambda *_: segments)
 
 
@@ -128,7 +135,7 @@ def added_up(row, inputs, weights, want, cu_seqlens):
     """The size of what is summed for a gate's gradient: the terms of <M_T, dM_T> and, for a slope, of all tokens."""
     axes = -1 if want["dg"].ndim == 4 else (-2, -1)
     size = (want["last"] * weights[1]).norm(dim=axes).max().item() + want["dg"].abs().max().item()
-    if "g" in row.constants:
+    if row.decay is exact.fixed:
         tokens, constants, memory = inputs
         each = {**tokens, "g": constants["g"].expand(tokens["q"].shape[:3])}
         parts = run(exact.recurrence, LSM["mamba2"], (each, {}, memory), weights, torch.float64, "cpu", cu_seqlens)[
@@ -241,6 +248,75 @@ def test_a_gate_that_is_not_a_number_shows(name):
     assert o[0, 20:].isnan().all() and o[0, :16].isfinite().all() and o[1].isfinite().all()
 
 
+# ------------------------------------------------------------------------------------ the laws, element by element
+
+
+@pytest.mark.parametrize("t, k, v", [(1, 5, 6), (16, 16, 16), (21, 20, 33)])
+@pytest.mark.parametrize("name", SCANNED)
+def test_scanned_values_and_gradients(name, t, k, v):
+    compare(name, b=2 if t < 16 else 1, h=2 if t < 16 else 1, t=t, k=k, v=v)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", SCANNED)
+def test_scanned_in_sixteen_bits(name, dtype):
+    compare(name, dtype, t=19, k=5, v=12, bare=True)
+
+
+@pytest.mark.parametrize("name", SCANNED)
+def test_scanned_documents_in_segments(name, monkeypatch, launched):
+    cut(monkeypatch, 2)
+    compare(name, t=75, k=4, v=6, cu_seqlens=torch.tensor([0, 3, 3, 72, 75, 75], dtype=torch.int32))
+    assert launched["scan_span"] == launched["scan_fold"] == 2  # the memories, and their cotangents
+
+
+@given(
+    name=st.sampled_from(SCANNED),
+    t=st.integers(1, 20),
+    k=st.integers(1, 20),
+    v=st.integers(1, 20),
+    cuts=st.lists(st.integers(0, 20), max_size=3),
+)
+@settings(deadline=None, derandomize=True, max_examples=6)
+def test_scanned_in_any_shape(name, t, k, v, cuts):
+    borders = [0, *sorted(min(c, t) for c in cuts), t]
+    compare(name, t=t, k=k, v=v, cu_seqlens=torch.tensor(borders, dtype=torch.int32), seed=t)
+
+
+@pytest.mark.parametrize("name, k, segments", [("gate_loop", 9, 2), ("mamba", 17, 1), ("s4", 9, 1)])
+def test_scanned_with_memories_kept_far_apart(name, k, segments, monkeypatch):
+    """Those between are found again, a stretch of tokens at a time."""
+    monkeypatch.setattr(scans, "FAR", 32)
+    cut(monkeypatch, segments)
+    compare(name, t=88, k=k, v=4, cu_seqlens=torch.tensor([0, 5, 88], dtype=torch.int32))
+
+
+def forgetful(tokens, constants):
+    """Steps and gates from nothing to everything."""
+    for name in ("dt", "g", "f"):
+        if name in tokens:
+            far = 1e4 if name == "dt" else -torch.inf
+            for token, x in {0: 0.0, 3: far, 7: 1e-7 if name == "dt" else -1e4, 8: far}.items():
+                tokens[name][:, token] = x
+
+
+@pytest.mark.parametrize("name", ["mamba", "gated_fast_weights", "gate_loop", "gsa"])
+def test_scanned_with_extreme_gates(name):
+    compare(name, t=10, k=5, v=6, change=forgetful)
+
+
+def test_a_step_that_is_not_a_number_shows():
+    row, tokens, constants = some("mamba", t=9)
+    tokens["dt"][0, 5, 0, 3] = torch.nan
+    o, _ = quick.recurrence(row, tokens, constants)
+    assert o[0, 5:, 0, 3].isnan().all() and o.isnan().sum() == 4
+
+
+def test_long_scans_end_their_angles_where_the_loop_does():
+    """A turn of every token by one angle adds up: a memory of 150 tokens, nearly as large as when it began."""
+    compare("s4", t=150, k=2, v=2, change=lambda _, constants: constants["g"].mul_(1e-3))
+
+
 # --------------------------------------------------------------------------------------------- gradients arriving
 
 
@@ -250,12 +326,12 @@ def some(name, **sizes):
 
 
 @pytest.mark.parametrize("ask", ["o", "last", "both"])
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4"])
 def test_expanded_or_missing_gradients(name, ask):
     """A sum's gradient has stride 0; an output that is not used has none."""
 
     def grads(f):
-        row, tokens, constants = some(name)
+        row, tokens, constants = some(name, t=17 if name in SCANNED else 70)
         given = leaves(tokens, constants)
         o, last = f(row, tokens, constants)
         loss = {"o": o.sum(), "last": last.sum(), "both": o.sum() + last.sum()}[ask]
@@ -265,9 +341,9 @@ def test_expanded_or_missing_gradients(name, ask):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba"])
 def test_strided_inputs(name):
-    row, *given = some(name)
+    row, *given = some(name, t=17 if name in SCANNED else 70)
     want, _ = quick.recurrence(row, *given)
     strided = [{n: torch.stack([x, x], -1)[..., 0] for n, x in group.items()} for group in given]
     assert torch.equal(quick.recurrence(row, *strided)[0], want)
@@ -313,6 +389,41 @@ def test_only_what_is_asked_is_computed_by_delta_rules(name, launched):
     assert launched == {**{f"delta_{name}": 1 for name in each}, **gates}
 
 
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_only_what_is_asked_is_computed_by_scans(name, launched):
+    """One pass each way; memories on the way are kept for a gradient and for nothing else."""
+    row, tokens, constants = some(name, t=5)
+    form = quick.ready(row, quick.form_of(row, {**tokens, **constants}), constants, quick.same)
+    given = (form.q, form.k, form.v, form.rows, form.columns, form.fixed, None, None)
+    assert [x.numel() for x in torch.ops.linear_moe.scan(form.kind, *given, 1, False)[2:]] == [0, 0, 0]
+    assert launched == {"scan_forward": 1}
+    launched.clear()
+    given = leaves(tokens, constants)
+    o, _ = quick.recurrence(row, tokens, constants)
+    torch.autograd.grad(o.sum(), given)
+    assert launched == {"scan_forward": 1, "scan_backward": 1}
+
+
+def test_a_scan_that_kept_nothing_has_no_gradient():
+    _, tokens, _ = some("longhorn", t=3)
+    q, k, v, dt = (tokens[n].requires_grad_() for n in ("q", "k", "v", "dt"))
+    with pytest.raises(RuntimeError, match="keep = True"):
+        torch.ops.linear_moe.scan(scans.ERASE.value, q, k, v, None, dt, None, None, None, 1, False)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("name", ["mamba", "gated_fast_weights", "s4"])
+def test_the_operator_of_scans_keeps_torchs_rules(name, segments):
+    row, tokens, constants = some(name, t=5)
+    form = quick.ready(row, quick.form_of(row, {**tokens, **constants}), constants, quick.same)
+    given = [
+        x if x is None else x.requires_grad_() for x in (form.q, form.k, form.v, form.rows, form.columns, form.fixed)
+    ]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    given = (form.kind, *given, None, None, segments, True)
+    torch.library.opcheck(torch.ops.linear_moe.scan.default, given, test_utils=checks)
+
+
 def test_a_delta_rule_that_kept_nothing_has_no_gradient():
     _, tokens, _ = some("delta_net", t=3)
     given = [x.requires_grad_() for x in tokens.values()]
@@ -339,16 +450,16 @@ def test_the_operators_keep_torchs_rules(name, segments, wide):
 # ------------------------------------------------------------------------------------------------ spans and steps
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ALL)
 def test_span(name):
-    row, tokens, constants = some(name)
+    row, tokens, constants = some(name, t=9 if name in SCANNED else 70)
     M = start(name, row, tokens, constants).to(DEVICE)
     _, want = chunked.recurrence(row, tokens, constants, M)
     got = span.apply(quick.span(row, tokens, constants), M)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ALL)
 def test_steps_are_the_whole(name, launched):
     row, tokens, constants = some(name, b=2, t=5, k=20, v=33)
     M = start(name, row, tokens, constants).to(DEVICE)
@@ -360,7 +471,8 @@ def test_steps_are_the_whole(name, launched):
         o.append(y)
     torch.testing.assert_close(torch.cat(o, 1), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(memory, last, rtol=1e-5, atol=1e-5)
-    assert launched == {f"{family_of(name)}_step": 5}
+    kernels = {"scan": ["scan_forward"], "slots": ["scan_forward", "channel_step"]}
+    assert launched == dict.fromkeys(kernels.get(family_of(name), [f"{family_of(name)}_step"]), 5)
 
 
 def test_a_step_with_gradients_overwrites_nothing(launched):
@@ -405,13 +517,15 @@ def test_errors(launched):
 
     error(NotImplementedError, "Kimi", "mamba2", "reference", row="kda")
     error(NotImplementedError, "RWKV7", "reference", row="rwkv7")
-    error(NotImplementedError, "Gated fast weights", "reference", row="gated_fast_weights")
+    error(NotImplementedError, "Titans", "reference", row="titans")
     error(NotImplementedError, "Comba", "reference", row="comba")
     error(ValueError, "float64", "bfloat16", "reference", change=cast(torch.float64))
     error(ValueError, "q torch.float16", "k torch.float32", change=cast(torch.float16, "q"))
     error(ValueError, "missing", change=lambda tokens: tokens.pop("g"))
     error(ValueError, "memory has shape", memory=torch.zeros(1, 2, 3, 4))
     error(ValueError, "300", "256", change=lambda tokens: tokens.update(v=torch.zeros(1, 3, 2, 300, device=DEVICE)))
+    wide = {n: torch.zeros(1, 3, 2, 300, device=DEVICE) for n in "qk"}
+    error(ValueError, "K = 300", "256", row="longhorn", change=lambda tokens: tokens.update(wide))
     error(ValueError, "int32", cu_seqlens=torch.tensor([0, 3], device=DEVICE))
     error(ValueError, "several devices", change=lambda tokens: tokens.update(v=tokens["v"].to("meta")))
     if not CUDA:
@@ -429,6 +543,18 @@ def test_compiles_for_hopper_without_one(dtype, tmp_path):
     )
     kernels = {line.split()[0] for line in said.stdout.splitlines()}
     assert kernels == {n for n in vars(channels) if n.startswith("channel_")}
+
+
+def test_scans_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
+    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("hopper.py")
+    said = subprocess.run(
+        [sys.executable, script, "32", "256", "bfloat16", "rate", "spiral"],
+        env=outside, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    kernels = {line.split()[0] for line in said}
+    assert kernels == {n for n in vars(scans) if n.startswith("scan_")}
+    assert all(line.endswith(" 0 bytes of stack") for line in said), said
 
 
 def test_tensors_on_cpu_are_refused(monkeypatch):
@@ -457,12 +583,14 @@ def test_every_row_has_a_kernel_or_says_so():
 def test_head_sizes(k, v, dtype):
     for name in GATED:
         compare(name, dtype, b=1, h=2, t=200, k=k, v=v)
+    for name in SCANNED:
+        compare(name, dtype, b=1, h=2, t=100, k=k, v=v)
     compare("linear_attention_normalized", dtype, b=1, h=1, t=131, k=k, v=min(v, 255))
 
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ALL)
 def test_many_programs_and_long_sequences(name, dtype):
     compare(name, dtype, b=3, h=23, t=100, k=32, v=64)  # 138 programs: no segments
     compare(name, dtype, b=1, h=1, t=2500, k=64, v=64)  # 4 segments
@@ -479,7 +607,7 @@ def test_sixteen_bits_over_one_long_segment(name, monkeypatch):
 
 
 @gpu
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4"])
 def test_twice_the_same_bits(name):
     def once():
         row, tokens, constants = some(name, b=2, t=3000, h=4, k=64, v=64)
@@ -515,7 +643,42 @@ def test_extra_memory(name, forward, backward):
 
 
 @gpu
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net"])
+def test_extra_memory_of_a_scan():
+    """Forward: the output, and memories for the gradient (2 units). Backward: do dv, what slices give dq and dk (2),
+    the steps' gradient in float32 (2)."""
+    torch.use_deterministic_algorithms(False)
+    row, tokens, constants = some("mamba", b=8, t=1024, h=1, k=16, v=1024)
+    tokens = {n: x if n == "dt" else x.bfloat16() for n, x in tokens.items()}
+    given = leaves(tokens, constants)
+    unit = tokens["v"].numel() * 2
+    quick.recurrence(row, tokens, constants)[0].sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o, _ = quick.recurrence(row, tokens, constants)
+    assert torch.cuda.max_memory_allocated() - before < 3.3 * unit
+    grads = torch.autograd.grad(o, given, torch.ones_like(o))
+    assert torch.cuda.max_memory_allocated() - before < 9.8 * unit
+    assert len(grads) == len(given)
+
+
+@gpu
+def test_a_scan_keeps_few_memories_where_they_are_large():
+    torch.use_deterministic_algorithms(False)
+    row, tokens, constants = some("gate_loop", b=2, t=2048, h=8, k=64, v=64)
+    tokens = {n: x if n in ("g", "theta") else x.bfloat16() for n, x in tokens.items()}
+    leaves(tokens)
+    unit = tokens["v"].numel() * 2
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = quick.recurrence(row, tokens, constants)
+    assert torch.cuda.memory_allocated() - before < 14 * unit  # o 1, memories 1, turns 4, what they are made of 6
+    assert results[0].dtype == torch.bfloat16
+
+
+@gpu
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4"])
 def test_cuda_graph(name):
     row, tokens, constants = some(name, t=2000)
     given = leaves(tokens, constants)
@@ -539,7 +702,7 @@ def test_cuda_graph(name):
 
 
 @gpu
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ALL)
 def test_compiles_whole(name):
     torch._dynamo.reset()
     row, tokens, constants = some(name, t=130)
