@@ -1,8 +1,8 @@
 """`reference.recurrence` on Triton kernels: the same functions, the same rows, the same answers.
 
 A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
-that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), or delta rules (`fast/delta.py`).
-Whatever no family takes raises; nothing falls back.
+that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), delta rules (`fast/delta.py`), or
+whatever else changes by a rank one (`fast/rank_one.py`). Whatever no family takes raises; nothing falls back.
 
 Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates, write strengths and memories are
 float32. A family is two operators for torch (forward and gradient) with shape rules, so that `torch.compile` sees
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fast import channel, decay, delta
+from fast import channel, decay, delta, rank_one
 from fast.local import DTYPES, runnable
 from reference import recurrence as words
 from reference import span as spans
@@ -24,7 +24,7 @@ from reference.lsm import LSM
 from reference.normal import Normal, has_normal, normal
 from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
-FAMILIES = (decay, channel, delta)
+FAMILIES = (decay, channel, delta, rank_one)
 LARGEST = 256  # K and V, the count column of a normalised row included
 
 
@@ -95,8 +95,9 @@ def form_of(row: Row, x: Inputs) -> Normal:
         raise NotImplementedError(
             f"no fast kernel for {row.title!r} (have {', '.join(rows())}); use the backend 'reference'"
         )
-    # keys that are made of gates (HGRN2) are float32 as gates are: the products want all alike
-    return form if "k" in row.tokens else form._replace(k=form.k.to(form.q.dtype))
+    # vectors that are made of gates or write strengths are float32 as these are: the products want all alike
+    made = {n: y.to(form.q.dtype) for n in "kab" if (y := getattr(form, n)) is not None and y is not x.get(n)}
+    return form._replace(**made)
 
 
 def may_have_kernel(row: Row) -> bool:
@@ -144,15 +145,15 @@ def tensors_of(x: Normal) -> dict[str, Tensor]:
 
 
 def ready(row: Row, x: Normal, constants: Inputs, pad) -> Normal:
-    """The form as kernels take it: contiguous, all but q, k and v in float32, what has K or V columns through `pad`.
+    """The form as kernels take it: contiguous, all but vectors in float32, what has K or V columns through `pad`.
 
     A gate that is the same for every token is one number a head (but for delta rules).
     """
-    if row.decay is fixed and x.beta is None:
+    if row.decay is fixed and x.beta is None and x.b is None:
         x = x._replace(g=constants["g"])
     made = {}
     for name, y in tensors_of(x).items():
-        y = y if name in ("q", "k", "v") else y.float()
+        y = y.to(x.q.dtype) if name in ("q", "k", "v", "a", "b") else y.float()
         made[name] = (pad(y) if name in ("q", "k", "v", "a", "b", "f", "u") or y.ndim == 4 else y).contiguous()
     return x._replace(**made)
 
