@@ -109,18 +109,23 @@ def gates_at(g, at, ok):
 def summed(which, gates, GATE: tl.constexpr, EXACT: tl.constexpr):
     """Row i: the sum of the gates of the tokens s with which[i, s]. C × K from gates C × K, C × 1 from gates C."""
     if GATE == 2:
-        return tl.sum(tl.where(which, gates[None, :], 0.0), 1)[:, None]
-    if EXACT:
-        return tl.dot(which.to(tl.float32), gates, input_precision="ieee")
-    return tl.dot(which.to(tl.float16), gates.to(tl.float16))
+        total = tl.sum(tl.where(which, gates[None, :], 0.0), 1)[:, None]
+    else:
+        if EXACT:
+            total = tl.dot(which.to(tl.float32), gates, input_precision="ieee")
+        else:
+            total = tl.dot(which.to(tl.float16), gates.to(tl.float16))
+    return total
 
 
 @triton.jit
 def summed_across(gates, which, EXACT: tl.constexpr):
     """K × C, column i: the sum of the gates (K × C) of the tokens s with which[s, i]."""
     if EXACT:
-        return tl.dot(gates, which.to(tl.float32), input_precision="ieee")
-    return tl.dot(gates.to(tl.float16), which.to(tl.float16))
+        total = tl.dot(gates, which.to(tl.float32), input_precision="ieee")
+    else:
+        total = tl.dot(gates.to(tl.float16), which.to(tl.float16))
+    return total
 
 
 @triton.jit
@@ -135,23 +140,23 @@ def fades_of(gates, ic, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.cons
 
 
 @triton.jit
-def to_middle(gates, ic, half: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr):
+def to_middle(gates, ic, half, BEFORE: tl.constexpr, EXACT: tl.constexpr):
     """e^{sum of the gates between a token and the middle of its block of 2·half tokens}: C × K, at most 1.
 
     From the middle on: up to and with the token's own gate (BEFORE: without); before the middle: after the token.
     """
     here, other = ic[:, None], ic[None, :]
-    middle = here // (2 * half) * (2 * half) + half
+    middle = (here | (2 * half - 1)) + 1 - half
     until = (other < here) if BEFORE else (other <= here)
     later = (other >= middle) & until
     return tl.exp2(summed(later | ((other > here) & (other < middle)), gates, 3, EXACT))
 
 
 @triton.jit
-def to_middle_across(gates, ic, half: tl.constexpr, EXACT: tl.constexpr):
+def to_middle_across(gates, ic, half, EXACT: tl.constexpr):
     """`to_middle` of the tokens before the middle, K × C from gates K × C."""
     here, other = ic[None, :], ic[:, None]
-    middle = here // (2 * half) * (2 * half) + half
+    middle = (here | (2 * half - 1)) + 1 - half
     return tl.exp2(summed_across(gates, (other > here) & (other < middle), EXACT))
 
 
@@ -171,10 +176,11 @@ def decays_between(gates, ic, BEFORE: tl.constexpr, TURNED: tl.constexpr, EXACT:
 
 
 @triton.jit
-def meeting(ic, half: tl.constexpr):
-    """Which rows are of the later half of a block of 2·half tokens, and which columns of its earlier half."""
-    here, other = ic[:, None], ic[None, :]
-    return (here // (2 * half) == other // (2 * half)) & (here // half > other // half)
+def meeting(ic, half):
+    """Whether row and column are of the two halves of a block of 2·half tokens: whether `half` is their highest bit
+    that differs."""
+    differ = ic[:, None] ^ ic[None, :]
+    return (differ >= half) & (differ < 2 * half)
 
 
 @triton.jit
@@ -193,7 +199,7 @@ def inverse_of(L, here, other, LEVELS: tl.constexpr, SOLVING: tl.constexpr):
         X -= tl.where(same, column[:, None] * row[None, :], 0.0)
     for level in tl.static_range(LEVELS):
         half = 16 << level
-        corner = tl.where((here // (2 * half) == other // (2 * half)) & (here // half > other // half), L, 0.0)
+        corner = tl.where((here ^ other >= half) & (here ^ other < 2 * half), L, 0.0)
         X -= tl.dot(tl.dot(X, corner, input_precision=SOLVING), X, input_precision=SOLVING)
     return X
 
@@ -237,29 +243,29 @@ def rank_one_prepare(
             more = tl.zeros((C,), tl.float32)
         for s in range(0, SLICES):
             ik = s * BK + tl.arange(0, BK)
-            at = row * K + ic[:, None] * (heads * K) + ik[None, :]
+            at = ic[:, None] * (heads * K) + ik[None, :]
             ok = inside[:, None] & (ik < K)[None, :]
-            bq = tl.load(q + at, mask=ok, other=0.0)
-            bw = tl.load(w + at, mask=ok, other=0.0)
+            bq = tl.load(q + row * K + at, mask=ok, other=0.0)
+            bw = tl.load(w + row * K + at, mask=ok, other=0.0)
             be = bw
             if BEFORE:
-                be = tl.load(e + at, mask=ok, other=0.0)
+                be = tl.load(e + row * K + at, mask=ok, other=0.0)
             if TWO:
                 be = -be
-                bk = tl.load(k + at, mask=ok, other=0.0)
+                bk = tl.load(k + row * K + at, mask=ok, other=0.0)
                 more += tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
             own += tl.sum(bq.to(tl.float32) * bw.to(tl.float32), 1)
             if GATE == 3:
-                across = row * K + ik[:, None] + ic[None, :] * (heads * K)
+                across = ik[:, None] + ic[None, :] * (heads * K)
                 ok_across = (ik < K)[:, None] & inside[None, :]
-                wide = tl.load(w + across, mask=ok_across, other=0.0)
+                wide = tl.load(w + row * K + across, mask=ok_across, other=0.0)
                 if TWO:
-                    wide_k = tl.load(k + across, mask=ok_across, other=0.0)
-                gates = gates_at(g, at, ok)
-                gates_across = gates_at(g, across, ok_across)
-                for level in tl.static_range(LEVELS + 4):
+                    wide_k = tl.load(k + row * K + across, mask=ok_across, other=0.0)
+                gates = gates_at(g + row * K, at, ok)
+                gates_across = gates_at(g + row * K, across, ok_across)
+                for level in range(0, LEVELS + 4):
                     half = 1 << level
-                    meet = meeting(ic, half)
+                    meet = meeting(ic, half) & (here > other)
                     fade = to_middle(gates, ic, half, False, EXACT)
                     asked = (bq.to(tl.float32) * fade).to(bq.dtype)
                     if BEFORE:
@@ -292,33 +298,33 @@ def rank_one_prepare(
         P = tl.where(here > other, P, tl.where(here == other, own[:, None], 0.0)) * strength[None, :]
         X = inverse_of(L, here, other, LEVELS, SOLVING)
         R = tl.dot(P, X, input_precision=SOLVING)
-        to = row * C + here * (heads * C) + other
-        tl.store(inverse + to, X, mask=inside[:, None])
+        to = here * (heads * C) + other
+        tl.store(inverse + row * C + to, X, mask=inside[:, None])
         if TWO:
             N = tl.dot(X, tl.where(here > other, N, 0.0), input_precision=SOLVING)
-            tl.store(mixed + to, -N, mask=inside[:, None])
+            tl.store(mixed + row * C + to, -N, mask=inside[:, None])
             Q = tl.where(here > other, Q, tl.where(here == other, more[:, None], 0.0))
             Q -= tl.dot(P, N, input_precision=SOLVING)
-            tl.store(more_reads + to, Q, mask=inside[:, None])
-        tl.store(reads + to, R, mask=inside[:, None])
+            tl.store(more_reads + row * C + to, Q, mask=inside[:, None])
+        tl.store(reads + row * C + to, R, mask=inside[:, None])
 
         solved, asks = X.to(inverse.dtype.element_ty), P.to(inverse.dtype.element_ty)
         slot = (start // C + n + begin // C) * heads + h
         for s in range(0, SLICES):
             ik = s * BK + tl.arange(0, BK)
-            at = row * K + ic[:, None] * (heads * K) + ik[None, :]
+            at = ic[:, None] * (heads * K) + ik[None, :]
             ok = inside[:, None] & (ik < K)[None, :]
-            seen = tl.load(q + at, mask=ok, other=0.0).to(tl.float32)
-            bw = tl.load(w + at, mask=ok, other=0.0)
+            seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
+            bw = tl.load(w + row * K + at, mask=ok, other=0.0)
             be = bw
             if BEFORE:
-                be = tl.load(e + at, mask=ok, other=0.0)
+                be = tl.load(e + row * K + at, mask=ok, other=0.0)
             if TWO:
                 be = -be
             written = strength[:, None] * bw.to(tl.float32)
             if GATE != 0:
                 if GATE == 3:
-                    gates = gates_at(g, at, ok)
+                    gates = gates_at(g + row * K, at, ok)
                 reach, find, last, total = fades_of(gates, ic, GATE, BEFORE, EXACT)
                 seen = seen * reach
                 be = (be.to(tl.float32) * find).to(be.dtype)
@@ -329,14 +335,14 @@ def rank_one_prepare(
                     tl.store(totals + slot, total)
             found = tl.dot(solved, be, input_precision=PRECISION)
             seen -= tl.dot(asks, found.to(be.dtype), input_precision=PRECISION)
-            tl.store(finding + at, -found, mask=ok)
-            tl.store(asking + at, seen, mask=ok)
-            tl.store(writing + at, written, mask=ok)
+            tl.store(finding + row * K + at, -found, mask=ok)
+            tl.store(asking + row * K + at, seen, mask=ok)
+            tl.store(writing + row * K + at, written, mask=ok)
             if TWO:
-                added = tl.load(k + at, mask=ok, other=0.0).to(tl.float32)
+                added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
                 if GATE != 0:
                     added = added * last
-                tl.store(adding + at, added, mask=ok)
+                tl.store(adding + row * K + at, added, mask=ok)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "parts"])
@@ -358,24 +364,24 @@ def rank_one_reverse(
         begin = first + i * C
         inside = ic < tl.minimum(stop - begin, C)
         row = (start + begin) * heads + h
-        at = row * K + ic[:, None] * (heads * K) + ik[None, :]
+        at = ic[:, None] * (heads * K) + ik[None, :]
         ok = inside[:, None] & (ik < K)[None, :]
-        across = row * C + ic[None, :] * (heads * C) + ic[:, None]
-        solved = tl.load(inverse + across, mask=inside[None, :], other=0.0)
-        bw = tl.load(w + at, mask=ok, other=0.0)
-        seen = tl.load(q + at, mask=ok, other=0.0).to(tl.float32)
+        across = ic[None, :] * (heads * C) + ic[:, None]
+        solved = tl.load(inverse + row * C + across, mask=inside[None, :], other=0.0)
+        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+        seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
         written = bw.to(tl.float32)
         found = -written
         if BEFORE:
-            found = -tl.load(e + at, mask=ok, other=0.0).to(tl.float32)
+            found = -tl.load(e + row * K + at, mask=ok, other=0.0).to(tl.float32)
         if TWO:
             found = -found
-            added = tl.load(k + at, mask=ok, other=0.0).to(tl.float32)
+            added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
         if BETA:
             written = written * tl.load(beta + row + ic * heads, mask=inside, other=0.0)[:, None]
         if GATE != 0:
             if GATE == 3:
-                gates = gates_at(g, at, ok)
+                gates = gates_at(g + row * K, at, ok)
             else:
                 gates = gates_at(g, row + ic * heads, inside)
             reach, find, last, _ = fades_of(gates, ic, GATE, BEFORE, EXACT)
@@ -385,12 +391,12 @@ def rank_one_reverse(
             if TWO:
                 added = added * last
         written = written.to(bw.dtype)
-        tl.store(finding + at, found, mask=ok)
-        tl.store(asking + at, seen, mask=ok)
-        tl.store(writing + at, tl.dot(solved, written, input_precision=PRECISION), mask=ok)
+        tl.store(finding + row * K + at, found, mask=ok)
+        tl.store(asking + row * K + at, seen, mask=ok)
+        tl.store(writing + row * K + at, tl.dot(solved, written, input_precision=PRECISION), mask=ok)
         if TWO:
-            turned = tl.load(mixed + across, mask=inside[None, :], other=0.0)
-            tl.store(adding + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)
+            turned = tl.load(mixed + row * C + across, mask=inside[None, :], other=0.0)
+            tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -467,18 +473,96 @@ def rank_one_sweep(
     tl.store(end + nh * X * Z + cell, S, mask=in_cell)
 
 
+@triton.jit
+def from_earlier(
+    seen, erased, keys, gates, ic,
+    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(Σ_{j<i} seen_ij keys_j e^{b_i - b_j}, Σ_{j<i} erased_ij keys_j e^{c_i - b_j}): C × K each, by levels."""
+    here, other = ic[:, None], ic[None, :]
+    if GATE == 3:
+        asked, found = keys.to(tl.float32) * 0.0, keys.to(tl.float32) * 0.0
+        seen, erased = seen.to(keys.dtype), erased.to(keys.dtype)
+        for level in range(0, LEVELS + 4):
+            half = 1 << level
+            meet = meeting(ic, half) & (here > other)
+            fade = to_middle(gates, ic, half, False, EXACT)
+            faded = (keys.to(tl.float32) * fade).to(keys.dtype)
+            asked += fade * tl.dot(tl.where(meet, seen, 0.0), faded, input_precision=PRECISION)
+            if BEFORE:
+                fade = to_middle(gates, ic, half, True, EXACT)
+            found += fade * tl.dot(tl.where(meet, erased, 0.0), faded, input_precision=PRECISION)
+    else:
+        if GATE == 2:
+            seen = seen * decays_between(gates, ic, False, False, EXACT)
+            erased = erased * decays_between(gates, ic, BEFORE, False, EXACT)
+        seen, erased = tl.where(here > other, seen, 0.0), tl.where(here > other, erased, 0.0)
+        asked = tl.dot(seen.to(keys.dtype), keys, input_precision=PRECISION)
+        found = tl.dot(erased.to(keys.dtype), keys, input_precision=PRECISION)
+    return asked, found
+
+
+@triton.jit
+def from_later(
+    seen, erased, queries, finders, gates, ic,
+    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ_{i>j} (seen_ji queries_i e^{b_i - b_j} - erased_ji finders_i e^{c_i - b_j}): C × K, by levels."""
+    here, other = ic[:, None], ic[None, :]
+    if GATE == 3:
+        written = queries.to(tl.float32) * 0.0
+        seen, erased = seen.to(queries.dtype), -erased.to(queries.dtype)
+        for level in range(0, LEVELS + 4):
+            half = 1 << level
+            meet = meeting(ic, half) & (here < other)
+            fade = to_middle(gates, ic, half, False, EXACT)
+            find = fade
+            if BEFORE:
+                find = to_middle(gates, ic, half, True, EXACT)
+            faded = (queries.to(tl.float32) * fade).to(queries.dtype)
+            change = tl.dot(tl.where(meet, seen, 0.0), faded, input_precision=PRECISION)
+            faded = (finders.to(tl.float32) * find).to(queries.dtype)
+            written += fade * tl.dot(tl.where(meet, erased, 0.0), faded, change, input_precision=PRECISION)
+    else:
+        if GATE == 2:
+            seen = seen * decays_between(gates, ic, False, True, EXACT)
+            erased = erased * decays_between(gates, ic, BEFORE, True, EXACT)
+        seen, erased = tl.where(here < other, seen, 0.0), tl.where(here < other, -erased, 0.0)
+        written = tl.dot(seen.to(queries.dtype), queries, input_precision=PRECISION)
+        written = tl.dot(erased.to(queries.dtype), finders, written, input_precision=PRECISION)
+    return written
+
+
+@triton.jit
+def gate_sums(begun, later, kept, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
+    """begun + Σ_{s>=t} later + Σ_{s<t} kept + Σ_{s>=t, BEFORE: s>t} erasing: C × K. EXACT: nothing is taken off again,
+    since under strong gates what remains is much smaller."""
+    if EXACT:
+        here, other = ic[:, None], ic[None, :]
+        value = begun[None, :] + tl.dot((other >= here).to(tl.float32), later, input_precision="ieee")
+        value = tl.dot((other < here).to(tl.float32), kept, value, input_precision="ieee")
+        until = (other > here) if BEFORE else (other >= here)
+        value = tl.dot(until.to(tl.float32), erasing, value, input_precision="ieee")
+    else:
+        value = (begun + tl.sum(kept, 0))[None, :] + tl.cumsum(later + erasing - kept, 0, reverse=True)
+        if BEFORE:
+            value -= erasing
+    return value
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
 def rank_one_gradients(
     do, y, r, v, q, e, w, k, beta, g, borders, states, cotangents, dq, de, dw, dk, dbeta, dg,
     tokens, heads, parts, count_rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr,
-    GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
+    GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, de (with two writes that of -e), dw (without BEFORE dw + de), dk of two writes, for a slice of K of every
     chunk; this slice's part of dβ; with GATES dg or, of one number a token, this slice's part of it.
 
-    Parts lie as slices b t h.
+    Parts lie as slices b t h. First what each token reads and finds, then what it wrote: one after the other, so that
+    the scores of one are out of the registers when those of the other come.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -496,147 +580,104 @@ def rank_one_gradients(
         inside = ic < tl.minimum(stop - begin, C)
         row = (start + begin) * heads + h
         slot = (start // C + n + begin // C) * heads + h
-        at = row * K + ic[:, None] * (heads * K) + ik[None, :]
+        at = ic[:, None] * (heads * K) + ik[None, :]
         ok = inside[:, None] & in_k[None, :]
-        at_v = row * V + ic[:, None] * (heads * V) + iv[None, :]
+        at_v = ic[:, None] * (heads * V) + iv[None, :]
         ok_v = inside[:, None] & in_v[None, :]
-        turned = slot * K * V + iv[:, None] + ik[None, :] * V
+        turned = iv[:, None] + ik[None, :] * V
         in_cell = in_v[:, None] & in_k[None, :]
-        bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
-        by = tl.load(y + at_v, mask=ok_v, other=0.0)
-        br = tl.load(r + at_v, mask=ok_v, other=0.0)
-        S = tl.load(states + turned, mask=in_cell, other=0.0)
-        E = tl.load(cotangents + turned, mask=in_cell, other=0.0)
-        asked = tl.dot(bdo, S, input_precision=PRECISION)
-        found = -tl.dot(by, S, input_precision=PRECISION)
-        written = tl.dot(br, E, input_precision=PRECISION)
-        seen = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
-        erased = tl.dot(by, tl.trans(br), input_precision=PRECISION)
-        seen_across = tl.dot(br, tl.trans(bdo), input_precision=PRECISION)
-        erased_across = tl.dot(br, tl.trans(by), input_precision=PRECISION)
-        own = tl.sum(tl.where(here == other, seen, 0.0), 1)[:, None]
-        if TWO:
-            bv = tl.load(v + at_v, mask=ok_v, other=0.0)
-            added = tl.dot(bv, E, input_precision=PRECISION)
-            seen2 = tl.dot(bdo, tl.trans(bv), input_precision=PRECISION)
-            erased2 = tl.dot(by, tl.trans(bv), input_precision=PRECISION)
-            seen2_across = tl.dot(bv, tl.trans(bdo), input_precision=PRECISION)
-            erased2_across = tl.dot(bv, tl.trans(by), input_precision=PRECISION)
-            own2 = tl.sum(tl.where(here == other, seen2, 0.0), 1)[:, None]
-
-        dtype = q.dtype.element_ty
-        bq = tl.load(q + at, mask=ok, other=0.0).to(tl.float32)
-        bw = tl.load(w + at, mask=ok, other=0.0).to(tl.float32)
+        bdo = tl.load(do + row * V + at_v, mask=ok_v, other=0.0)
+        by = tl.load(y + row * V + at_v, mask=ok_v, other=0.0)
+        br = tl.load(r + row * V + at_v, mask=ok_v, other=0.0)
+        bq = tl.load(q + row * K + at, mask=ok, other=0.0)
+        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
         be = bw
         if BEFORE:
-            be = tl.load(e + at, mask=ok, other=0.0).to(tl.float32)
+            be = tl.load(e + row * K + at, mask=ok, other=0.0)
         if TWO:
             be = -be
-            bk = tl.load(k + at, mask=ok, other=0.0).to(tl.float32)
-        strong = bw
+            bk = tl.load(k + row * K + at, mask=ok, other=0.0)
+            bv = tl.load(v + row * V + at_v, mask=ok_v, other=0.0)
+        strong = bw.to(tl.float32)
         if BETA:
-            strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)[:, None]
-            strong = bw * strength
-        pairs_q = tl.zeros((C, BK), tl.float32)
-        pairs_e = tl.zeros((C, BK), tl.float32)
-        pairs_w = tl.zeros((C, BK), tl.float32)
-        pairs_k = tl.zeros((C, BK), tl.float32)
+            strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+            strong = strong * strength[:, None]
+        gates = inside
         if GATE == 3:
-            gates = gates_at(g, at, ok)
-            for level in tl.static_range(LEVELS + 4):
-                half = 1 << level
-                meet = meeting(ic, half)
-                meet_across = (here // (2 * half) == other // (2 * half)) & (here // half < other // half)
-                fade = to_middle(gates, ic, half, False, EXACT)
-                find = fade
-                if BEFORE:
-                    find = to_middle(gates, ic, half, True, EXACT)
-                asks, finds = (bq * fade).to(dtype), (be * find).to(dtype)
-                keys = (strong * fade).to(dtype)
-                scores = tl.where(meet, seen, 0.0).to(dtype)
-                doubts = tl.where(meet, erased, 0.0).to(dtype)
-                pairs_q += fade * tl.dot(scores, keys, input_precision=PRECISION)
-                pairs_e -= find * tl.dot(doubts, keys, input_precision=PRECISION)
-                scores = tl.where(meet_across, seen_across, 0.0).to(dtype)
-                doubts = tl.where(meet_across, -erased_across, 0.0).to(dtype)
-                change = tl.dot(scores, asks, input_precision=PRECISION)
-                pairs_w += fade * tl.dot(doubts, finds, change, input_precision=PRECISION)
-                if TWO:
-                    keys = (bk * fade).to(dtype)
-                    scores = tl.where(meet, seen2, 0.0).to(dtype)
-                    doubts = tl.where(meet, erased2, 0.0).to(dtype)
-                    pairs_q += fade * tl.dot(scores, keys, input_precision=PRECISION)
-                    pairs_e -= find * tl.dot(doubts, keys, input_precision=PRECISION)
-                    scores = tl.where(meet_across, seen2_across, 0.0).to(dtype)
-                    doubts = tl.where(meet_across, -erased2_across, 0.0).to(dtype)
-                    change = tl.dot(scores, asks, input_precision=PRECISION)
-                    pairs_k += fade * tl.dot(doubts, finds, change, input_precision=PRECISION)
-        else:
-            between, between_e = tl.where(here > other, 1.0, 0.0), tl.where(here > other, 1.0, 0.0)
-            across, across_e = tl.where(here < other, 1.0, 0.0), tl.where(here < other, 1.0, 0.0)
-            if GATE == 2:
-                gates = gates_at(g, row + ic * heads, inside)
-                between = decays_between(gates, ic, False, False, EXACT)
-                between_e = decays_between(gates, ic, BEFORE, False, EXACT)
-                across = decays_between(gates, ic, False, True, EXACT)
-                across_e = decays_between(gates, ic, BEFORE, True, EXACT)
-            asks, finds, keys = bq.to(dtype), be.to(dtype), strong.to(dtype)
-            pairs_q += tl.dot((seen * between).to(dtype), keys, input_precision=PRECISION)
-            pairs_e -= tl.dot((erased * between_e).to(dtype), keys, input_precision=PRECISION)
-            pairs_w = tl.dot((seen_across * across).to(dtype), asks, pairs_w, input_precision=PRECISION)
-            pairs_w -= tl.dot((erased_across * across_e).to(dtype), finds, input_precision=PRECISION)
-            if TWO:
-                keys = bk.to(dtype)
-                pairs_q += tl.dot((seen2 * between).to(dtype), keys, input_precision=PRECISION)
-                pairs_e -= tl.dot((erased2 * between_e).to(dtype), keys, input_precision=PRECISION)
-                pairs_k = tl.dot((seen2_across * across).to(dtype), asks, pairs_k, input_precision=PRECISION)
-                pairs_k -= tl.dot((erased2_across * across_e).to(dtype), finds, input_precision=PRECISION)
-
+            gates = gates_at(g + row * K, at, ok)
+        if GATE == 2:
+            gates = gates_at(g, row + ic * heads, inside)
         if GATE != 0:
             reach, find, last, total = fades_of(gates, ic, GATE, BEFORE, EXACT)
-            asked, found, written = asked * reach, found * find, written * last
-            if TWO:
+
+        seen = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
+        erased = tl.dot(by, tl.trans(br), input_precision=PRECISION)
+        own = tl.sum(tl.where(here == other, seen, 0.0), 1)[:, None]
+        asked, found = from_earlier(
+            seen, erased, strong.to(bq.dtype), gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION
+        )
+        itself = own * strong
+        if TWO:
+            seen = tl.dot(bdo, tl.trans(bv), input_precision=PRECISION)
+            erased = tl.dot(by, tl.trans(bv), input_precision=PRECISION)
+            own_v = tl.sum(tl.where(here == other, seen, 0.0), 1)[:, None]
+            more, more_found = from_earlier(seen, erased, bk, gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION)
+            asked += more
+            found += more_found
+            itself += own_v * bk.to(tl.float32)
+        S = tl.load(states + slot * K * V + turned, mask=in_cell, other=0.0)
+        through = tl.dot(bdo, S, input_precision=PRECISION)
+        erases = tl.dot(by, S, input_precision=PRECISION)
+        if GATE != 0:
+            through, erases = through * reach, erases * find
+        asked += through
+        found = -found - erases
+        later = bq.to(tl.float32) * asked
+        erasing = be.to(tl.float32) * found
+        tl.store(dq + row * K + at, asked + itself, mask=ok)
+        if BEFORE:
+            tl.store(de + row * K + at, -found if TWO else found, mask=ok)
+
+        E = tl.load(cotangents + slot * K * V + turned, mask=in_cell, other=0.0)
+        seen = tl.dot(br, tl.trans(bdo), input_precision=PRECISION)
+        erased = tl.dot(br, tl.trans(by), input_precision=PRECISION)
+        pairs = from_later(seen, erased, bq, be, gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION)
+        written = tl.dot(br, E, input_precision=PRECISION)
+        if GATE != 0:
+            written = written * last
+        kept = strong * written
+        later -= strong * pairs
+        written += pairs + own * bq.to(tl.float32)
+        if BETA:
+            change = tl.sum(bw.to(tl.float32) * written, 1)
+            tl.store(dbeta + s.to(tl.int64) * count_rows + row + ic * heads, change, mask=inside)
+            written = written * strength[:, None]
+        if not BEFORE:
+            written += found
+        tl.store(dw + row * K + at, written, mask=ok)
+        if TWO:
+            seen = tl.dot(bv, tl.trans(bdo), input_precision=PRECISION)
+            erased = tl.dot(bv, tl.trans(by), input_precision=PRECISION)
+            pairs = from_later(seen, erased, bq, be, gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION)
+            added = tl.dot(bv, E, input_precision=PRECISION)
+            if GATE != 0:
                 added = added * last
-        asked += pairs_q
-        found += pairs_e
+            kept += bk.to(tl.float32) * added
+            later -= bk.to(tl.float32) * pairs
+            tl.store(dk + row * K + at, added + pairs + own_v * bq.to(tl.float32), mask=ok)
         if GATES:
+            S = tl.load(states + slot * K * V + turned, mask=in_cell, other=0.0)
             begun = tl.sum(S.to(tl.float32) * E.to(tl.float32), 0) * total
-            later = bq * asked - strong * pairs_w
-            kept = strong * written
-            if TWO:
-                later -= bk * pairs_k
-                kept += bk * added
-            erasing = be * found
-            if not BEFORE:
-                later += erasing
             if GATE == 3:
-                value = begun[None, :] + tl.dot((other >= here).to(tl.float32), later, input_precision=SUMS)
-                value = tl.dot((other < here).to(tl.float32), kept, value, input_precision=SUMS)
-                if BEFORE:
-                    value = tl.dot((other > here).to(tl.float32), erasing, value, input_precision=SUMS)
-                tl.store(dg + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
+                value = gate_sums(begun, later, kept, erasing, ic, BEFORE, EXACT)
+                tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
             else:
+                until = (other > here) if BEFORE else (other >= here)
                 value = tl.sum(begun, 0) + tl.sum(tl.where(other >= here, tl.sum(later, 1)[None, :], 0.0), 1)
                 value += tl.sum(tl.where(other < here, tl.sum(kept, 1)[None, :], 0.0), 1)
-                if BEFORE:
-                    value += tl.sum(tl.where(other > here, tl.sum(erasing, 1)[None, :], 0.0), 1)
+                value += tl.sum(tl.where(until, tl.sum(erasing, 1)[None, :], 0.0), 1)
                 to = dg + s.to(tl.int64) * count_rows + row + ic * heads
                 tl.store(to, tl.where(gates < NOTHING, 0.0, value), mask=inside)
-        asked += own * strong
-        written += pairs_w + own * bq
-        if BETA:
-            tl.store(dbeta + s.to(tl.int64) * count_rows + row + ic * heads, tl.sum(bw * written, 1), mask=inside)
-            written = written * strength
-        if TWO:
-            asked += own2 * bk
-            tl.store(dk + at, added + pairs_k + own2 * bq, mask=ok)
-            found = -found
-        if BEFORE:
-            tl.store(de + at, found, mask=ok)
-        else:
-            written += found
-        tl.store(dq + at, asked, mask=ok)
-        tl.store(dw + at, written, mask=ok)
 
 
 @triton.jit
@@ -818,7 +859,7 @@ def gradients(do, answers, news, v, q, k, beta, g, a, b, borders, states, cotang
         rank_one_gradients, sequences_of(q, borders) * q.shape[2] * parts * slices,
         do, answers, news, v, q, *vectors_of(k, a, b), beta, g, borders, states, cotangents, dq, de, dw, dk, dbeta, dg,
         q.shape[1], q.shape[2], parts, q.shape[0] * q.shape[1] * q.shape[2],
-        V=v.shape[-1], BV=padded(v.shape[-1]), LEVELS=levels_of(q), GATES=want_g, SUMS="ieee" if exact else "tf32x3",
+        V=v.shape[-1], BV=padded(v.shape[-1]), LEVELS=levels_of(q), GATES=want_g,
         **shape, **kind, num_warps=4 if exact else 8, num_stages=1 if exact else 2,
     )  # fmt: skip
     if want_g and kind["GATE"] == TOKEN:
