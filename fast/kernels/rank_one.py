@@ -61,16 +61,20 @@ Precision. T is found in float32, by elimination in blocks of 16 tokens and by h
 what is kept, not w'ᵀ T v and w'ᵀ W S, so that a memory still corrects its own errors. A chunk has at most K tokens:
 more keys than channels depend on each other.
 
-Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 64, one write, a gate a channel (2 U):
-prepare reads 4 U and writes 4; the sweep reads 5 and writes 1, and 3 for r and states where there is a gradient;
-reverse reads 4.5 and writes 3; the sweep backwards reads 4.5 and writes 3; gradients read 11 and write 4. So 14 U
-forward where the floor is 6, and 47 U with the gradient where it is 17. Two writes: 19 U of 8, and 63 of 23. Kept for
-the gradient: T, R, r and states, 4 U. Multiply-adds a token and head: prepare 2·C·d and 5·C², and for each of log C
-levels 4·C·d (two writes: 7·C·d); the sweep 3·d² + 2·C·d (two writes: 4·d²); gradients 3·d² + 4·slices·C·d, and for
-each level 5·C·d (two writes: 10·C·d). From one state to the next a chunk's chain is two products.
+Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 32, one write, a gate a channel (2 U):
+prepare reads 4 U and writes 3.5; the sweep reads 4.5 and writes 1, and 5 for r and states where there is a gradient;
+reverse reads 4.25 and writes 3; the sweep backwards reads 4.25 and writes 5; gradients read 15 and write 4. So 13 U
+forward where the floor is 6, and 53.5 U with the gradient where it is 17. Two writes: 17.5 U of 8, and 68.5 of 23. Kept
+for the gradient: T, R, r and states, 5.5 U. Chunks of 64 tokens would halve the states, 4 U each.
+Multiply-adds a token and head: prepare 2·C·d and 3·C², and for each of log C levels 4·C·d (two writes: 7·C·d); the
+sweep 3·d² + 2·C·d (two writes: 4·d²); gradients 3·d² + 4·slices·C·d, and for each level 6·C·d (two writes: 16·C·d).
 
 Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot: keys that meet queries are
-loaded K × C, as their gates are.
+loaded K × C, as their gates are; no 16-bit line has one stage. Levels are a loop that is not unrolled: unrolled, all
+their gates were in registers at once. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128) chunks of 32
+tokens, not of 64: with 64 a sweep takes 127 KB of shared memory, so that one program fits a multiprocessor, with 32 it
+takes 49 to 66; prepare spills 150 numbers a thread, with 32 none (42 with two writes); gradients spill 86 to 134 of
+them all the same. None of this was timed.
 """
 
 import torch
@@ -83,6 +87,8 @@ from fast.kernels.decay import FLOOR, LOG2_E, padded, part_of, run_of, sequences
 
 NOTHING = tl.constexpr(-150.0)  # 2^-150 is 0 in float32
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
+
+CHUNK = {2: 32, 4: 16}  # tokens a chunk by bytes of a number: float32 products are not done by tensor cores
 
 # padded row size of the state, bytes of a number -> (columns of V a program, warps, stages) of the sweeps
 CONFIG = {
@@ -726,8 +732,8 @@ def rank_one_step(
 
 
 def chunk_for(q: Tensor) -> int:
-    """Tokens a chunk: at most K of them; float32 products are not done by tensor cores."""
-    return 16 if q.element_size() == 4 else min(padded(q.shape[-1]), 64)
+    """Tokens a chunk: at most K of them."""
+    return min(padded(q.shape[-1]), CHUNK[q.element_size()])
 
 
 def kind_of(q: Tensor, beta: Tensor | None, g: Tensor | None, a: Tensor | None, b: Tensor | None) -> dict:
@@ -778,7 +784,7 @@ def prepare(q, k, beta, g, a, b, borders) -> tuple[list[Tensor], list[Tensor | N
         rank_one_prepare, sequences_of(q, borders) * q.shape[2] * parts,
         q, *vectors_of(k, a, b), beta, g, borders, *found[:4], *rows, found[4], q.shape[1], q.shape[2], parts,
         **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), SOLVING="ieee" if exact else "tf32",
-        num_warps=2 if exact else 8, num_stages=1 if exact else 2,
+        num_warps=2 if exact else 4, num_stages=1 if exact else 2,
     )  # fmt: skip
     return found, rows
 
@@ -840,6 +846,7 @@ def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, found: li
     answers, cotangents, dmemory = sweep(
         do, reads, writing, more_reads, adding, finding, asking, g, totals, borders, dlast, reverse=True, out=dv
     )
+    del finding, asking, writing, adding  # their memory is free for the gradients
     want_g = want_g and g is not None
     grads = gradients(do, answers, news, v, q, k, beta, g, a, b, borders, states, cotangents, want_g)
     dq, dk, dbeta, dg, da, db = grads
