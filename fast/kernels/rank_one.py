@@ -73,7 +73,7 @@ Compilers: what `decay.py` says. No dot's result is transposed on its way into a
 loaded K × C, as their gates are; no 16-bit line has one stage. Levels are a loop that is not unrolled: unrolled, all
 their gates were in registers at once. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128) chunks of 32
 tokens, not of 64: with 64 a sweep takes 127 KB of shared memory, so that one program fits a multiprocessor, with 32 it
-takes 49 to 66; prepare spills 150 numbers a thread, with 32 none (42 with two writes); gradients spill 86 to 134 of
+takes 49 to 66; prepare spills 150 numbers a thread, with 32 two (42 with two writes); gradients spill 86 to 134 of
 them all the same. None of this was timed.
 """
 
@@ -99,8 +99,8 @@ CONFIG = {
     (256, 2): (16, 4, 2),
     (16, 4): (16, 4, 1),
     (32, 4): (32, 4, 1),
-    (64, 4): (32, 4, 1),
-    (128, 4): (32, 4, 1),
+    (64, 4): (32, 8, 1),
+    (128, 4): (16, 8, 1),
     (256, 4): (16, 8, 1),
 }
 
@@ -867,7 +867,7 @@ def gradients(do, answers, news, v, q, k, beta, g, a, b, borders, states, cotang
         do, answers, news, v, q, *vectors_of(k, a, b), beta, g, borders, states, cotangents, dq, de, dw, dk, dbeta, dg,
         q.shape[1], q.shape[2], parts, q.shape[0] * q.shape[1] * q.shape[2],
         V=v.shape[-1], BV=padded(v.shape[-1]), LEVELS=levels_of(q), GATES=want_g,
-        **shape, **kind, num_warps=4 if exact else 8, num_stages=1 if exact else 2,
+        **shape, **kind, num_warps=8, num_stages=1 if exact else 2,
     )  # fmt: skip
     if want_g and kind["GATE"] == TOKEN:
         dg = dg.sum(0)
