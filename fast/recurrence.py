@@ -1,10 +1,10 @@
 """`reference.recurrence` on Triton kernels: the same functions, the same rows, the same answers.
 
 A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
-that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), or delta rules (`fast/delta.py`).
-What fades or turns element by element has no such form, but one of its own (`fast/scan.py`); so have slots, which two
-families compute (`fast/slots.py`).
-Whatever no family takes raises; nothing falls back.
+that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), delta rules (`fast/delta.py`), or
+whatever else changes by a rank one (`fast/rank_one.py`). What fades or turns element by element has no such form, but
+one of its own (`fast/scan.py`); so have slots, which two families compute (`fast/slots.py`). Whatever no family takes
+raises; nothing falls back.
 
 Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates, write strengths and memories are
 float32. A family is two operators for torch (forward and gradient) with shape rules, so that `torch.compile` sees
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fast import channel, decay, delta, scan, slots
+from fast import channel, decay, delta, rank_one, scan, slots
 from fast.local import DTYPES, runnable
 from fast.operators import even
 from reference import recurrence as words
@@ -27,7 +27,7 @@ from reference.normal import Normal, has_normal, normal
 from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
 OWN = (scan, slots)  # families of rows without a normal form: each has a form of its own
-FAMILIES = (*OWN, decay, channel, delta)
+FAMILIES = (*OWN, decay, channel, delta, rank_one)
 LARGEST = 256  # K and V, the count column of a normalised row included
 Form = Normal | scan.Elements | slots.Slots
 
@@ -114,8 +114,9 @@ def form_by_words(row: Row, x: Inputs) -> Form | None:
     if not has_normal(row) or row.features or row.decay not in (words.keep, fixed, words.scalar, words.channel):
         return None
     form = normal(row, x)
-    # keys that are made of gates (HGRN2) are float32 as gates are: the products want all alike
-    return form if "k" in row.tokens else form._replace(k=form.k.to(form.q.dtype))
+    # vectors that are made of gates or write strengths are float32 as these are: the products want all alike
+    made = {n: y.to(form.q.dtype) for n in "kab" if (y := getattr(form, n)) is not None and y is not x.get(n)}
+    return form._replace(**made)
 
 
 def family_of(x: Form) -> ModuleType | None:
@@ -161,15 +162,15 @@ def tensors_of(x: Form) -> dict[str, Tensor]:
 
 
 def ready(row: Row, x: Form, constants: Inputs, pad) -> Form:
-    """The form as kernels take it: contiguous, all but q, k and v in float32, what has K or V columns through `pad`.
+    """The form as kernels take it: contiguous, all but vectors in float32, what has K or V columns through `pad`.
 
     A gate that is the same for every token is one number a head (but for delta rules).
     """
-    if row.decay is fixed and x.beta is None:
+    if row.decay is fixed and x.beta is None and x.b is None:
         x = x._replace(g=constants["g"])
     made = {}
     for name, y in tensors_of(x).items():
-        y = y if name in ("q", "k", "v") else y.float()
+        y = y.to(x.v.dtype) if name in ("q", "k", "v", "a", "b") else y.float()
         made[name] = (pad(y) if name in ("q", "k", "v", "a", "b", "f", "u") or y.ndim == 4 else y).contiguous()
     return x._replace(**made)
 

@@ -1,4 +1,4 @@
-"""Compile what a forward and backward pass would launch, by channel or element, for a Hopper GPU, without one.
+"""Compile what a forward and backward pass would launch, by channel, rank one or element, for a Hopper GPU without one.
 
     python tests/hopper.py 128 128 bfloat16
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fast.kernels import channel, decay, scan
+from fast.kernels import channel, decay, rank_one, scan
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 
@@ -86,6 +86,12 @@ def channels(q, k, v) -> None:
     _, *kept = channel.forward(*given, 2, False, True)
     channel.backward(v, memory, *given, *kept, True, True)
     channel.step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], u, memory)
+    beta = torch.empty(b, t, h)
+    for given in ((beta, g, None, None), (beta, beta, q, None), (None, g, q, q)):  # as in KDA, Comba, RWKV7
+        borders = torch.tensor([0, t], dtype=torch.int32)
+        _, _, news, states, *found = rank_one.forward(q, k, v, *given, memory, borders, False, True)
+        rank_one.backward(v, memory, q, k, v, *given, borders, news, states, found, True)
+        rank_one.step(*(None if x is None else x[:, 0] for x in (q, k, v, *given)), memory)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ WRONG = {
     "mesh": ("train.py", ["tiny", "--mesh.data", "2", "--mesh.sequence", "2"], "2.*2.*1"),
     "empty folder": ("train.py", ["tiny", "--data", "{folder}/nothing"], "nothing"),
     "not json": ("train.py", ["tiny", "--data", "{folder}/bad.jsonl"], "line 2|:2"),
-    "fast without kernel": ("train.py", ["tiny", "--backend", "fast", "--model.lsm", "kda"], "reference"),
+    "fast without kernel": ("train.py", ["tiny", "--backend", "fast", "--model.lsm", "mesa"], "reference"),
     "no run": ("generate.py", ["--run", "nowhere"], "no run at nowhere"),
     "empty prompt": ("generate.py", ["--prompt", ""], "prompt is empty"),
     "temperature": ("generate.py", ["--temperature", "-1"], "temperature"),

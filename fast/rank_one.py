@@ -1,0 +1,125 @@
+"""Delta rules with a gate a channel, with a vector of their own that erases, or with two writes."""
+
+import torch
+from torch import Tensor
+
+from fast.kernels import rank_one as kernels
+from fast.operators import packed, results
+from reference.normal import Normal
+
+
+def takes(x: Normal) -> bool:
+    return (x.beta is not None or x.b is not None) and x.f is None and x.u is None
+
+
+def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
+    given = (x.q, x.k, x.v, x.beta, x.g, x.a, x.b, memory)
+    keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in given)
+    o, last, *_ = rank_one(*given, cu_seqlens, wide, keep)
+    return o, last
+
+
+def step(x: Normal, memory: Tensor) -> Tensor:
+    return rank_one_step(x.q, x.k, x.v, x.beta, x.g, x.a, x.b, memory)
+
+
+# ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@torch.library.custom_op("linear_moe::rank_one", mutates_args=())
+def rank_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    wide: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, and what the gradient needs: empty unless `keep`). `wide`: o in float32.
+
+    Without `keep` there is no gradient.
+    """
+    return kernels.forward(*packed(q, k, v, beta, g, a, b, memory, cu_seqlens), wide, keep)
+
+
+@rank_one.register_fake
+def _(q, k, v, beta, g, a, b, memory, cu_seqlens, wide, keep):
+    o, last, _ = results(q, v, cu_seqlens, 1, wide)
+    states = v.new_empty(kernels.slots_of(q, cu_seqlens), *last.shape[1:])
+    kept = (torch.empty_like(v), states, *kernels.solved(q, g, b, cu_seqlens))
+    return o, last, *(x if keep else x.new_empty(0) for x in kept)
+
+
+@torch.library.custom_op("linear_moe::rank_one_gradients", mutates_args=())
+def rank_one_gradients(
+    do: Tensor,
+    dlast: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    cu_seqlens: Tensor | None,
+    news: Tensor,
+    states: Tensor,
+    inverse: Tensor,
+    mixed: Tensor,
+    reads: Tensor,
+    more_reads: Tensor,
+    totals: Tensor,
+    want_g: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbeta, dg, da, db, dmemory); empty where there is no such input, dg unless wanted."""
+    do, dlast = packed(do.to(v.dtype), dlast)
+    given = packed(q, k, v, beta, g, a, b, cu_seqlens)
+    found = [inverse, mixed, reads, more_reads, totals]
+    grads = kernels.backward(do, dlast, *given, news, states, found, want_g)
+    return tuple(totals.new_empty(0) if x is None else x for x in grads)
+
+
+@rank_one_gradients.register_fake
+def _(do, dlast, q, k, v, beta, g, a, b, cu_seqlens, news, states, inverse, mixed, reads, more_reads, totals, want_g):
+    _, dmemory, _ = results(q, v, cu_seqlens, 1, False)
+    some = (q, k, v, beta, g if want_g else None, a, b)
+    return *(totals.new_empty(0) if x is None else torch.empty_like(x) for x in some), dmemory
+
+
+def rank_one_context(ctx, inputs, output) -> None:
+    *given, _, cu_seqlens, _, keep = inputs
+    if not keep:
+        raise RuntimeError("the gradient of rank_one needs what its forward pass kept: call it with keep = True")
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*given, cu_seqlens, *output[2:])
+
+
+def rank_one_backward(ctx, do, dlast, *_):
+    given = ctx.saved_tensors
+    v = given[2]
+    do = torch.zeros_like(v) if do is None else do
+    wanted = ctx.needs_input_grad[:8]
+    grads = rank_one_gradients(do, dlast, *given, wanted[4])
+    return *(x if want else None for x, want in zip(grads, wanted, strict=True)), None, None, None
+
+
+rank_one.register_autograd(rank_one_backward, setup_context=rank_one_context)
+
+
+@torch.library.custom_op("linear_moe::rank_one_step", mutates_args=("memory",))
+def rank_one_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, a: Tensor | None, b: Tensor | None,
+    memory: Tensor,
+) -> Tensor:  # fmt: skip
+    """o : b h v, in float32; memory is overwritten."""
+    return kernels.step(q, k, v, beta, g, a, b, memory)
+
+
+@rank_one_step.register_fake
+def _(q, k, v, beta, g, a, b, memory):
+    return torch.empty_like(v, dtype=torch.float32)
