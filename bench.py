@@ -44,7 +44,6 @@ from reference import chunked, example
 from reference import recurrence as exact
 from reference.lsm import LSM
 from reference.peak import peak as held
-from reference.recurrence import counted
 
 SHAPES = ("8x2048x8x128", "1x16384x8x128", "2x16384x16x128")
 CHECKED = (1, 512, 2)  # b t h of the inputs for the error budget: the token loop in float64 is slow
@@ -370,54 +369,10 @@ def contestants(name: str, peers: list[str], ours: Callable, shapes, peer_shapes
 
 
 def fla(name: str) -> Callable:
-    """flash-linear-attention's operator for the row, as `recurrence(row, tokens, constants)`."""
+    """flash-linear-attention's operators."""
+    from fast.fla import recurrence
 
-    def linear(row, x, constants):
-        from fla.ops.linear_attn import chunk_linear_attn
-
-        return chunk_linear_attn(x["q"], x["k"], x["v"], 1.0, output_final_state=True, normalize=row.update is counted)
-
-    def slopes(row, x, constants):
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        return chunk_simple_gla(x["q"], x["k"], x["v"], g_gamma=constants["g"], scale=1.0, output_final_state=True)
-
-    def gated(row, x, constants):
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        return chunk_simple_gla(x["q"], x["k"], x["v"], x["g"], scale=1.0, output_final_state=True)
-
-    def channels(row, x, constants):
-        from fla.ops.gla import chunk_gla
-
-        k = x["k"] if "k" in x else -torch.expm1(x["g"]).to(x["q"].dtype)
-        return chunk_gla(x["q"], k, x["v"], x["g"], scale=1.0, output_final_state=True)
-
-    def bonus(row, x, constants):
-        from fla.ops.rwkv6 import chunk_rwkv6
-
-        return chunk_rwkv6(*(x[n] for n in "qkvg"), constants["u"], scale=1.0, output_final_state=True)
-
-    def delta(row, x, constants):
-        from fla.ops.delta_rule import chunk_delta_rule
-
-        return chunk_delta_rule(x["q"], x["k"], x["v"], x["beta"], scale=1.0, output_final_state=True)
-
-    def gated_delta(row, x, constants):
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        return chunk_gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], scale=1.0, output_final_state=True)
-
-    def slots(row, x, constants):
-        from fla.ops.gsa import chunk_gsa
-
-        s = -torch.expm1(x["g"]).to(x["q"].dtype)
-        return chunk_gsa(*(x[n] for n in "qkv"), s, x["g"], scale=1.0, output_final_state=True)
-
-    operators = {"gsa": slots, "linear_attention": linear, "linear_attention_normalized": linear, "mamba2": gated}
-    operators |= {"lightning": slopes, "retention": slopes, "gla": channels, "hgrn2": channels, "rwkv6": bonus}
-    operators |= {"delta_net": delta, "gated_delta_net": gated_delta}
-    return operators.get(name, lambda *_: (_ for _ in ()).throw(NotImplementedError(f"no operator named for {name}")))
+    return recurrence
 
 
 PEERS = {"fla": fla}

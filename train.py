@@ -99,8 +99,8 @@ class Train:
     """How fast a balancing bias moves, for the routers that have one."""
     seed: int = 0
     """Of parameters, data order and dropout."""
-    backend: Literal["auto", "reference", "fast"] = "auto"
-    """Whose ops (auto: fast on a GPU if it has the model's kernels, else reference)."""
+    backend: Literal["auto", "reference", "fast", "fla"] = "auto"
+    """Whose ops (auto: fast on a GPU if it has the model's kernels, else reference; fla: flash-linear-attention's)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run (auto: a GPU if there is one)."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
@@ -206,9 +206,16 @@ def ops_of(config: Train, device: torch.device):
     if config.backend == "reference" or (config.backend == "auto" and (device.type == "cpu" or exact)):
         return reference
     import fast
+    from fast import fla
     from fast.recurrence import rows
 
     lsm = config.model.lsm
+    if config.backend == "fla":
+        try:
+            fla.operator(lsm) if "L" in config.model.letters else None
+        except NotImplementedError as lack:
+            raise ValueError(str(lack)) from None
+        return fla.ops
     if "L" not in config.model.letters or lsm in rows():
         return fast.ops
     if config.backend == "fast":

@@ -1,0 +1,115 @@
+"""A second backend of kernels: flash-linear-attention's (fla-org/flash-linear-attention, fla-core), by thin adapters.
+
+For the rows that it covers, and for comparisons (`bench.py kernels --peer fla`). The package is imported where it is
+needed and is no requirement; nothing is replaced silently: what it lacks or refuses is said in one line. Everything is
+passed explicitly, since defaults differ from operator to operator: scale 1 (queries come scaled), no normalisation of
+queries and keys, the memory as b h k v in float32, and it is always returned.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import reference
+from reference import span as spans
+from reference.lsm import LSM
+from reference.recurrence import Inputs, Memory, Row, check
+
+Given = dict[str, Tensor]
+
+
+def whole(x: Given, *names: str) -> Given:
+    return {name: x[name] for name in names}
+
+
+def slots_of(x: Given) -> Given:
+    """Gated slot attention writes what its gates free."""
+    return whole(x, "q", "k", "v", "g") | {"s": -torch.expm1(x["g"]).to(x["q"].dtype)}
+
+
+def tied(x: Given) -> Given:
+    return whole(x, "q", "v", "g") | {"k": -torch.expm1(x["g"]).to(x["q"].dtype)}
+
+
+# row -> (module of fla.ops, operator, what it takes of the row's tokens and constants by its own names)
+OPERATOR: dict[str, tuple[str, str, Callable[[Given], dict]]] = {
+    "linear_attention": ("linear_attn", "chunk_linear_attn", lambda x: whole(x, *"qkv") | {"normalize": False}),
+    "lightning": ("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkv") | {"g_gamma": x["g"]}),
+    "retention": ("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkv") | {"g_gamma": x["g"]}),
+    "mamba2": ("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkvg")),
+    "gla": ("gla", "chunk_gla", lambda x: whole(x, *"qkvg")),
+    "hgrn2": ("gla", "chunk_gla", tied),
+    "rwkv6": ("rwkv6", "chunk_rwkv6", lambda x: whole(x, *"kvu") | {"r": x["q"], "w": x["g"]}),
+    "gsa": ("gsa", "chunk_gsa", slots_of),
+    "delta_net": ("delta_rule", "chunk_delta_rule", lambda x: whole(x, *"qkv", "beta")),
+    "gated_delta_net": ("gated_delta_rule", "chunk_gated_delta_rule", lambda x: whole(x, *"qkvg", "beta")),
+    "kda": ("kda", "chunk_kda", lambda x: whole(x, *"qkvg", "beta")),
+    "rwkv7": ("rwkv7", "chunk_rwkv7", lambda x: whole(x, *"kvab") | {"r": x["q"], "w": x["g"]}),
+}
+
+
+def rows() -> list[str]:
+    """The rows that have an adapter."""
+    return list(OPERATOR)
+
+
+def operator(name: str) -> Callable:
+    """flash-linear-attention's operator for that row. NotImplementedError, in one line, if there is none."""
+    if name not in OPERATOR:
+        raise NotImplementedError(
+            f"flash-linear-attention has no operator for {name!r} here (have {', '.join(rows())})"
+        )
+    module, function, _ = OPERATOR[name]
+    try:
+        return getattr(import_module(f"fla.ops.{module}"), function)
+    except (ImportError, AttributeError) as error:  # without Triton it imports and exports nothing
+        raise NotImplementedError(
+            f"{function} of flash-linear-attention cannot be imported ({type(error).__name__}: {error}): "
+            "pip install fla-core, or use the backend 'fast' or 'reference'"
+        ) from None
+
+
+def recurrence(
+    row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None, cu_seqlens=None
+) -> tuple[Float[Tensor, "b t h v"], Memory]:
+    """As the reference's. NotImplementedError, in one line, for a row without an operator, or if it refuses."""
+    constants = constants or {}
+    check(row, tokens, constants, memory, cu_seqlens)
+    name = next((name for name, other in LSM.items() if other == row), row.title)
+    run = operator(name)
+    given = OPERATOR[name][2]({**tokens, **constants})
+    sizes = [tokens["k"].shape[-1], tokens["v"].shape[-1]] if name == "gsa" else []
+    if memory is not None:
+        memory = memory.float().contiguous()
+        if name == "gsa":  # slots' keys and values are two memories there, the first turned
+            keys, values = memory.split(sizes, -1)
+            memory = (keys.mT.contiguous(), values.contiguous())
+    borders = None if cu_seqlens is None else cu_seqlens.long()
+    o, last = run(**given, scale=1.0, initial_state=memory, output_final_state=True, cu_seqlens=borders)
+    return o, torch.cat([last[0].mT, last[1]], -1) if name == "gsa" else last
+
+
+def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None) -> tuple[Tensor, Memory]:
+    """One token for each sequence: `recurrence` over it."""
+    return recurrence(row, tokens, constants, memory)
+
+
+def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> spans.Span:
+    """`reference.span.span`, with these operators' run inside."""
+    return spans.span(row, tokens, constants, cu_seqlens, run=recurrence)
+
+
+ops = reference.ops._replace(
+    name="fla",
+    recurrence=recurrence,
+    span=span,
+    step=step,
+    kept=tuple(
+        name
+        for name, f in reference.ops._asdict().items()
+        if callable(f) and name not in ("recurrence", "span", "step")
+    ),
+)
