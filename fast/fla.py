@@ -8,6 +8,7 @@ queries and keys, the memory as b h k v in float32, and it is always returned.
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -34,20 +35,39 @@ def tied(x: Given) -> Given:
     return whole(x, "q", "v", "g") | {"k": -torch.expm1(x["g"]).to(x["q"].dtype)}
 
 
-# row -> (module of fla.ops, operator, what it takes of the row's tokens and constants by its own names)
-OPERATOR: dict[str, tuple[str, str, Callable[[Given], dict]]] = {
-    "linear_attention": ("linear_attn", "chunk_linear_attn", lambda x: whole(x, *"qkv") | {"normalize": False}),
-    "lightning": ("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkv") | {"g_gamma": x["g"]}),
-    "retention": ("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkv") | {"g_gamma": x["g"]}),
-    "mamba2": ("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkvg")),
-    "gla": ("gla", "chunk_gla", lambda x: whole(x, *"qkvg")),
-    "hgrn2": ("gla", "chunk_gla", tied),
-    "rwkv6": ("rwkv6", "chunk_rwkv6", lambda x: whole(x, *"kvu") | {"r": x["q"], "w": x["g"]}),
-    "gsa": ("gsa", "chunk_gsa", slots_of),
-    "delta_net": ("delta_rule", "chunk_delta_rule", lambda x: whole(x, *"qkv", "beta")),
-    "gated_delta_net": ("gated_delta_rule", "chunk_gated_delta_rule", lambda x: whole(x, *"qkvg", "beta")),
-    "kda": ("kda", "chunk_kda", lambda x: whole(x, *"qkvg", "beta")),
-    "rwkv7": ("rwkv7", "chunk_rwkv7", lambda x: whole(x, *"kvab") | {"r": x["q"], "w": x["g"]}),
+def two_memories(memory: Memory, x: Given) -> tuple[Tensor, Tensor]:
+    """Slots' keys, turned, and slots' values."""
+    keys, values = memory.split([x["k"].shape[-1], x["v"].shape[-1]], -1)
+    return keys.mT.contiguous(), values.contiguous()
+
+
+def one_memory(both: tuple[Tensor, Tensor]) -> Memory:
+    return torch.cat([both[0].mT, both[1]], -1)
+
+
+class Operator(NamedTuple):
+    """An operator, and what it takes and gives where that differs from ours."""
+
+    module: str  # of fla.ops
+    function: str
+    given: Callable[[Given], dict]  # the row's tokens and constants by its names
+    into: Callable = lambda memory, x: memory
+    back: Callable = lambda memory: memory
+
+
+OPERATOR = {
+    "linear_attention": Operator("linear_attn", "chunk_linear_attn", lambda x: whole(x, *"qkv") | {"normalize": False}),
+    "lightning": Operator("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkv") | {"g_gamma": x["g"]}),
+    "retention": Operator("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkv") | {"g_gamma": x["g"]}),
+    "mamba2": Operator("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkvg")),
+    "gla": Operator("gla", "chunk_gla", lambda x: whole(x, *"qkvg")),
+    "hgrn2": Operator("gla", "chunk_gla", tied),
+    "rwkv6": Operator("rwkv6", "chunk_rwkv6", lambda x: whole(x, *"kvu") | {"r": x["q"], "w": x["g"]}),
+    "gsa": Operator("gsa", "chunk_gsa", slots_of, two_memories, one_memory),
+    "delta_net": Operator("delta_rule", "chunk_delta_rule", lambda x: whole(x, *"qkv", "beta")),
+    "gated_delta_net": Operator("gated_delta_rule", "chunk_gated_delta_rule", lambda x: whole(x, *"qkvg", "beta")),
+    "kda": Operator("kda", "chunk_kda", lambda x: whole(x, *"qkvg", "beta")),
+    "rwkv7": Operator("rwkv7", "chunk_rwkv7", lambda x: whole(x, *"kvab") | {"r": x["q"], "w": x["g"]}),
 }
 
 
@@ -62,7 +82,7 @@ def operator(name: str) -> Callable:
         raise NotImplementedError(
             f"flash-linear-attention has no operator for {name!r} here (have {', '.join(rows())})"
         )
-    module, function, _ = OPERATOR[name]
+    module, function = OPERATOR[name][:2]
     try:
         return getattr(import_module(f"fla.ops.{module}"), function)
     except (ImportError, AttributeError) as error:  # without Triton it imports and exports nothing
@@ -79,17 +99,12 @@ def recurrence(
     constants = constants or {}
     check(row, tokens, constants, memory, cu_seqlens)
     name = next((name for name, other in LSM.items() if other == row), row.title)
-    run = operator(name)
-    given = OPERATOR[name][2]({**tokens, **constants})
-    sizes = [tokens["k"].shape[-1], tokens["v"].shape[-1]] if name == "gsa" else []
-    if memory is not None:
-        memory = memory.float().contiguous()
-        if name == "gsa":  # slots' keys and values are two memories there, the first turned
-            keys, values = memory.split(sizes, -1)
-            memory = (keys.mT.contiguous(), values.contiguous())
+    run, x = operator(name), {**tokens, **constants}
+    how = OPERATOR[name]
+    memory = None if memory is None else how.into(memory.float().contiguous(), x)
     borders = None if cu_seqlens is None else cu_seqlens.long()
-    o, last = run(**given, scale=1.0, initial_state=memory, output_final_state=True, cu_seqlens=borders)
-    return o, torch.cat([last[0].mT, last[1]], -1) if name == "gsa" else last
+    o, last = run(**how.given(x), scale=1.0, initial_state=memory, output_final_state=True, cu_seqlens=borders)
+    return o, how.back(last)
 
 
 def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None) -> tuple[Tensor, Memory]:

@@ -48,7 +48,7 @@ def handed(monkeypatch):
 
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    for module, function, _ in fla.OPERATOR.values():
+    for module, function, *_ in fla.OPERATOR.values():
         there = ModuleType(f"fla.ops.{module}")
         setattr(there, function, operator(function))
         monkeypatch.setitem(sys.modules, there.__name__, there)
