@@ -1,5 +1,6 @@
-"""What a training run would need: parameters, operations, memory, bytes that travel, and time. `parallel.plan` is the
-program.
+"""What a training run needs: parameters, operations, memory, bytes that travel, and time.
+
+`parallel.plan` is the program that prints it.
 
 Counted, not measured, are parameters, operations, what every collective receives, and memory by part. Time is a model:
 
@@ -102,15 +103,15 @@ class Assumptions:
     latency_between: float = 30.0
     """us, of a round between hosts"""
     overlap_weights: float = 0.8
-    """share of the time of parameters and gradients that computing hides, if it lasts that long"""
+    """share of their time that computing hides, if it lasts that long: parameters, gradients"""
     overlap_states: float = 0.0
-    """the same of memories and halos"""
+    """the same: memories and halos"""
     overlap_tokens: float = 0.0
-    """the same of keys, values, activations and tokens for experts"""
+    """the same: keys, values, activations, tokens for experts"""
     core_backward: float = 2.5
-    """backward operations of recurrences and attention, over forward (matrices: 2)"""
+    """backward over forward operations of recurrences and attention (matrices: 2)"""
     optimizer_traffic: float = 42.0
-    """bytes a parameter that a step reads and writes outside the products (Adam 30, gradients and clipping 12)"""
+    """bytes a parameter read and written outside the products (Adam 30, gradients 12)"""
     gathered: Literal["float32", "bf16"] = "float32"
     """in which parameters travel (the trainer: float32)"""
     kernels: Literal["fused", "reference"] = "fused"
@@ -204,9 +205,8 @@ def parts_of(model: LanguageModel) -> dict[str, Part]:
             add("shared experts", shared)
             add("routers", (p for p in layer.parameters() if id(p) not in mine))
         else:
-            name = "dense" if isinstance(layer, Dense) else "softmax" if isinstance(layer, Attention) else "linear"
-            add(name, layer.parameters(), sum(m.idle() for m in layer.modules() if isinstance(m, Linears)))
-    add("linear", model.common.values())
+            add(called(layer), layer.parameters(), sum(m.idle() for m in layer.modules() if isinstance(m, Linears)))
+    add("linear mixers", model.common.values())
     add("norms", (s.norm for block in model.blocks for s in block.sublayers))
     add("norms", [model.norm])
     n = model.embedding.numel()
@@ -215,7 +215,24 @@ def parts_of(model: LanguageModel) -> dict[str, Part]:
     return {name: part for name, part in parts.items() if any(part)}
 
 
-PARTS = ("embedding", "linear", "softmax", "experts", "shared experts", "routers", "dense", "norms", "head")
+PARTS = (
+    "embedding",
+    "linear mixers",
+    "softmax mixers",
+    "experts",
+    "shared experts",
+    "routers",
+    "dense layers",
+    "norms",
+    "head",
+)
+
+
+def called(layer: nn.Module) -> str:
+    """The part that a layer without a router is."""
+    if isinstance(layer, Dense):
+        return "dense layers"
+    return "softmax mixers" if isinstance(layer, Attention) else "linear mixers"
 
 
 # ------------------------------------------------------------------------------------------------------- operations
@@ -393,13 +410,13 @@ class Traffic(NamedTuple):
     bytes: float  # received by a GPU
     ranks: int
     stride: int = 1  # between neighbours of the group
-    serial: bool = False  # one after the other
+    rounds: int | None = None  # of one call (None: as many as doublings reach all ranks)
     hidden: str = "tokens"  # the overlap that it has
 
     def seconds(self, given: Assumptions) -> float:
         far = self.ranks * self.stride > given.host
         rate, latency = (given.between, given.latency_between) if far else (given.inside, given.latency_inside)
-        rounds = self.ranks - 1 if self.serial else max(1, math.ceil(math.log2(self.ranks)))
+        rounds = self.rounds or math.ceil(math.log2(self.ranks))
         return self.calls * rounds * latency * 1e-6 + self.bytes / (rate * 1e9)
 
 
@@ -452,47 +469,59 @@ def sequencing(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic
     mesh = asked.mesh
     if mesh.sequence == 1:
         return
-    sums: dict[tuple, list[float]] = {}
-    for crossing in (c for kept in counted.kept for c in kept.crossings):
-        name, serial, hidden, forward, backward = crossed(crossing, asked, shape.tokens)
-        total = sums.setdefault((name, serial, hidden), [0, 0.0])
-        passes = 1 + asked.run.recompute
-        total[0] += (passes + 1) * shape.times
-        total[1] += (passes * forward + backward) * shape.times
-    for (name, serial, hidden), (calls, size) in sums.items():
-        calls, size = calls // mesh.pipeline, size / mesh.pipeline
-        yield Traffic("sequence", name, calls, size / mesh.tensor, mesh.sequence, mesh.tensor, serial, hidden)
+    ways = [crossed(c, mesh, shape.tokens) for kept in counted.kept for c in kept.crossings]
+    passes = 1 + asked.run.recompute
+    for name in dict.fromkeys(way.name for way in ways):
+        mine = [way for way in ways if way.name == name]
+        calls = sum(passes * way.calls[0] + way.calls[1] for way in mine) * shape.times // mesh.pipeline
+        size = sum(passes * way.forward + way.backward for way in mine) * shape.times / mesh.pipeline / mesh.tensor
+        yield Traffic("sequence", name, calls, size, mesh.sequence, mesh.tensor, mine[0].rounds, mine[0].hidden)
 
 
-def crossed(crossing: Crossing, asked: Asked, tokens: int) -> tuple[str, bool, str, float, float]:
-    """(name, serial, overlap, bytes received forward, backward) of one layer and micro-batch."""
-    mesh = asked.mesh
+class Way(NamedTuple):
+    """What one layer and micro-batch receives, and in how many calls forward and backward."""
+
+    name: str
+    calls: tuple[int, int]
+    forward: float
+    backward: float
+    rounds: int | None = None
+    hidden: str = "states"
+
+
+def crossed(crossing: Crossing, mesh: Degrees, tokens: int) -> Way:
     others = mesh.sequence - 1
     if crossing.kind == "attention":
         return SOFTMAX[mesh.attention](crossing, mesh.sequence, tokens)
     if crossing.kind == "recurrence" and mesh.states == "ring":
-        return "chain of memories", True, "states", crossing.S, crossing.S
-    names = {"recurrence": "gather spans", "short_convolution": "gather halos of convolutions"}
-    name = names.get(crossing.kind, "gather halos of shifts")
-    return name, False, "states", others * (crossing.A + crossing.S), others * crossing.S
+        return Way("chain of memories", (1, 1), crossing.S, crossing.S, others)
+    name = NAMES.get(crossing.kind, "gather halos of shifts")
+    return Way(name, (1, 1), others * (crossing.A + crossing.S), others * crossing.S)
 
 
-def by_gather(c: Crossing, ranks: int, tokens: int) -> tuple:
+NAMES = {"recurrence": "gather spans", "short_convolution": "gather halos of convolutions"}
+LAYOUT = 16  # bytes that say how long another rank's segment is
+
+
+def by_gather(c: Crossing, ranks: int, tokens: int) -> Way:
     numbers = (ranks - 1) * tokens * (c.k + c.v)
-    return "gather keys and values", False, "tokens", numbers * c.item + 16 * (ranks - 1), numbers * 4
+    forward = numbers * c.item + (ranks - 1) * LAYOUT
+    return Way("gather keys and values", (2, 1), forward, numbers * 4, hidden="tokens")
 
 
-def by_ring(c: Crossing, ranks: int, tokens: int) -> tuple:
+def by_ring(c: Crossing, ranks: int, tokens: int) -> Way:
     """Backward: again, with what they have received so far in float32, which then goes home."""
-    numbers = tokens * (c.k + c.v)
-    forward = (ranks - 1) * (numbers * c.item + 16)
-    return "ring of keys and values", True, "tokens", forward, (ranks - 1) * numbers * (c.item + 4) + numbers * 4
+    numbers, others = tokens * (c.k + c.v), ranks - 1
+    forward, backward = others * (numbers * c.item + LAYOUT), others * numbers * (c.item + 4) + numbers * 4
+    return Way("ring of keys and values", (ranks, 2 * others + 1), forward, backward, 1, "tokens")
 
 
-def by_ulysses(c: Crossing, ranks: int, tokens: int) -> tuple:
+def by_ulysses(c: Crossing, ranks: int, tokens: int) -> Way:
+    """Key heads are repeated until the ranks divide them. A byte a token says where documents begin."""
     repeated = math.lcm(c.heads[1], ranks) // c.heads[1]
     rows = received(tokens * (c.q + repeated * (c.k + c.v) + c.o) * c.item, ranks)
-    return "swap tokens for heads", False, "tokens", rows + (ranks - 1) * (16 + tokens + 1), rows
+    marks = (ranks - 1) * (LAYOUT + tokens + 1)
+    return Way("swap tokens for heads", (4, 2), rows + marks, rows, hidden="tokens")
 
 
 SOFTMAX: dict[str, Callable] = {"gather": by_gather, "ring": by_ring, "ulysses": by_ulysses}
@@ -542,7 +571,8 @@ def staging(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
     if mesh.pipeline > 1:
         size = shape.tokens * asked.model.width * counted.kept[0].stream
         stride = mesh.tensor * mesh.sequence * mesh.data
-        yield Traffic("pipeline", "pass activations on", 2 * shape.times, 2.0 * size * shape.times, 2, stride)
+        both = 2 * shape.times  # forward and backward
+        yield Traffic("pipeline", "pass activations on", both, float(size * both), mesh.pipeline, stride, 1)
 
 
 def item(run: Run) -> int:

@@ -142,11 +142,11 @@ def text(p: Plan) -> str:
             f"a step: {a.run.batch} samples of {a.run.length} tokens; a GPU takes {p.shape.tokens:,} tokens at once, "
             f"{p.shape.times} time{'s' * (p.shape.times > 1)}",
             warned(p),
-            table("parameters", ("part", "total", "active"), parameters_of(p)),
-            table("operations a token, GFLOP", ("part", "forward", "training", "recomputed"), operations_of(p)),
-            table("memory a GPU, GB", ("part", "GB"), memory_of(p)),
-            table("received by a GPU in a step", ("axis", "what", "calls", "MB", "ms", "link"), traffic_of(p)),
-            table("a step, ms", ("term", "ms", "share"), times_of(p)),
+            table("parameters", parameters_of(p), ("part", "total", "active")),
+            table(*operations_of(p), ("part", "forward", "training", "recomputed")),
+            table(*memory_of(p), ()),
+            table("received by a GPU in a step", traffic_of(p), ("axis", "what", "calls", "MB", "ms", "link")),
+            table("a step, ms, estimated", times_of(p), ()),
             summary(p),
             assumptions(p),
         )
@@ -164,16 +164,25 @@ def parameters_of(p: Plan) -> list[tuple]:
     return [*rows, ("all", *(f"{p.counted.sum(what):,}" for what in ("total", "active")))]
 
 
-def operations_of(p: Plan) -> list[tuple]:
+def operations_of(p: Plan) -> tuple[str, list[tuple]]:
     kinds = ("forward", "training", "recomputed")
-    rows = [(name, *(f"{n[kind] / 1e9:.3f}" for kind in kinds)) for name, n in p.operations.items()]
-    return [*rows, ("all", *(f"{sum(n[kind] for n in p.operations.values()) / 1e9:.3f}" for kind in kinds))]
+    sums = {kind: sum(n[kind] for n in p.operations.values()) for kind in kinds}
+    unit, scale = unit_of(sums["training"])
+    rows = [(name, *(f"{n[kind] / scale:.3f}" for kind in kinds)) for name, n in (p.operations | {"all": sums}).items()]
+    return f"operations a token, {unit}FLOP", rows
 
 
-def memory_of(p: Plan) -> list[tuple]:
-    rows = [(name, f"{size / 1e9:.2f}") for name, size in p.memory.items() if size]
-    room = f"{'fits in' if p.fits else 'DOES NOT FIT in'} {p.asked.given.memory:g}"
-    return [*rows, ("all", f"{p.bytes / 1e9:.2f}", room), (f"activations {other(p)}", f"{activations(p) / 1e9:.2f}")]
+def memory_of(p: Plan) -> tuple[str, list[tuple]]:
+    unit, scale = unit_of(p.bytes)
+    rows = [(name, f"{size / scale:.2f}") for name, size in p.memory.items() if size]
+    room = f"{'fits in' if p.fits else 'DOES NOT FIT in'} {p.asked.given.memory:g} GB"
+    rows += [("all", f"{p.bytes / scale:.2f}", room), (f"activations {other(p)}", f"{activations(p) / scale:.2f}")]
+    return f"memory a GPU, {unit}B", rows
+
+
+def unit_of(most: float) -> tuple[str, float]:
+    """In which a column is printed whose largest number is this one."""
+    return next(((unit, x) for unit, x in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if most >= x), ("k", 1e3))
 
 
 def other(p: Plan) -> str:
@@ -236,15 +245,14 @@ def assumptions(p: Plan) -> str:
     return "\n".join(lines)
 
 
-def table(title: str, head: tuple, rows: list[tuple]) -> str:
+def table(title: str, rows: list[tuple], head: tuple) -> str:
     """Aligned: words to the left, numbers to the right. No rows, no table."""
     if not rows:
         return ""
-    rows = [head, *rows]
     count = max(map(len, rows))
-    rows = [(*row, *[""] * (count - len(row))) for row in rows]
+    rows = [(*row, *[""] * (count - len(row))) for row in ([head, *rows] if head else rows)]
     wide = [max(len(row[i]) for row in rows) for i in range(count)]
-    right = [all(numeric(row[i]) for row in rows[1:]) for i in range(count)]
+    right = [all(numeric(row[i]) for row in rows[bool(head) :]) for i in range(count)]
     lines = [
         "  ".join(f"{x:>{w}}" if r else f"{x:<{w}}" for x, w, r in zip(row, wide, right, strict=True)) for row in rows
     ]
@@ -252,7 +260,7 @@ def table(title: str, head: tuple, rows: list[tuple]) -> str:
 
 
 def numeric(x: str) -> bool:
-    return not x or x[0].isdigit()
+    return not x or (x[0].isdigit() and x[-1] in "0123456789%")
 
 
 def compared(plans: list[Plan]) -> str:
@@ -261,14 +269,15 @@ def compared(plans: list[Plan]) -> str:
             str(p.asked.mesh),
             f"{p.rate:,.0f}",
             f"{p.step * 1e3:,.1f}",
-            f"{p.bytes / 1e9:.1f}",
+            f"{p.bytes / 1e9:,.1f}",
             "yes" if p.fits else "NO",
+            "not yet" if missing(p.asked.mesh) else "yes",
             p.binds,
         )
         for p in plans
     ]
-    head = ("mesh", "tokens/s", "ms a step", "GB a GPU", "fits", "what binds")
-    return table("the best meshes", head, rows)
+    head = ("mesh", "tokens/s", "ms a step", "GB a GPU", "fits", "trainer", "what binds")
+    return table("the best meshes", rows, head)
 
 
 def as_dict(p: Plan) -> dict:
