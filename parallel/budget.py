@@ -333,12 +333,12 @@ def check_heads(asked: Asked) -> None:
             raise ValueError(f"{n} heads of {letter} do not divide over tensor {mesh.tensor}")
     if "N" in model.letters and mesh.attention == "ulysses" and heads["N"] % mesh.sequence:
         raise ValueError(f"{heads['N']} heads of attention do not divide over sequence {mesh.sequence} (ulysses)")
-    blocks = sum(letter in "LN" for letter in model.letters) or 1
-    if blocks % mesh.pipeline:
-        raise ValueError(f"{blocks} blocks do not divide over pipeline {mesh.pipeline}: it must divide them")
 
 
-def check_rows(asked: Asked, counted: Counted) -> None:
+def check_layers(asked: Asked, counted: Counted) -> None:
+    """ValueError, one line, for what the model's layers do not allow."""
+    if counted.blocks % asked.mesh.pipeline:
+        raise ValueError(f"{counted.blocks} blocks do not divide over pipeline {asked.mesh.pipeline}")
     rows = [c for block in counted.kept for c in block.crossings if c.kind == "recurrence"]
     if asked.mesh.sequence > 1 and asked.mesh.states == "gather" and any(c.transition is None for c in rows):
         raise ValueError(f"the memory of {asked.model.lsm!r} is not affine and cannot be gathered: --mesh.states ring")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 
+import train
 from command import Parser, at_least, mistakes, refuse
 from parallel import mesh as trainers
 from parallel.budget import (
@@ -31,7 +32,7 @@ from parallel.budget import (
     Shape,
     Traffic,
     check,
-    check_rows,
+    check_layers,
     counted,
     item,
     memory,
@@ -89,7 +90,7 @@ def plan(name: str, asked: Asked, known: Counted | None = None) -> Plan:
     """ValueError, one line, for what cannot work. `known` saves counting the same model again."""
     asked = check(asked)
     known = known or counted(asked.model, asked.run, asked.given)
-    check_rows(asked, known)
+    check_layers(asked, known)
     moved = traffic(asked, known)
     shape = shape_of(asked, known)
     by_part = operations(known, asked.run, asked.given)
@@ -97,7 +98,8 @@ def plan(name: str, asked: Asked, known: Counted | None = None) -> Plan:
 
 
 def best(name: str, asked: Asked, n: int) -> list[Plan]:
-    """The fastest meshes of data, sequence, experts and replicas, those that fit first. ValueError if there is none."""
+    """The fastest meshes of data, sequence, experts and replicas, those that fit first, then the smallest (to 10 GB).
+    ValueError if there is none."""
     known = counted(asked.model, asked.run, asked.given)
     plans, why = [], None
     for mesh in meshes(asked):
@@ -107,7 +109,7 @@ def best(name: str, asked: Asked, n: int) -> list[Plan]:
             why = why or error
     if not plans:
         raise ValueError(f"no mesh of {asked.gpus} GPUs works; the first that was tried: {why}")
-    return sorted(plans, key=lambda p: (not p.fits, -p.rate if p.fits else p.bytes))[:n]
+    return sorted(plans, key=lambda p: (not p.fits, 0 if p.fits else round(p.bytes, -10), -p.rate))[:n]
 
 
 def meshes(asked: Asked) -> Iterator[Degrees]:
@@ -123,11 +125,18 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def missing(mesh: Degrees) -> list[str]:
-    """What this mesh uses and the trainer does not have."""
-    have = {f.name for f in fields(trainers.Degrees)}
-    plain = Degrees()
-    return [f.name for f in fields(mesh) if f.name not in have and getattr(mesh, f.name) != getattr(plain, f.name)]
+def objections(p: Plan) -> list[str]:
+    """What the trainer has against this mesh: it does not have it, or not for this preset as it is."""
+    mesh, have, plain = p.asked.mesh, {f.name for f in fields(trainers.Degrees)}, Degrees()
+    used = [f.name for f in fields(mesh) if getattr(mesh, f.name) != getattr(plain, f.name)]
+    lacks = [f"does not have --mesh.{name} yet" for name in used if name not in have]
+    try:
+        if p.name in PRESETS:
+            place = trainers.Mesh(sequence_size=mesh.sequence, attention=mesh.attention, states=mesh.states)
+            train.refuse_to_cut(train.PRESETS[p.name][1], place)
+    except ValueError as error:
+        lacks.append(f"refuses the preset as it is ({error})")
+    return lacks
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -149,14 +158,19 @@ def text(p: Plan) -> str:
             table("a step, ms, estimated", times_of(p), ()),
             summary(p),
             assumptions(p),
+            LEFT_OUT,
         )
         if block
     )
 
 
+LEFT_OUT = """\
+left out: sums of a few numbers, uneven routing, waiting for data, the framework's own memory and its fragments
+memory adds up parts that are not all there at one moment; time was checked on no machine"""
+
+
 def warned(p: Plan) -> str:
-    lacks = missing(p.asked.mesh)
-    return f"the trainer does not have yet: {', '.join(f'--mesh.{name}' for name in lacks)}" if lacks else ""
+    return "\n".join(f"the trainer {line}" for line in objections(p))
 
 
 def parameters_of(p: Plan) -> list[tuple]:
@@ -271,7 +285,7 @@ def compared(plans: list[Plan]) -> str:
             f"{p.step * 1e3:,.1f}",
             f"{p.bytes / 1e9:,.1f}",
             "yes" if p.fits else "NO",
-            "not yet" if missing(p.asked.mesh) else "yes",
+            "no" if objections(p) else "yes",
             p.binds,
         )
         for p in plans
@@ -288,7 +302,7 @@ def as_dict(p: Plan) -> dict:
         "mesh": asdict(a.mesh),
         "run": asdict(a.run),
         "assumptions": asdict(a.given),
-        "not in the trainer": missing(a.mesh),
+        "the trainer": objections(p),
         "parameters": {name: part._asdict() for name, part in p.counted.parts.items()},
         "operations": p.operations,
         "memory": p.memory,
@@ -338,9 +352,7 @@ def chosen(kind: type, args: argparse.Namespace, start, prefix: str = ""):
 
 def defaults_of(preset: str) -> Run:
     """The trainer's."""
-    from train import PRESETS as trained
-
-    config = trained[preset][1]
+    config = train.PRESETS[preset][1]
     precision = "bf16" if config.precision == "bf16" else "float32"
     return Run(config.length, config.batch, config.micro, config.recompute, precision)
 

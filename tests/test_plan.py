@@ -4,14 +4,17 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.stream import Batch
-from parallel import budget, comm, lasp, testing, tracing
+from parallel import budget, comm, lasp, shard, testing, tracing
 from parallel import mesh as trainers
 from parallel import plan as program
 from parallel.budget import Asked, Assumptions, Counted, Degrees, Run, Traffic
@@ -246,6 +249,49 @@ def test_sharding_moves_eight_bytes_a_parameter():
         assert size / 1e9 == pytest.approx(wanted, abs=0.05)
 
 
+class Sent(TorchDispatchMode):
+    """Calls of torch's own collectives, and the numbers of their largest tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.numbers = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "c10d" in str(function):
+            name = str(function).split(".")[1].split("_base")[0]
+            self.calls[name] += 1
+            self.numbers[name] += max(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+def shard_on_two_ranks(model: Model, recompute: bool) -> tuple[Counter, Counter]:
+    """Two micro-batches under FSDP, gradients summed after the second."""
+    mesh = trainers.make(trainers.Degrees(), torch.device("cpu"))
+    built = LanguageModel(model, trainers.over(ops, mesh))
+    initialize(built, 0)
+    if recompute:
+        shard.checkpointing(built.blocks)
+    shard.shard(built, mesh, built.blocks)
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    with Sent() as sent:
+        for last in (False, True):
+            shard.synchronize(built, last)
+            built(tokens, tokens).losses.sum().backward()
+    return sent.calls, sent.numbers
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fsdp_gathers_and_sums_what_is_planned(recompute):
+    """As often, and as many numbers but for padding."""
+    run = Run(length=64, batch=4, micro=1, recompute=recompute, precision="float32")
+    p = planned(SMALL, 2, run, Assumptions())
+    for calls, numbers in testing.run(2, shard_on_two_ranks, SMALL, recompute):
+        for what, name in (("gather parameters", "_allgather"), ("reduce-scatter gradients", "_reduce_scatter")):
+            (t,) = (t for t in p.traffic if t.what == what)
+            assert calls[name] == t.calls
+            assert numbers[name] == pytest.approx(t.bytes / 4 * 2, rel=0.01)
+
+
 def test_replicas_sum_their_own_shards():
     p = planned(PLAIN["a0.3b"], 256, Run(batch=256), replicas=32)
     inside = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + p.counted.root * 2 * 7 / 8
@@ -354,10 +400,16 @@ def test_proposals_fit_first_and_the_fastest_of_them_first(capsys):
 def test_degrees_that_the_trainer_lacks_are_named(capsys):
     have = {f.name for f in fields(trainers.Degrees)}
     said = run_program(capsys, "a0.3b-2b --gpus 8 --mesh.tensor 2 --mesh.sequence 2")
-    lacks = re.search(r"the trainer does not have yet: (.*)", said)
+    lacks = re.search(r"^the trainer does not have --mesh\.(.*) yet$", said, re.MULTILINE)
     assert ("tensor" in have) == (lacks is None)
-    assert lacks is None or lacks[1] == "--mesh.tensor"
-    assert "does not have" not in run_program(capsys, "a0.3b-2b --gpus 8 --mesh.sequence 2")
+    assert lacks is None or lacks[1] == "tensor"
+    assert "the trainer" not in run_program(capsys, "a0.3b-2b --gpus 8 --mesh.sequence 2").split("assumptions")[0]
+
+
+def test_what_the_trainer_refuses_is_said(capsys):
+    """A capacity for which a sequence's tokens compete."""
+    said = run_program(capsys, "moe-mamba-4 --gpus 8 --mesh.sequence 2")
+    assert "the trainer refuses the preset as it is (router 'moe_mamba' has a capacity" in said
 
 
 def test_every_assumption_is_printed_and_changes_under_its_name(capsys):
