@@ -510,7 +510,8 @@ def by_gather(c: Crossing, ranks: int, tokens: int) -> Way:
 
 
 def by_ring(c: Crossing, ranks: int, tokens: int) -> Way:
-    """Backward: again, with what they have received so far in float32, which then goes home."""
+    """Backward: again, with what they have received so far in float32, which then goes home. Of one document; windows
+    and documents that end make it less."""
     numbers, others = tokens * (c.k + c.v), ranks - 1
     forward, backward = others * (numbers * c.item + LAYOUT), others * numbers * (c.item + 4) + numbers * 4
     return Way("ring of keys and values", (ranks, 2 * others + 1), forward, backward, 1, "tokens")
@@ -596,9 +597,9 @@ def times(asked: Asked, counted: Counted, moved: list[Traffic]) -> dict[str, flo
     rate = given.peak * 1e12 * given.efficiency
     mine = run.batch * run.length / asked.gpus
     found = {"compute": sum(each.values()) * mine / rate}
-    if mesh.sequence > 1 and mesh.attention != "ulysses" and "softmax core" in each:
-        late = (2 * mesh.sequence - 1) / mesh.sequence - 1
-        found["waiting for the last segment"] = each["softmax core"] * late * mine / rate
+    pieces = run.length / shape_of(asked, counted).tokens  # that a sample is cut into
+    if pieces > 1 and mesh.attention != "ulysses" and "softmax core" in each:
+        found["waiting for the last segment"] = each["softmax core"] * (1 - 1 / pieces) * mine / rate
     if mesh.pipeline > 1:
         found["pipeline bubble"] = found["compute"] * (mesh.pipeline - 1) / shape_of(asked, counted).times
     held = memory(asked, counted)["parameters"] / 4

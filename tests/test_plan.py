@@ -1,5 +1,6 @@
 """The calculator's numbers are those of the model, of autograd, and of the collectives that really ran."""
 
+import functools
 import json
 import math
 import re
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,19 +27,25 @@ from reference.ops import ops
 from reference.presets import PRESETS, Model
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-A03B, A1B = PRESETS["a0.3b-2b"][1], PRESETS["a1b-7b"][1]
+TINY, A03B, A1B = (PRESETS[name][1] for name in ("tiny", "a0.3b-2b", "a1b-7b"))
 PLAIN = {"a0.3b": replace(A03B, gate=False), "a1b": replace(A1B, gate=False)}  # as the papers count: no output gate
 BF16, RUN = Assumptions(gathered="bf16"), Run()
 LENGTHS = (tracing.LENGTH, 2 * tracing.LENGTH)
 SMALL = Model(width=64, heads=2, pattern="LN", expert_width=32, experts=4, capacity_factor=math.inf)
 
 
-def counted(model: Model, run: Run = RUN, given: Assumptions = BF16) -> Counted:
-    return budget.counted(model, run, given)
+@functools.cache
+def known(model: Model, precision: str, kernels: str) -> Counted:
+    return budget.counted(model, replace(RUN, precision=precision), replace(BF16, kernels=kernels))
+
+
+def counted(model: Model) -> Counted:
+    return known(model, "bf16", "fused")
 
 
 def planned(model: Model, gpus: int = 1, run: Run = RUN, given: Assumptions = BF16, **mesh) -> program.Plan:
-    return program.plan("it", Asked(model, gpus, Degrees(**mesh), run, given))
+    own = known(model, run.precision, given.kernels)
+    return program.plan("it", Asked(model, gpus, Degrees(**mesh), run, given), own)
 
 
 def bytes_of(p: program.Plan, what: str) -> float:
@@ -68,11 +77,11 @@ def test_sizes_and_operations_of_the_papers_models():
         "a1b": (6.713, 1.076, (0.622, 1.611, 0.537, 0.025), 8.410, 11.209),
     }
     for name, (total, active, forward, training, recomputed) in table.items():
-        known, given = counted(PLAIN[name]), BF16
+        known = counted(PLAIN[name])
         ends = known.parts["embedding"].total + known.parts["head"].total
         assert (known.sum("total") - ends) / 1e9 == pytest.approx(total, abs=5e-4)
         assert (known.sum("active") - ends) / 1e9 == pytest.approx(active, abs=5e-4)
-        of = budget.operations(known, Run(), given)
+        of = budget.operations(known, RUN, BF16)
         found = [of[n]["forward"] / 1e9 for n in ("head", "experts", "linear mixers", "linear core")]
         assert found == pytest.approx(forward, abs=5e-4)
         assert sum(n["training"] for n in of.values()) / 1e9 == pytest.approx(training, abs=1e-3)
@@ -108,6 +117,29 @@ def test_memory_of_the_papers_models():
         # the trainer's stream between blocks is float32: twice the 24.6 and 65.5 KB of a bf16 one
         entering = [width * k.stream for k in p.counted.kept]
         assert sum(entering) == 2 * layers * width * 2
+
+
+@given(*[st.sampled_from([1, 2, 4, 8])] * 4)
+def test_shards_of_a_replica_hold_the_model_once(data, sequence, expert, replicas):
+    ranks = data * sequence
+    mesh = {"data": data, "sequence": sequence, "expert": expert, "replicas": replicas}
+    if ranks % replicas or (ranks // replicas) % expert:
+        with pytest.raises(ValueError, match=r"do(es)? not divide"):
+            planned(TINY, ranks, Run(batch=64), **mesh)
+        return
+    p = planned(TINY, ranks, Run(batch=64), **mesh)
+    assert p.memory["parameters"] * ranks / replicas == pytest.approx(4 * p.counted.sum("total"))
+    assert p.step == pytest.approx(sum(p.times.values()))
+    assert sum(t.bytes for t in p.traffic if t.axis == "shards") == 0 or ranks > replicas
+
+
+def test_only_the_pieces_of_a_sample_wait():
+    """Softmax over contiguous segments: the last of n does (2n - 1)/n of the mean; whole samples wait for nobody."""
+    for rows, late in ((1, 3 / 4), (2, 1 / 2), (4, 0)):
+        times = planned(TINY, 4, Run(batch=4, micro=rows, length=256), sequence=4).times
+        core = budget.operations(counted(TINY), Run(length=256), BF16)["softmax core"]
+        seconds = (core["training"] + core["recomputed"]) * 256 / (790e12 * 0.4)
+        assert times.get("waiting for the last segment", 0) == pytest.approx(late * seconds)
 
 
 def test_gradients_are_whole_between_micro_batches():
