@@ -200,6 +200,13 @@ def test_autocast_keeps_a_copy_of_every_matrix():
     assert copies == pytest.approx(2 * inside, rel=0.01)
 
 
+def test_recomputing_spares_copies_of_experts_alone():
+    """Autocast's cache holds those of whole parameters until it ends."""
+    p = planned(A03B, 1, Run(), Assumptions())
+    layer = p.counted.routed // 12
+    assert p.memory["bf16 copies of parameters"] == 2 * (p.counted.sum("total") - p.counted.routed + layer)
+
+
 def test_recomputing_keeps_one_block_and_what_enters_the_others():
     all_of_it, little = (planned(A03B, 8, Run(recompute=r)) for r in (False, True))
     blocks = little.counted.kept
