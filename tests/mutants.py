@@ -996,6 +996,34 @@ MUTANTS = [
         '(x["v"] - look(before, x["k"])))',
         "tests/test_recurrence.py -k 'chunks_equal and ttt_printed'",
     ),
+    Mutant(
+        "a plan forgets that transitions travel",
+        "parallel/budget.py",
+        "others * (crossing.A + crossing.S)",
+        "others * crossing.S",
+        "tests/test_plan.py -k receive_what_is_planned",
+    ),
+    Mutant(
+        "a plan counts idle experts as active",
+        "parallel/budget.py",
+        "(total, total - idle, products - idle)",
+        "(total, total, products - idle)",
+        "tests/test_plan.py -k parts_add_up",
+    ),
+    Mutant(
+        "a plan's experts see a token once",
+        "parallel/tracing.py",
+        "x.repeat_interleave(routing.index.shape[1], 0)",
+        "x.repeat_interleave(1, 0)",
+        "tests/test_plan.py -k trace_says",
+    ),
+    Mutant(
+        "a plan hides more than computing lasts",
+        "parallel/budget.py",
+        "left -= hides",
+        "left -= 0",
+        "tests/test_plan.py -k hiding_ends",
+    ),
 ]
 
 

@@ -1,0 +1,615 @@
+"""What a training run needs: parameters, operations, memory, bytes that travel, and time.
+
+`parallel.plan` is the program that prints it.
+
+Counted, not measured, are parameters, operations, what every collective receives, and memory by part. Time is a model:
+
+    step = compute / efficiency + pipeline bubble + the optimizer's reading and writing + communication that shows
+    a collective = latency x rounds + bytes received / bandwidth        shows = what nothing hides
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from parallel import tracing
+from parallel.tracing import CHUNK, Crossing, Kept
+from reference.mixers.softmax import Attention, heads_of
+from reference.model import LanguageModel
+from reference.moe import Dense, Linears, MoE
+from reference.presets import Model
+
+# ------------------------------------------------------------------------------------------------ what is asked
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How GPUs are used: data x sequence x tensor x pipeline is their number; replicas and expert divide data x
+    sequence, another way to see the same GPUs."""
+
+    data: int = -1
+    """groups with different samples (-1: as many as there are GPUs for)"""
+    sequence: int = 1
+    """GPUs that share the tokens of each sample"""
+    expert: int = 1
+    """GPUs that share the experts of each layer"""
+    tensor: int = 1
+    """GPUs that share every matrix"""
+    pipeline: int = 1
+    """stages, each with a share of the blocks"""
+    replicas: int = 1
+    """groups that hold all parameters, each sharded over its group"""
+    attention: Literal["gather", "ring", "ulysses"] = "gather"
+    """how softmax layers see other GPUs' tokens"""
+    states: Literal["gather", "ring"] = "gather"
+    """how memories cross GPUs"""
+    dispatch: Literal["pair", "rank"] = "pair"
+    """what travels to experts: a row for each of them, or for each GPU that holds some"""
+
+    @property
+    def shards(self) -> int:
+        """GPUs that parameters are cut over."""
+        return self.data * self.sequence // self.replicas
+
+    def __str__(self) -> str:
+        used = [f"{n} {name}" for name, n in asdict(self).items() if n not in (1, *WORDS)]
+        return " x ".join(used) or "1 GPU"
+
+
+WORDS = ("gather", "ring", "ulysses", "pair", "rank")
+SIZES = ("data", "sequence", "expert", "tensor", "pipeline", "replicas")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step works on. Defaults of the command line: those of the trainer's preset."""
+
+    length: int = 2048
+    """tokens of one sample"""
+    batch: int = 64
+    """samples a step, over all GPUs"""
+    micro: int | None = None
+    """samples a group takes at once (all)"""
+    recompute: bool = True
+    """keep only what enters a block, and run it again in the backward pass"""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """of matrix products; parameters are float32"""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Of the machine and of what overlaps. None of it is measured here."""
+
+    peak: float = 790.0
+    """matrix products in bf16, TFLOP/s a GPU"""
+    efficiency: float = 0.4
+    """share of the peak that a step reaches"""
+    memory: float = 149.0
+    """GB a GPU"""
+    memory_bandwidth: float = 4.3
+    """TB/s a GPU"""
+    host: int = 8
+    """GPUs of a host"""
+    inside: float = 250.0
+    """GB/s that a GPU receives from others of its host"""
+    between: float = 50.0
+    """GB/s that a GPU receives from other hosts"""
+    latency_inside: float = 20.0
+    """us, of a round inside a host"""
+    latency_between: float = 30.0
+    """us, of a round between hosts"""
+    overlap_weights: float = 0.8
+    """share of their time that computing hides, if it lasts that long: parameters, gradients"""
+    overlap_states: float = 0.0
+    """the same: memories and halos"""
+    overlap_tokens: float = 0.0
+    """the same: keys, values, activations, tokens for experts"""
+    core_backward: float = 2.5
+    """backward over forward operations of recurrences and attention (matrices: 2)"""
+    optimizer_traffic: float = 42.0
+    """bytes a parameter read and written outside the products (Adam 30, gradients 12)"""
+    gathered: Literal["float32", "bf16"] = "float32"
+    """in which parameters travel (the trainer: float32)"""
+    kernels: Literal["fused", "reference"] = "fused"
+    """whether norms, convolutions and attention keep their inputs alone"""
+
+
+class Asked(NamedTuple):
+    """All of it."""
+
+    model: Model
+    gpus: int
+    mesh: Degrees
+    run: Run
+    given: Assumptions
+
+
+# ------------------------------------------------------------------------------------------------ the model, counted
+
+
+class Part(NamedTuple):
+    """Parameters: all, those that a token uses, those that it multiplies with."""
+
+    total: int = 0
+    active: int = 0
+    products: int = 0
+
+    def plus(self, total: int, active: int, products: int) -> "Part":
+        return Part(self.total + total, self.active + active, self.products + products)
+
+
+class Counted(NamedTuple):
+    """What a model is, whatever the mesh."""
+
+    parts: dict[str, Part]
+    routed: int  # parameters of experts
+    root: int  # parameters outside the blocks
+    blocks: int
+    largest: tuple[int, int]  # of the largest block: parameters outside experts, of experts
+    kept: list[Kept]  # of each block
+    expert_layers: int
+
+    def sum(self, what: str) -> int:
+        return sum(getattr(part, what) for part in self.parts.values())
+
+
+def counted(model: Model, run: Run, given: Assumptions) -> Counted:
+    """Of the model on torch's meta device, and of two traced runs."""
+    from reference.ops import ops
+
+    with torch.device("meta"):
+        built = LanguageModel(model, ops)
+    parts = parts_of(built)
+    blocks = [(sum(p.numel() for p in block.parameters()), routed_of(block)) for block in built.blocks]
+    everything = sum(p.numel() for p in built.parameters())
+    return Counted(
+        parts,
+        routed_of(built),
+        everything - sum(n for n, _ in blocks),
+        len(blocks),
+        max(((n - own, own) for n, own in blocks), key=sum),
+        tracing.trace(model, run.precision == "bf16", given.kernels == "fused"),
+        sum(isinstance(m, MoE) for m in built.modules()),
+    )
+
+
+def routed_of(module: nn.Module) -> int:
+    return sum(p.numel() for m in module.modules() if isinstance(m, MoE) for p in routed(m))
+
+
+def routed(layer: MoE) -> list[nn.Parameter]:
+    return [p for p in (layer.w13, layer.w2, layer.b13, layer.b2) if p is not None]
+
+
+def parts_of(model: LanguageModel) -> dict[str, Part]:
+    """By name; what a layer has that is no part of its own counts with the layer. Empty parts are left out."""
+    parts = dict.fromkeys(PARTS, Part())
+
+    def add(name: str, parameters, idle: int = 0) -> None:
+        parameters = list(parameters)
+        total = sum(p.numel() for p in parameters)
+        products = sum(p.numel() for p in parameters if p.ndim >= 2)
+        parts[name] = parts[name].plus(total, total - idle, products - idle)
+
+    layers = [inner for block in model.blocks for s in block.sublayers for inner in (s.inner, *s.beside)]
+    for layer in layers:
+        if isinstance(layer, MoE):
+            own = routed(layer)
+            shared = [] if layer.shared is None else list(layer.shared.parameters())
+            mine = {id(p) for p in (*own, *shared)}
+            add("experts", own, layer.idle())
+            add("shared experts", shared)
+            add("routers", (p for p in layer.parameters() if id(p) not in mine))
+        else:
+            add(called(layer), layer.parameters(), sum(m.idle() for m in layer.modules() if isinstance(m, Linears)))
+    add("linear mixers", model.common.values())
+    add("norms", (s.norm for block in model.blocks for s in block.sublayers))
+    add("norms", [model.norm])
+    n = model.embedding.numel()
+    parts["embedding"] = Part(n, n, 0)
+    parts["head"] = Part(0, 0, n) if model.config.tied else Part(n, n, n)
+    return {name: part for name, part in parts.items() if any(part)}
+
+
+PARTS = (
+    "embedding",
+    "linear mixers",
+    "softmax mixers",
+    "experts",
+    "shared experts",
+    "routers",
+    "dense layers",
+    "norms",
+    "head",
+)
+
+
+def called(layer: nn.Module) -> str:
+    """The part that a layer without a router is."""
+    if isinstance(layer, Dense):
+        return "dense layers"
+    return "softmax mixers" if isinstance(layer, Attention) else "linear mixers"
+
+
+# ------------------------------------------------------------------------------------------------------- operations
+
+
+def core(crossing: Crossing, length: int) -> float:
+    """Forward operations a token, in products of matrices, of a recurrence in chunks or of causal attention.
+
+    Chunks of c tokens: scores and what they read 2c(K + V), the memory read and written 4KV a head. A row that mixes
+    keys solves for what it writes: 4cK + 2cV + 2KV more. Attention: 2(k + v) a pair of tokens that see each other.
+    """
+    if crossing.kind == "attention":
+        seen = min(crossing.window or length, length)
+        pairs = seen - seen**2 / (2 * length)  # in the mean over the sample's tokens
+        heads = crossing.heads[0]
+        return 2 * pairs * (crossing.q + heads * (crossing.v // crossing.heads[1]))
+    if crossing.kind != "recurrence":
+        return 0.0
+    h, k, v = crossing.memory
+    mixes = 4 * CHUNK * k + 2 * CHUNK * v + 2 * k * v if crossing.transition == "matrix" else 0
+    return h * (2 * CHUNK * (k + v) + 4 * k * v + mixes)
+
+
+def operations(counted: Counted, run: Run, given: Assumptions) -> dict[str, dict[str, float]]:
+    """Of one token by part: forward, training (forward and backward), and what recomputing adds."""
+    found = {}
+    for name, part in counted.parts.items():
+        if part.products:
+            found[name] = {"forward": 2.0 * part.products, "training": 6.0 * part.products}
+    for name, kind in (("linear core", "recurrence"), ("softmax core", "attention")):
+        forward = sum(core(c, run.length) for block in counted.kept for c in block.crossings if c.kind == kind)
+        if forward:
+            found[name] = {"forward": forward, "training": forward * (1 + given.core_backward)}
+    for name, numbers in found.items():
+        numbers["recomputed"] = numbers["forward"] if run.recompute and name != "head" else 0.0
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ what is cut
+
+
+class Shape(NamedTuple):
+    """A GPU's part of a step."""
+
+    tokens: int  # of a micro-batch
+    times: int  # micro-batches
+    blocks: int
+
+
+def check(asked: Asked) -> Asked:
+    """The same with `data` known. ValueError, one line, for what cannot work."""
+    mesh, gpus, model = asked.mesh, asked.gpus, asked.model
+    low = {name: getattr(mesh, name) for name in SIZES if getattr(mesh, name) < 1}
+    if set(low) - {"data"} or low.get("data", -1) != -1:
+        raise ValueError(f"mesh degrees must be at least 1 (data: or -1), got {said(low)}")
+    others = mesh.sequence * mesh.tensor * mesh.pipeline
+    data = gpus // others if mesh.data == -1 else mesh.data
+    if data * others != gpus:
+        names = {name: getattr(mesh, name) for name in ("sequence", "tensor", "pipeline")}
+        asked_for = said({"data": mesh.data} | names if mesh.data != -1 else names)
+        raise ValueError(f"{asked_for} do not multiply out to {gpus} GPUs: each must divide them, and data fills up")
+    mesh = replace(mesh, data=data)
+    ranks = data * mesh.sequence
+    if ranks % mesh.replicas:
+        raise ValueError(f"{mesh.replicas} replicas do not divide {ranks} ranks of data x sequence")
+    if mesh.shards % mesh.expert:
+        raise ValueError(f"expert {mesh.expert} does not divide the {mesh.shards} ranks of a replica")
+    if mesh.expert > 1 and "E" not in model.letters:
+        raise ValueError(f"expert is {mesh.expert}, and the model has no expert layer: use --mesh.expert 1")
+    if mesh.expert > 1 and model.experts % mesh.expert:
+        raise ValueError(f"{model.experts} experts cannot be shared over expert {mesh.expert}: it must divide them")
+    asked = asked._replace(mesh=mesh)
+    check_samples(asked)
+    check_heads(asked)
+    return asked
+
+
+def said(names: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in names.items())
+
+
+def check_samples(asked: Asked) -> None:
+    run, mesh = asked.run, asked.mesh
+    if run.batch % mesh.data:
+        raise ValueError(f"a batch of {run.batch} samples does not divide over data {mesh.data}: use a multiple")
+    share = run.batch // mesh.data
+    if share % min(run.micro or share, share):
+        raise ValueError(f"micro {run.micro} must divide the {share} samples that each group has of batch {run.batch}")
+    if run.length < mesh.sequence:
+        raise ValueError(f"{run.length} tokens of a sample do not give each of sequence {mesh.sequence} one")
+
+
+def check_heads(asked: Asked) -> None:
+    model, mesh = asked.model, asked.mesh
+    heads = {"L": model.heads, "N": heads_of(model)}
+    for letter, n in heads.items():
+        if letter in model.letters and n % mesh.tensor:
+            raise ValueError(f"{n} heads of {letter} do not divide over tensor {mesh.tensor}")
+    if "N" in model.letters and mesh.attention == "ulysses" and heads["N"] % mesh.sequence:
+        raise ValueError(f"{heads['N']} heads of attention do not divide over sequence {mesh.sequence} (ulysses)")
+
+
+def check_layers(asked: Asked, counted: Counted) -> None:
+    """ValueError, one line, for what the model's layers do not allow."""
+    if counted.blocks % asked.mesh.pipeline:
+        raise ValueError(f"{counted.blocks} blocks do not divide over pipeline {asked.mesh.pipeline}")
+    rows = [c for block in counted.kept for c in block.crossings if c.kind == "recurrence"]
+    if asked.mesh.sequence > 1 and asked.mesh.states == "gather" and any(c.transition is None for c in rows):
+        raise ValueError(f"the memory of {asked.model.lsm!r} is not affine and cannot be gathered: --mesh.states ring")
+
+
+def shape_of(asked: Asked, counted: Counted) -> Shape:
+    """Packed: a micro-batch is one row of tokens, of which a rank holds the longest segment."""
+    run, mesh = asked.run, asked.mesh
+    share = run.batch // mesh.data
+    rows = min(run.micro or share, share)
+    return Shape(math.ceil(rows * run.length / mesh.sequence), share // rows, counted.blocks // mesh.pipeline)
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def memory(asked: Asked, counted: Counted) -> dict[str, float]:
+    """Bytes a GPU by part, at the worst moment: the fullest stage's, with everything in flight."""
+    mesh, run, given = asked.mesh, asked.run, asked.given
+    shape = shape_of(asked, counted)
+    stage = shape.blocks / counted.blocks / mesh.tensor
+    whole = (counted.sum("total") - counted.routed - counted.root) * stage + counted.root / mesh.tensor
+    experts = counted.routed * stage / mesh.expert
+    held = (whole + experts) if mesh.shards == 1 else whole / mesh.shards + experts / (mesh.shards // mesh.expert)
+    cut, several = mesh.shards > 1, shape.times > 1
+    block = (counted.largest[0] + counted.largest[1] / mesh.expert) / mesh.tensor
+    root = counted.root / mesh.tensor
+    flight = min(mesh.pipeline, shape.times)
+    kept = [(k.a_token, asked.model.width * k.stream) for k in counted.kept]
+    entering, inside = sum(x for _, x in kept) * stage * mesh.tensor, sum(x for x, _ in kept) * stage
+    saved = entering + max(x for x, _ in kept) / mesh.tensor if run.recompute else inside
+    narrow = 2 if run.precision == "bf16" and given.gathered == "float32" else 0
+    # autocast keeps the copies of whole parameters until it ends, whoever recomputes; experts are taken one by one
+    copies = (whole + (counted.largest[1] / mesh.expert / mesh.tensor if run.recompute else experts)) * narrow
+    return {
+        "parameters": 4 * held,
+        "gradients": 4 * ((whole + experts) if cut and several else held),
+        "optimizer state": 8 * held,
+        "gathered: two blocks": 2 * block * (wire(given) + (0 if several else 4)) if cut else 0.0,
+        "gathered: the rest": root * (wire(given) + (0 if several else 4)) if cut else 0.0,
+        "bf16 copies of parameters": copies,
+        "saved activations": saved * shape.tokens * flight,
+        "logits": logits(asked.model, run) * shape.tokens / mesh.tensor,
+        "memories that travel": travelling(asked, counted),
+    }
+
+
+def logits(model: Model, run: Run) -> float:
+    """Bytes a token: log-probabilities and logits (or their gradient), float32, and the gradient in bf16."""
+    return model.vocabulary * (10.0 if run.precision == "bf16" else 8.0)
+
+
+def travelling(asked: Asked, counted: Counted) -> float:
+    """What came of all ranks' spans and is kept for the backward pass: of all layers, or of one when recomputing."""
+    if asked.mesh.sequence == 1 or asked.mesh.states == "ring":
+        return 0.0
+    each = [asked.mesh.sequence * sum(c.A + c.S for c in k.crossings) for k in counted.kept]
+    return float(max(each) if asked.run.recompute else sum(each) / asked.mesh.pipeline)
+
+
+# ----------------------------------------------------------------------------------------------------- communication
+
+
+class Traffic(NamedTuple):
+    """What one kind of collective does in a step."""
+
+    axis: str
+    what: str
+    calls: int
+    bytes: float  # received by a GPU
+    ranks: int
+    stride: int = 1  # between neighbours of the group
+    rounds: int | None = None  # of one call (None: as many as doublings reach all ranks)
+    hidden: str = "tokens"  # the overlap that it has
+
+    def seconds(self, given: Assumptions) -> float:
+        far = self.ranks * self.stride > given.host
+        rate, latency = (given.between, given.latency_between) if far else (given.inside, given.latency_inside)
+        rounds = self.rounds or math.ceil(math.log2(self.ranks))
+        return self.calls * rounds * latency * 1e-6 + self.bytes / (rate * 1e9)
+
+
+def traffic(asked: Asked, counted: Counted) -> list[Traffic]:
+    """All of a step, the largest first. Left out: sums of a few numbers (losses, loads, the norm of the gradient)."""
+    makers = (sharding, replicating, sequencing, dispatching, splitting, staging)
+    found = [t for make in makers for t in make(asked, counted, shape_of(asked, counted)) if t.calls]
+    return sorted(found, key=lambda t: -t.bytes)
+
+
+def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
+    """FSDP: a block is gathered before its forward and before its backward pass, the rest of the model once; the last
+    micro-batch's backward pass sums gradients."""
+    mesh = asked.mesh
+    if mesh.shards == 1:
+        return
+    stage = shape.blocks / counted.blocks / mesh.tensor
+    own = (counted.sum("total") - counted.routed - counted.root) * stage
+    root = counted.root / mesh.tensor
+    experts, fewer = counted.routed * stage / mesh.expert, mesh.shards // mesh.expert
+    numbers = received(2 * own + root, mesh.shards) + received(2 * experts, fewer)
+    where = {"ranks": mesh.shards, "stride": mesh.tensor, "hidden": "weights"}
+    yield Traffic(
+        "shards",
+        "gather parameters",
+        (2 * shape.blocks + 1) * shape.times,
+        numbers * wire(asked.given) * shape.times,
+        **where,
+    )
+    numbers = received(own + root, mesh.shards) + received(experts, fewer)
+    yield Traffic("shards", "reduce-scatter gradients", shape.blocks + 1, numbers * 4, **where)
+
+
+def received(numbers: float, ranks: int) -> float:
+    """By one rank that has its part of these numbers and gets the others'."""
+    return numbers * (ranks - 1) / ranks
+
+
+def replicating(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
+    """A ring all-reduce of each GPU's own gradients."""
+    mesh = asked.mesh
+    if mesh.replicas > 1:
+        held = memory(asked, counted)["parameters"]
+        where = {"ranks": mesh.replicas, "stride": mesh.tensor * mesh.shards, "hidden": "weights"}
+        yield Traffic("replicas", "all-reduce gradients", shape.blocks + 1, 2 * received(held, mesh.replicas), **where)
+
+
+def sequencing(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
+    """Spans, halos and softmax layers; the forward ones again when recomputing."""
+    mesh = asked.mesh
+    if mesh.sequence == 1:
+        return
+    ways = [crossed(c, mesh, shape.tokens) for kept in counted.kept for c in kept.crossings]
+    passes = 1 + asked.run.recompute
+    for name in dict.fromkeys(way.name for way in ways):
+        mine = [way for way in ways if way.name == name]
+        calls = sum(passes * way.calls[0] + way.calls[1] for way in mine) * shape.times // mesh.pipeline
+        size = sum(passes * way.forward + way.backward for way in mine) * shape.times / mesh.pipeline / mesh.tensor
+        yield Traffic("sequence", name, calls, size, mesh.sequence, mesh.tensor, mine[0].rounds, mine[0].hidden)
+
+
+class Way(NamedTuple):
+    """What one layer and micro-batch receives, and in how many calls forward and backward."""
+
+    name: str
+    calls: tuple[int, int]
+    forward: float
+    backward: float
+    rounds: int | None = None
+    hidden: str = "states"
+
+
+def crossed(crossing: Crossing, mesh: Degrees, tokens: int) -> Way:
+    others = mesh.sequence - 1
+    if crossing.kind == "attention":
+        return SOFTMAX[mesh.attention](crossing, mesh.sequence, tokens)
+    if crossing.kind == "recurrence" and mesh.states == "ring":
+        return Way("chain of memories", (1, 1), crossing.S, crossing.S, others)
+    name = NAMES.get(crossing.kind, "gather halos of shifts")
+    return Way(name, (1, 1), others * (crossing.A + crossing.S), others * crossing.S)
+
+
+NAMES = {"recurrence": "gather spans", "short_convolution": "gather halos of convolutions"}
+LAYOUT = 16  # bytes that say how long another rank's segment is
+
+
+def by_gather(c: Crossing, ranks: int, tokens: int) -> Way:
+    numbers = (ranks - 1) * tokens * (c.k + c.v)
+    forward = numbers * c.item + (ranks - 1) * LAYOUT
+    return Way("gather keys and values", (2, 1), forward, numbers * 4, hidden="tokens")
+
+
+def by_ring(c: Crossing, ranks: int, tokens: int) -> Way:
+    """Backward: again, with what they have received so far in float32, which then goes home. Of one document; windows
+    and documents that end make it less."""
+    numbers, others = tokens * (c.k + c.v), ranks - 1
+    forward, backward = others * (numbers * c.item + LAYOUT), others * numbers * (c.item + 4) + numbers * 4
+    return Way("ring of keys and values", (ranks, 2 * others + 1), forward, backward, 1, "tokens")
+
+
+def by_ulysses(c: Crossing, ranks: int, tokens: int) -> Way:
+    """Key heads are repeated until the ranks divide them. A byte a token says where documents begin."""
+    repeated = math.lcm(c.heads[1], ranks) // c.heads[1]
+    rows = received(tokens * (c.q + repeated * (c.k + c.v) + c.o) * c.item, ranks)
+    marks = (ranks - 1) * (LAYOUT + tokens + 1)
+    return Way("swap tokens for heads", (4, 2), rows + marks, rows, hidden="tokens")
+
+
+SOFTMAX: dict[str, Callable] = {"gather": by_gather, "ring": by_ring, "ulysses": by_ulysses}
+
+
+def dispatching(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
+    """Tokens to their experts and back, forward and backward; routing is taken to be even."""
+    model, mesh = asked.model, asked.mesh
+    if mesh.expert == 1:
+        return
+    layers = counted.expert_layers / mesh.pipeline
+    width = model.latent or model.width
+    row = width * (2 if asked.run.precision == "bf16" else 4)
+    n, k = mesh.expert, model.top_k
+    gates = 2 * k * 4 if mesh.dispatch == "rank" else 0
+    rows = shape.tokens * visited(model.experts, k, n)
+    if mesh.dispatch == "pair":
+        rows = shape.tokens * k * (n - 1) / n
+    numbers = 8 * (n - 1) * (model.experts // n + 2 if mesh.dispatch == "pair" else 3)
+    passes = 1 + asked.run.recompute
+    size = passes * (rows * (2 * row + gates) + numbers) + rows * (2 * row + gates)
+    calls = round(layers * shape.times * (passes * (3 if not gates else 4) + (2 if not gates else 3)))
+    yield Traffic("expert", "exchange tokens", calls, size * layers * shape.times, n, mesh.tensor)
+
+
+def visited(experts: int, k: int, ranks: int) -> float:
+    """Ranks besides its own that have one of a token's k experts, in the mean over even routing."""
+    none = math.comb(experts - experts // ranks, k) / math.comb(experts, k)
+    return (ranks - 1) * (1 - none)
+
+
+def splitting(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
+    """Tensor parallelism: an all-reduce of every sublayer's output, and of its input's gradient."""
+    mesh = asked.mesh
+    if mesh.tensor == 1:
+        return
+    layers = len(asked.model.letters.replace("+", "")) / mesh.pipeline
+    passes = 2 + asked.run.recompute
+    size = 2 * received(shape.tokens * asked.model.width * item(asked.run), mesh.tensor)
+    calls = round(layers * passes * shape.times)
+    yield Traffic("tensor", "all-reduce activations", calls, size * calls, mesh.tensor)
+
+
+def staging(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
+    """Pipeline parallelism: what enters a stage, and its gradient."""
+    mesh = asked.mesh
+    if mesh.pipeline > 1:
+        size = shape.tokens * asked.model.width * counted.kept[0].stream
+        stride = mesh.tensor * mesh.sequence * mesh.data
+        both = 2 * shape.times  # forward and backward
+        yield Traffic("pipeline", "pass activations on", both, float(size * both), mesh.pipeline, stride, 1)
+
+
+def item(run: Run) -> int:
+    """Bytes of a number in a product of matrices."""
+    return 2 if run.precision == "bf16" else 4
+
+
+def wire(given: Assumptions) -> int:
+    """Bytes of a parameter that travels."""
+    return 2 if given.gathered == "bf16" else 4
+
+
+# -------------------------------------------------------------------------------------------------------------- time
+
+
+def times(asked: Asked, counted: Counted, moved: list[Traffic]) -> dict[str, float]:
+    """Seconds of a step by term."""
+    mesh, run, given = asked.mesh, asked.run, asked.given
+    by_part = operations(counted, run, given)
+    each = {name: n["training"] + n["recomputed"] for name, n in by_part.items()}
+    rate = given.peak * 1e12 * given.efficiency
+    mine = run.batch * run.length / asked.gpus
+    found = {"compute": sum(each.values()) * mine / rate}
+    pieces = run.length / shape_of(asked, counted).tokens  # that a sample is cut into
+    if pieces > 1 and mesh.attention != "ulysses" and "softmax core" in each:
+        found["waiting for the last segment"] = each["softmax core"] * (1 - 1 / pieces) * mine / rate
+    if mesh.pipeline > 1:
+        found["pipeline bubble"] = found["compute"] * (mesh.pipeline - 1) / shape_of(asked, counted).times
+    held = memory(asked, counted)["parameters"] / 4
+    found["optimizer"] = held * given.optimizer_traffic / (given.memory_bandwidth * 1e12)
+    left = found["compute"]
+    for t in moved:
+        took = t.seconds(given)
+        hides = min(took * getattr(given, f"overlap_{t.hidden}"), left)
+        left -= hides
+        name = f"{t.axis}: {t.what}"
+        found[name] = found.get(name, 0.0) + took - hides
+    return found

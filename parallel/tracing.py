@@ -1,0 +1,219 @@
+"""A model run without memory or arithmetic: what autograd keeps of a token, and what would cross a cut sequence.
+
+The model's own code runs on tensors that have a shape and a dtype but no numbers, so every layer that there is counts
+itself. Where a number would decide a shape, all goes evenly: every pair of a token and an expert is kept, and there is
+one document.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from reference import moe
+from reference.model import LanguageModel
+from reference.ops import Ops
+from reference.ops import ops as reference
+from reference.recurrence import prepare
+from reference.span import TRANSITION, brief, transition
+
+CHUNK = 64  # tokens between two memories that a fused kernel keeps
+LENGTH = 2 * CHUNK  # of the shorter of two runs; what is kept grows by a straight line
+
+
+class Crossing(NamedTuple):
+    """What one layer must know of other ranks' tokens: a span (A, S), or the tokens themselves."""
+
+    kind: str  # the function of ops
+    A: int = 0  # bytes
+    S: int = 0  # bytes, and of its cotangent
+    memory: tuple[int, int, int] = (0, 0, 0)  # h k v
+    transition: str | None = None  # the class of A
+    q: int = 0  # numbers a token, here and below
+    k: int = 0
+    v: int = 0
+    o: int = 0
+    heads: tuple[int, int] = (0, 0)  # of queries and of keys
+    window: int | None = None
+    item: int = 4  # bytes of one of q, k, v
+
+
+class Kept(NamedTuple):
+    """Of one block."""
+
+    a_token: float  # bytes that autograd keeps for the backward pass
+    stream: int  # bytes of one number between blocks
+    crossings: tuple[Crossing, ...]
+
+
+# ------------------------------------------------------------------------------------- functions that have no numbers
+
+
+class Given(torch.autograd.Function):
+    """o, as if made by a kernel that keeps these tensors for its backward pass."""
+
+    @staticmethod
+    def forward(ctx, o, *kept):
+        ctx.save_for_backward(*kept)
+        return o.clone()
+
+
+def made_of(o: Tensor, *kept: Tensor | None) -> Tensor:
+    return Given.apply(o.detach(), *(x for x in kept if x is not None))
+
+
+def tracing(crossings: list[Crossing], fused: bool) -> Ops:
+    """ops that note what would cross ranks. `fused`: kernels keep their inputs (and a memory a chunk), nothing else;
+    else the reference's own functions, but for recurrences."""
+
+    def recurrence(row, tokens, constants=None, memory=None, cu_seqlens=None):
+        constants, v = constants or {}, tokens["v"]
+        S = prepare(row, tokens, constants, None, None)[-1]
+        crossings.append(crossing_of(row, tokens, constants, S))
+        memories = S.new_empty(v.shape[0], v.shape[1] // CHUNK, *S.shape[1:])
+        return made_of(torch.empty_like(v), *tokens.values(), *constants.values(), memories), S
+
+    def short_convolution(x, weight, bias=None, activation=None, taps=None, cu_seqlens=None):
+        reach = weight.shape[-1] - 1
+        if reach:
+            crossings.append(window("short_convolution", x, reach))
+        if not fused:
+            return reference.short_convolution(x, weight, bias, activation, taps, cu_seqlens)
+        y, taps = without_gradient(reference.short_convolution)(x, weight, bias, activation, taps, cu_seqlens)
+        return made_of(y, x, weight, bias), taps
+
+    def token_shift(x, last=None, cu_seqlens=None):
+        crossings.append(window("token_shift", x, 1))
+        return reference.token_shift(x, last, cu_seqlens)
+
+    def running_sum(x, last=None, cu_seqlens=None):
+        y, last = reference.running_sum(x, last, cu_seqlens)
+        crossings.append(Crossing("running_sum", last.element_size(), x.shape[-1] * last.element_size()))
+        return y, last
+
+    def attention(q, k, v, past=None, cu_seqlens=None, window=None, scale=None):
+        heads = (q.shape[2], k.shape[2])
+        sizes = [math.prod(x.shape[2:]) for x in (q, k, v)] + [q.shape[2] * v.shape[3]]
+        crossings.append(
+            Crossing(
+                "attention", **dict(zip("qkvo", sizes, strict=True)), heads=heads, window=window, item=q.element_size()
+            )
+        )
+        if not fused:
+            return reference.attention(q, k, v, past, cu_seqlens, window, scale)
+        o = v.new_empty(*q.shape[:3], v.shape[3])
+        sums = q.new_empty(q.shape[:3], dtype=torch.float32)
+        return made_of(o, q, k, v, o, sums), None
+
+    def norm(x, weight=None, eps=1e-5, gate=None, *more, **how):
+        return made_of(without_gradient(reference.norm)(x, weight, eps, gate, *more, **how), x, weight, gate)
+
+    own = {f.__name__: f for f in (recurrence, short_convolution, token_shift, running_sum, attention, experts)}
+    return reference._replace(name="tracing", **own, **({"norm": norm} if fused else {}))
+
+
+def crossing_of(row, tokens, constants, S: Tensor) -> Crossing:
+    """The row's span. None of a row that has none: its A has no bytes."""
+    kind = transition(row)
+    h, k, v = S.shape[1:]
+    numbers = 0
+    if kind is not None:
+        sizes = {"h": h, "k": k, "v": v, "k+v": k + v, "l": tokens["weight"].shape[-1] if "weight" in tokens else 1}
+        short = brief(row, tokens, constants)
+        numbers = short[0].numel() if short else math.prod(sizes[n] for n in TRANSITION[kind].shape.split())
+    return Crossing("recurrence", numbers * 4, h * k * v * 4, (h, k, v), kind)
+
+
+def window(kind: str, x: Tensor, reach: int) -> Crossing:
+    return Crossing(kind, reach**2 * x.element_size(), reach * x.shape[-1] * x.element_size())
+
+
+def without_gradient(function):
+    return torch.no_grad()(function)
+
+
+def experts(x, routing, w13, w2, b13=None, b2=None, inner=moe.swiglu, gate_at="output", drop=None, room=None) -> Tensor:
+    """As `reference.moe.experts`, with every pair at the first expert: as many rows, and no number needed."""
+    slots = x.repeat_interleave(routing.index.shape[1], 0)
+    if gate_at == "input":
+        slots = (routing.gate.flatten()[:, None] * slots).to(x.dtype)
+    order = torch.arange(len(slots))
+    weights = [None if w is None else w[:1] for w in (w13, w2, b13, b2)]
+    y = moe.each(slots.index_select(0, order), [len(slots), 0], weights, inner, None)
+    gate = routing.gate if gate_at == "output" else routing.kept.to(routing.gate)
+    return moe.combine(y.index_select(0, order.argsort()), gate).to(x.dtype)
+
+
+class Even(TorchFunctionMode):
+    """Answers whose shape only numbers would tell."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.bincount:
+            return args[0].new_zeros((kwargs or {}).get("minlength", 1))
+        if function is Tensor.unique:
+            return args[0][:1], torch.zeros_like(args[0])
+        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return args[0].flatten(0, args[1].ndim - 1)
+        return function(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------------------ tracing
+
+
+def trace(config, bf16: bool = True, fused: bool = True) -> list[Kept]:
+    """One for each block, in order. ValueError for a model whose shapes depend on its numbers."""
+    config = replace(config, capacity_factor=math.inf, pad=False)
+    try:
+        short, long = (traced(config, n * LENGTH, bf16, fused) for n in (1, 2))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(f"cannot trace {config.lsm!r}: how much it computes depends on the text ({error})") from error
+    return [
+        Kept((more.a_token - less.a_token) / LENGTH, less.stream, less.crossings)
+        for less, more in zip(short, long, strict=True)
+    ]
+
+
+def traced(config, t: int, bf16: bool, fused: bool) -> list[Kept]:
+    """The bytes are those of t tokens. Blocks with the same parameters are run once."""
+    found, order, crossings = {}, [], []
+    with FakeTensorMode(), Even():
+        model = LanguageModel(config, tracing(crossings, fused))
+        place = torch.arange(t)[None]
+        side = model.side(torch.zeros(1, t, dtype=torch.int64), place, None, place, 0, None)
+        for block in model.blocks:
+            key = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+            if key not in found:
+                crossings.clear()
+                x = torch.zeros(1, t, config.width, requires_grad=True)
+                with autocast(bf16), saved(model) as sizes:
+                    x, side, _, _ = block(x, side)
+                found[key] = Kept(sum(sizes.values()), x.element_size(), tuple(crossings))
+            order.append(found[key])
+    return order
+
+
+def autocast(bf16: bool):
+    return torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def saved(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that autograd keeps, once each, parameters left out."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    sizes, alive = {}, []
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield sizes

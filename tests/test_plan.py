@@ -1,0 +1,465 @@
+"""The calculator's numbers are those of the model, of autograd, and of the collectives that really ran."""
+
+import functools
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data.stream import Batch
+from parallel import budget, comm, lasp, shard, testing, tracing
+from parallel import mesh as trainers
+from parallel import plan as program
+from parallel.budget import Asked, Assumptions, Counted, Degrees, Run, Traffic
+from reference import moe
+from reference.model import LanguageModel, initialize, sizes
+from reference.ops import ops
+from reference.presets import PRESETS, Model
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+TINY, A03B, A1B = (PRESETS[name][1] for name in ("tiny", "a0.3b-2b", "a1b-7b"))
+PLAIN = {"a0.3b": replace(A03B, gate=False), "a1b": replace(A1B, gate=False)}  # as the papers count: no output gate
+BF16, RUN = Assumptions(gathered="bf16"), Run()
+LENGTHS = (tracing.LENGTH, 2 * tracing.LENGTH)
+SMALL = Model(width=64, heads=2, pattern="LN", expert_width=32, experts=4, capacity_factor=math.inf)
+
+
+@functools.cache
+def known(model: Model, precision: str, kernels: str) -> Counted:
+    return budget.counted(model, replace(RUN, precision=precision), replace(BF16, kernels=kernels))
+
+
+def counted(model: Model) -> Counted:
+    return known(model, "bf16", "fused")
+
+
+def planned(model: Model, gpus: int = 1, run: Run = RUN, given: Assumptions = BF16, **mesh) -> program.Plan:
+    own = known(model, run.precision, given.kernels)
+    return program.plan("it", Asked(model, gpus, Degrees(**mesh), run, given), own)
+
+
+def bytes_of(p: program.Plan, what: str) -> float:
+    return sum(t.bytes for t in p.traffic if t.what == what)
+
+
+# -------------------------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parts_add_up_to_the_model(name):
+    model = PRESETS[name][1]
+    with torch.device("meta"):
+        built = LanguageModel(model, ops)
+    parts = budget.parts_of(built)
+    assert sum(p.total for p in parts.values()) == sum(p.numel() for p in built.parameters())
+    known = sizes(model)
+    assert sum(p.total for p in parts.values()) == known["total"]
+    assert sum(p.active for p in parts.values()) == known["active"]
+    own = [p.numel() for n, p in built.named_parameters() if n in ("embedding", "head")]
+    assert parts["embedding"].total + parts.get("head", budget.Part()).total == sum(own)
+
+
+def test_sizes_and_operations_of_the_papers_models():
+    """Counted by hand: (total and active without embeddings, of the head, experts, projections and core in GFLOP,
+    training, training with everything recomputed)."""
+    table = {
+        "a0.3b": (2.165, 0.315, (0.311, 0.528, 0.101, 0.009), 2.859, 3.810),
+        "a1b": (6.713, 1.076, (0.622, 1.611, 0.537, 0.025), 8.410, 11.209),
+    }
+    for name, (total, active, forward, training, recomputed) in table.items():
+        known = counted(PLAIN[name])
+        ends = known.parts["embedding"].total + known.parts["head"].total
+        assert (known.sum("total") - ends) / 1e9 == pytest.approx(total, abs=5e-4)
+        assert (known.sum("active") - ends) / 1e9 == pytest.approx(active, abs=5e-4)
+        of = budget.operations(known, RUN, BF16)
+        found = [of[n]["forward"] / 1e9 for n in ("head", "experts", "linear mixers", "linear core")]
+        assert found == pytest.approx(forward, abs=5e-4)
+        assert sum(n["training"] for n in of.values()) / 1e9 == pytest.approx(training, abs=1e-3)
+        again = sum(n["training"] + n["recomputed"] for n in of.values()) + of["head"]["forward"]
+        assert again / 1e9 == pytest.approx(recomputed, abs=1.5e-3)
+    with_gate = counted(A1B)
+    assert (with_gate.sum("active") - 2 * A1B.vocabulary * A1B.width) / 1e9 == pytest.approx(1.143, abs=5e-4)
+
+
+def test_attention_costs_what_its_pairs_do():
+    """One layer of d channels over 2k, 8k, 32k tokens: 2 d T operations a token; a window ends that."""
+    layer = budget.Crossing("attention", q=1024, k=1024, v=1024, o=1024, heads=(8, 8))
+    assert [budget.core(layer, n * 1024) / 1e6 for n in (2, 8, 32)] == pytest.approx([4.2, 16.8, 67.1], abs=0.05)
+    near = budget.core(layer._replace(window=1024), 2**20)
+    assert near == pytest.approx(2 * 1024 * 2048, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def test_memory_of_the_papers_models():
+    for name, size, shares, flight in (
+        ("a0.3b", 2.476, (39.6, 19.8, 5.0), 2.2),
+        ("a1b", 7.335, (117.4, 58.7, 14.7), 5.0),
+    ):
+        for gpus, wanted in zip((1, 2, 8), shares, strict=True):
+            p = planned(PLAIN[name], gpus, Run(batch=8))
+            state = sum(p.memory[n] for n in ("parameters", "gradients", "optimizer state"))
+            assert state / 1e9 == pytest.approx(wanted, abs=0.06)
+        assert p.counted.sum("total") / 1e9 == pytest.approx(size, abs=1e-3)
+        assert p.memory["gathered: two blocks"] / 1e9 == pytest.approx(flight, abs=0.06)
+        layers, width = p.counted.blocks, PLAIN[name].width
+        # the trainer's stream between blocks is float32: twice the 24.6 and 65.5 KB of a bf16 one
+        entering = [width * k.stream for k in p.counted.kept]
+        assert sum(entering) == 2 * layers * width * 2
+
+
+@given(*[st.sampled_from([1, 2, 4, 8])] * 4)
+def test_shards_of_a_replica_hold_the_model_once(data, sequence, expert, replicas):
+    ranks = data * sequence
+    mesh = {"data": data, "sequence": sequence, "expert": expert, "replicas": replicas}
+    if ranks % replicas or (ranks // replicas) % expert:
+        with pytest.raises(ValueError, match=r"do(es)? not divide"):
+            planned(TINY, ranks, Run(batch=64), **mesh)
+        return
+    p = planned(TINY, ranks, Run(batch=64), **mesh)
+    assert p.memory["parameters"] * ranks / replicas == pytest.approx(4 * p.counted.sum("total"))
+    assert p.step == pytest.approx(sum(p.times.values()))
+    assert sum(t.bytes for t in p.traffic if t.axis == "shards") == 0 or ranks > replicas
+
+
+def test_only_the_pieces_of_a_sample_wait():
+    """Softmax over contiguous segments: the last of n does (2n - 1)/n of the mean; whole samples wait for nobody."""
+    for rows, late in ((1, 3 / 4), (2, 1 / 2), (4, 0)):
+        times = planned(TINY, 4, Run(batch=4, micro=rows, length=256), sequence=4).times
+        core = budget.operations(counted(TINY), Run(length=256), BF16)["softmax core"]
+        seconds = (core["training"] + core["recomputed"]) * 256 / (790e12 * 0.4)
+        assert times.get("waiting for the last segment", 0) == pytest.approx(late * seconds)
+
+
+def test_gradients_are_whole_between_micro_batches():
+    once, twice = (planned(A03B, 8, Run(batch=16, micro=micro)) for micro in (2, 1))
+    assert once.memory["gradients"] == once.memory["parameters"]
+    assert twice.memory["gradients"] == 4 * twice.counted.sum("total")
+
+
+def kept(model: Model, own, t: int, bf16: bool) -> int:
+    """Bytes that autograd keeps of t tokens in the blocks of a model on the CPU."""
+    built = LanguageModel(model, own)
+    initialize(built, 0)
+    place = torch.arange(t)[None]
+    side = built.side(torch.zeros(1, t, dtype=torch.int64), place, None, place, 0, None)
+    x = torch.randn(1, t, model.width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    tensors, parameters = [], {p.data_ptr() for p in built.parameters()}
+    with (
+        tracing.autocast(bf16),
+        torch.autograd.graph.saved_tensors_hooks(lambda y: tensors.append(y) or y, lambda y: y),
+    ):
+        for block in built.blocks:
+            x, side, _, _ = block(x, side)
+    storages = {y.untyped_storage().data_ptr(): y.untyped_storage().nbytes() for y in tensors}
+    return sum(size for place, size in storages.items() if place not in parameters)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pattern": "ND"},
+        {"pattern": "N", "shared_width": 48, "router": "deepseek_v3", "key_heads": 1, "qk_norm": True},
+        {"pattern": "N", "attention": "latent", "expert_kind": "relu_squared", "latent": 32},
+        {"pattern": "L", "lsm": "gated_delta_net"},
+        {"pattern": "L", "lsm": "mamba2"},
+        {"pattern": "L", "lsm": "rwkv6"},
+    ],
+    ids=lambda change: " ".join(map(str, change.values())),
+)
+def test_autograd_keeps_what_the_trace_says(change, bf16):
+    """With real numbers and real routing. A recurrence keeps what a kernel would, in both; everything else, softmax
+    attention too, is the reference itself. What does not grow with the tokens is left to the next test."""
+    model = replace(SMALL, **change)
+    own = tracing.tracing([], False)._replace(experts=moe.experts)
+    less, more = (kept(model, own, t, bf16) for t in LENGTHS)
+    traced = tracing.trace(model, bf16, fused=False)
+    assert sum(k.a_token for k in traced) == pytest.approx((more - less) / LENGTHS[0], rel=0.01)
+
+
+def test_autocast_keeps_a_copy_of_every_matrix():
+    model = replace(SMALL, pattern="N")
+    less, more = (kept(model, ops, t, True) for t in LENGTHS)
+    known = counted(model)
+    inside = sum(part.total for name, part in known.parts.items() if name not in ("embedding", "head", "norms"))
+    p = planned(model, 1, Run(recompute=False), Assumptions())
+    copies = p.memory["bf16 copies of parameters"] - 2 * known.root
+    assert 2 * less - more == pytest.approx(copies, rel=0.02)
+    assert copies == pytest.approx(2 * inside, rel=0.01)
+
+
+def test_recomputing_spares_copies_of_experts_alone():
+    """Autocast's cache holds those of whole parameters until it ends."""
+    p = planned(A03B, 1, Run(), Assumptions())
+    layer = p.counted.routed // 12
+    assert p.memory["bf16 copies of parameters"] == 2 * (p.counted.sum("total") - p.counted.routed + layer)
+
+
+def test_recomputing_keeps_one_block_and_what_enters_the_others():
+    all_of_it, little = (planned(A03B, 8, Run(recompute=r)) for r in (False, True))
+    blocks = little.counted.kept
+    tokens = little.shape.tokens
+    assert all_of_it.memory["saved activations"] == pytest.approx(tokens * sum(k.a_token for k in blocks))
+    assert little.memory["saved activations"] == tokens * (12 * 4 * 1024 + max(k.a_token for k in blocks))
+
+
+# ----------------------------------------------------------------------------------------------------- communication
+
+
+def on_two_ranks(model: Model, attention: str, states: str, t: int) -> tuple[int, int]:
+    """Bytes and calls of a forward and backward pass of one row of tokens, of this file's collectives alone."""
+    group = comm.world()
+    built = LanguageModel(model, lasp.over(ops, group, attention, states))
+    initialize(built, 0)
+    place = torch.arange(t)[None]
+    whole = Batch(**{n: place % 7 for n in Batch._fields if n != "cu_seqlens"}, cu_seqlens=torch.tensor([0, t]).int())
+    b = lasp.cut(whole, 2, comm.rank(group))
+    with comm.counted() as counter:
+        built(b.tokens, b.labels, b.positions, b.cu_seqlens, b.indices, 0).losses.sum().backward()
+    return sum(counter.received.values()), sum(counter.calls.values())
+
+
+@pytest.mark.parametrize(
+    "change, attention, states",
+    [
+        ({"pattern": "L", "lsm": "linear_attention"}, "gather", "gather"),
+        ({"pattern": "L", "lsm": "mamba2"}, "gather", "gather"),
+        ({"pattern": "L", "lsm": "gated_delta_net", "convolution": 3}, "gather", "gather"),
+        ({"pattern": "L", "lsm": "kda"}, "gather", "ring"),
+        ({"pattern": "LD", "lsm": "rwkv6"}, "gather", "gather"),
+        ({"pattern": "L", "lsm": "mamba"}, "gather", "gather"),
+        ({"pattern": "N", "key_heads": 1}, "gather", "gather"),
+        ({"pattern": "N"}, "ring", "gather"),
+        ({"pattern": "N", "key_heads": 1}, "ulysses", "gather"),
+        ({"pattern": "LN", "lsm": "mamba2"}, "gather", "gather"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(map(str, x.values())),
+)
+def test_two_ranks_receive_what_is_planned(change, attention, states):
+    """To the byte, and as often: spans, halos, chains, keys and values."""
+    model = replace(SMALL, **change)
+    run = Run(length=64, batch=1, recompute=False, precision="float32")
+    p = planned(model, 2, run, sequence=2, attention=attention, states=states)
+    mine = [t for t in p.traffic if t.axis == "sequence"]
+    found = testing.run(2, on_two_ranks, model, attention, states, 64)
+    # of two ranks each receives a chain's memory one way only
+    both = sum(t.bytes * (1 if t.what == "chain of memories" else 2) for t in mine)
+    assert sum(size for size, _ in found) == both
+    if states == "gather":
+        assert [size for size, _ in found] == [both / 2] * 2
+        assert [calls for _, calls in found] == [sum(t.calls for t in mine)] * 2
+
+
+def test_volumes_of_a_layer():
+    """Forward, a layer, 64k tokens on 8 ranks in bf16, in MiB; by hand."""
+    run = Run(length=2**16, batch=1)
+    for model, states, ulysses, tokens in ((A03B, 3.5, 56, 224), (A1B, 7, 112, 448)):
+        block = counted(model).kept[0]
+        mesh = Degrees(sequence=8)
+        (span,) = block.crossings
+        assert budget.crossed(span, mesh, 2**13).forward / 2**20 == pytest.approx(states, rel=0.01)
+        d = model.width
+        layer = budget.Crossing("attention", q=d, k=d, v=d, o=d, heads=(8, 8), item=2)
+        assert budget.by_ulysses(layer, 8, 2**13).backward / 2**20 == ulysses
+        assert budget.by_gather(layer, 8, 2**13).forward / 2**20 == pytest.approx(tokens, rel=1e-5)
+        delta = counted(replace(model, lsm="delta_net", convolution=1)).kept[0].crossings[-1]
+        assert budget.crossed(delta, mesh, 2**13).forward / 2**20 == pytest.approx(2 * states, rel=0.01)
+        p = planned(replace(model, repeat=1), 8, replace(run, batch=8, recompute=False, length=2**13), expert=8)
+        assert bytes_of(p, "exchange tokens") / 2 / 2**20 == pytest.approx(tokens, rel=0.001)
+
+
+def test_sharding_moves_eight_bytes_a_parameter():
+    """bf16 gathered twice and float32 summed, (W - 1) / W of it; what is not in a block is gathered once."""
+    for name, wanted in (("a0.3b", 9.9), ("a1b", 29.3)):
+        p = planned(PLAIN[name], 2, Run(batch=2, micro=1))
+        size = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + p.counted.root * 2 / 2
+        assert size / 1e9 == pytest.approx(wanted, abs=0.05)
+
+
+class Sent(TorchDispatchMode):
+    """Calls of torch's own collectives, and the numbers of their largest tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.numbers = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "c10d" in str(function):
+            name = str(function).split(".")[1].split("_base")[0]
+            self.calls[name] += 1
+            self.numbers[name] += max(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+def shard_on_two_ranks(model: Model, recompute: bool) -> tuple[Counter, Counter]:
+    """Two micro-batches under FSDP, gradients summed after the second."""
+    mesh = trainers.make(trainers.Degrees(), torch.device("cpu"))
+    built = LanguageModel(model, trainers.over(ops, mesh))
+    initialize(built, 0)
+    if recompute:
+        shard.checkpointing(built.blocks)
+    shard.shard(built, mesh, built.blocks)
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    with Sent() as sent:
+        for last in (False, True):
+            shard.synchronize(built, last)
+            built(tokens, tokens).losses.sum().backward()
+    return sent.calls, sent.numbers
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fsdp_gathers_and_sums_what_is_planned(recompute):
+    """As often, and as many numbers but for padding."""
+    run = Run(length=64, batch=4, micro=1, recompute=recompute, precision="float32")
+    p = planned(SMALL, 2, run, Assumptions())
+    for calls, numbers in testing.run(2, shard_on_two_ranks, SMALL, recompute):
+        for what, name in (("gather parameters", "_allgather"), ("reduce-scatter gradients", "_reduce_scatter")):
+            (t,) = (t for t in p.traffic if t.what == what)
+            assert calls[name] == t.calls
+            assert numbers[name] == pytest.approx(t.bytes / 4 * 2, rel=0.01)
+
+
+def test_replicas_sum_their_own_shards():
+    p = planned(PLAIN["a0.3b"], 256, Run(batch=256), replicas=32)
+    inside = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + p.counted.root * 2 * 7 / 8
+    assert inside / 1e9 == pytest.approx(17.3, abs=0.1)
+    (between,) = (t for t in p.traffic if t.axis == "replicas")
+    assert between.bytes / 1e9 == pytest.approx(2.4, abs=0.1)
+    assert between.seconds(p.asked.given) == pytest.approx(0.050, abs=0.003)
+
+
+def test_experts_travel_or_tokens_do():
+    for name, bound in (("a0.3b", 21.5e3), ("a1b", 24.6e3)):
+        assert program.break_even(Asked(PLAIN[name], 1, Degrees(), Run(), BF16)) == pytest.approx(bound, rel=2e-3)
+    for ranks, fewer in ((2, 4.0), (4, 2.2), (8, 1.5), (16, 1.2)):
+        assert 8 * (ranks - 1) / ranks / budget.visited(64, 8, ranks) == pytest.approx(fewer, abs=0.05)
+
+
+def test_a_flat_gather_between_hosts_takes_its_bytes_over_the_port():
+    given = Assumptions(latency_between=0)
+    s = 8 * 128 * 128 * 4
+    found = [Traffic("sequence", "", 1, (w - 1) * s, w).seconds(given) * 1e3 for w in (64, 256, 1024)]
+    assert found == pytest.approx([0.66, 2.7, 10.7], rel=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------------- time
+
+
+def test_floors_of_one_gpu():
+    """At the whole peak, 16k tokens: milliseconds of compute and of the optimizer."""
+    for name, compute, optimizer in (("a0.3b", 59, 24.2), ("a1b", 174, 71.6)):
+        run = Run(length=2**14, batch=1, recompute=False)
+        times = planned(PLAIN[name], 1, run, replace(BF16, efficiency=1.0)).times
+        assert times["compute"] * 1e3 == pytest.approx(compute, abs=0.6)
+        assert times["optimizer"] * 1e3 == pytest.approx(optimizer, abs=0.1)
+
+
+def test_hiding_ends_where_computing_does():
+    slow = replace(BF16, between=1.0, inside=1.0, overlap_weights=1.0)
+    p = planned(A03B, 8, Run(length=64, batch=8), slow)
+    assert p.step == pytest.approx(p.times["optimizer"] + sum(t.seconds(slow) for t in p.traffic))
+
+
+def test_a_step_is_the_sum_of_its_terms_and_the_longest_binds():
+    p = planned(A1B, 16, Run(batch=16), sequence=2)
+    assert p.step == sum(p.times.values())
+    assert p.times[p.binds] == max(p.times.values())
+    assert p.rate == 16 * 2048 / p.step
+
+
+# ----------------------------------------------------------------------------------------------------- the program
+
+
+def run_program(capsys, line: str) -> str:
+    program.main(shlex.split(line))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("nothing --gpus 8", "unknown preset 'nothing'"),
+        ("tiny --gpus 0", "0 is below 1"),
+        ("tiny --gpus 8 --mesh.sequence 3", "sequence 3, tensor 1, pipeline 1 do not multiply out to 8 GPUs"),
+        ("tiny --gpus 8 --mesh.data 3", "data 3, sequence 1, tensor 1, pipeline 1 do not multiply out"),
+        ("tiny --gpus 8 --mesh.data 0", "at least 1"),
+        ("tiny --gpus 8", None),
+        ("tiny --gpus 8 --mesh.data 8", "batch of 4 samples does not divide over data 8"),
+        ("tiny --gpus 1 --micro 3", "micro 3 must divide the 4 samples"),
+        ("tiny --gpus 4 --mesh.replicas 3", "3 replicas do not divide 4 ranks"),
+        ("tiny --gpus 3 --batch 3 --mesh.expert 3", "8 experts cannot be shared over expert 3"),
+        ("tiny --gpus 2 --mesh.expert 4", "expert 4 does not divide the 2 ranks"),
+        ("llama3-8b --gpus 2 --mesh.expert 2", "no expert layer"),
+        ("tiny --gpus 8 --mesh.tensor 8", "4 heads of L do not divide over tensor 8"),
+        ("tiny --gpus 8 --mesh.sequence 8 --mesh.attention ulysses", "4 heads of attention do not divide"),
+        ("tiny --gpus 8 --mesh.pipeline 8", "4 blocks do not divide over pipeline 8"),
+        ("tiny --gpus 2 --efficiency 2", "efficiency is 2.0"),
+        ("tiny --gpus 7 --length 3", "no mesh of 7 GPUs works"),
+    ],
+)
+def test_what_cannot_work_is_one_line(capsys, line, words):
+    if words is None:
+        assert "the best meshes" in run_program(capsys, line)
+        return
+    with pytest.raises(SystemExit) as stop:
+        program.main(shlex.split(line))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert words in error and error.count("\n") == 1
+
+
+def test_what_does_not_fit_is_said_and_not_refused(capsys):
+    said = run_program(capsys, "deepseek-v3 --gpus 8 --mesh.data 8")
+    assert "DOES NOT FIT in 149 GB" in said
+
+
+def test_proposals_fit_first_and_the_fastest_of_them_first(capsys):
+    plans = json.loads(run_program(capsys, "a1b-7b --gpus 8 --memory 80 --json"))
+    assert len(plans) == 5
+    assert [p["fits"] for p in plans] == sorted((p["fits"] for p in plans), reverse=True)
+    rates = [p["tokens a second"] for p in plans if p["fits"]]
+    assert rates == sorted(rates, reverse=True)
+    for p in plans:
+        assert p["mesh"]["data"] * p["mesh"]["sequence"] == 8
+        assert p["step"] == pytest.approx(sum(p["times"].values()))
+
+
+def test_degrees_that_the_trainer_lacks_are_named(capsys):
+    have = {f.name for f in fields(trainers.Degrees)}
+    said = run_program(capsys, "a0.3b-2b --gpus 8 --mesh.tensor 2 --mesh.sequence 2")
+    lacks = re.search(r"^the trainer does not have --mesh\.(.*) yet$", said, re.MULTILINE)
+    assert ("tensor" in have) == (lacks is None)
+    assert lacks is None or lacks[1] == "tensor"
+    assert "the trainer" not in run_program(capsys, "a0.3b-2b --gpus 8 --mesh.sequence 2").split("assumptions")[0]
+
+
+def test_what_the_trainer_refuses_is_said(capsys):
+    """A capacity for which a sequence's tokens compete."""
+    said = run_program(capsys, "moe-mamba-4 --gpus 8 --mesh.sequence 2")
+    assert "the trainer refuses the preset as it is (router 'moe_mamba' has a capacity" in said
+
+
+def test_every_assumption_is_printed_and_changes_under_its_name(capsys):
+    said = run_program(capsys, "tiny --gpus 2 --mesh.data 2 --between 12.5 --host 1")
+    for f in fields(Assumptions):
+        assert re.search(rf"^  {f.name.replace('_', '-')} ", said, re.MULTILINE)
+    assert re.search(r"^  between +12\.5 ", said, re.MULTILINE)
+    assert "between hosts" in said
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md")
+def test_the_example_in_the_readme_is_what_the_program_prints(capsys):
+    line, block = re.search(r"```\n\$ python -m parallel\.plan (.*)\n((?:.*\n)*?)```", README.read_text()).groups()
+    assert run_program(capsys, line) == block
