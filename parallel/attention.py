@@ -26,7 +26,7 @@ from torch import Tensor
 
 from parallel import comm
 from parallel.comm import Group
-from parallel.graph import attached, differentiable, known
+from parallel.graph import attached, differentiable, exchange, known
 from reference.attention import Past, checked
 from reference.cache import fresh, recent
 from reference.documents import document_of
@@ -287,6 +287,7 @@ def ulysses(ops: Ops, group: Group) -> Callable:
         refuse("attention", past)
         checked(q, k, cu_seqlens, window)
         ranks, heads, keys = comm.size(group), q.shape[2], k.shape[2]
+        each = [1] * ranks
         if heads % ranks:
             raise ValueError(
                 f"ulysses attention gives each of {ranks} ranks an equal share of the heads, and there are {heads}: "
@@ -295,12 +296,12 @@ def ulysses(ops: Ops, group: Group) -> Callable:
         layout = layout_of(k, cu_seqlens, group)
         k, v = (x.repeat_interleave(math.lcm(keys, ranks) // keys, 2) for x in (k, v))
         own = [rearrange(padded(x, layout), "b t (w h) d -> w b t (h d)", w=ranks) for x in (q, k, v)]
-        parts = torch.ops.linear_moe.swap_tokens(torch.cat(own, -1), group.group_name)
+        parts = exchange(torch.cat(own, -1), each, each, group)
         whole = torch.cat(segments(parts, layout), 1).split([x.shape[-1] for x in own], -1)
         mine = (x.unflatten(-1, (-1, y.shape[-1])) for x, y in zip(whole, (q, k, v), strict=True))
         o = ops.attention(*mine, None, all_borders(layout, cu_seqlens, group), window, scale)[0]
         o = torch.stack([padded(x, layout) for x in o.split(layout.lengths, 1)])
-        o = torch.ops.linear_moe.swap_tokens(o, group.group_name)
+        o = exchange(o, each, each, group)
         o = rearrange(o, "w b t h e -> b t (w h) e")[:, : q.shape[1]]
         return attached(o, [], [q, k, v]), None
 
@@ -317,15 +318,6 @@ def all_borders(layout: Layout, cu_seqlens, group: Group) -> Int[Tensor, " n1"] 
     marks = torch.cat([own[:length] for own, length in everyone])
     marks[:1] = 1
     return F.pad(marks.nonzero()[:, 0], (0, 1), value=layout.starts[-1]).int()
-
-
-def _swap_tokens(x: Tensor, group: str) -> Tensor:
-    group, each = comm.named(group), [1] * len(x)
-    return comm.exchange(x, each, each, group)
-
-
-def _back_to_swapped(ctx, D):
-    return torch.ops.linear_moe.swap_tokens(D, ctx.group), None
 
 
 ATTENTION = {"gather": gather, "ring": ring, "ulysses": ulysses}
@@ -359,8 +351,6 @@ known(
 )
 differentiable("gather_tokens", _back_to_tokens, _keep_group)
 
-known("swap_tokens", "(Tensor x, str group) -> Tensor", _swap_tokens, lambda x, group: torch.empty_like(x))
-differentiable("swap_tokens", _back_to_swapped, _keep_group)
 
 HOW = "Tensor low, int[] starts, int rounds, float scale, str group"
 known("ring_attention", f"(Tensor q, Tensor k, Tensor v, {HOW}) -> (Tensor, Tensor)", _ring_attention, _ring_shapes)

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel import comm
 from parallel.comm import Group
+from parallel.graph import exchange
 from reference.moe import MoE, combine
 from reference.ops import Ops
 
@@ -203,35 +204,3 @@ def placement(weight: Tensor, over: int) -> Shard:
     divide. That of the experts themselves, which are few, is the last resort."""
     divided = (i for i, size in enumerate(weight.shape[1:], 1) if size % over == 0)
     return Shard(next(divided, 0))
-
-
-# ---------------------------------------------------------------------------------------------- known to torch
-# As in `lasp`: an op of torch's, so that a compiler and recomputation see one call, whatever the rank.
-
-
-def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """Rows to everybody (`comm.exchange`); differentiable. On every rank one exchange forward, and one backward, of
-    no rows at all if need be."""
-    return torch.ops.linear_moe.exchange(x, send, receive, group.group_name)
-
-
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: str) -> Tensor:
-    return comm.exchange(x, send, receive, comm.named(group))
-
-
-def _exchange_shape(x, send, receive, group):
-    return x.new_empty(sum(receive), *x.shape[1:])
-
-
-def _keep_numbers(ctx, inputs, output):
-    _, ctx.send, ctx.receive, ctx.group = inputs
-
-
-def _back_to_rows(ctx, D):
-    return torch.ops.linear_moe.exchange(D, ctx.receive, ctx.send, ctx.group), None, None, None
-
-
-torch.library.define("linear_moe::exchange", "(Tensor x, SymInt[] send, SymInt[] receive, str group) -> Tensor")
-torch.library.impl("linear_moe::exchange", "default", _exchange)
-torch.library.register_fake("linear_moe::exchange", _exchange_shape)
-torch.library.register_autograd("linear_moe::exchange", _back_to_rows, setup_context=_keep_numbers)

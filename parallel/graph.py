@@ -5,6 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from parallel import comm
+from parallel.comm import Group
+
 
 def known(name: str, schema: str, function: Callable, shapes: Callable) -> Callable:
     """`function` as torch.ops.linear_moe.`name`; `shapes` makes empty results. A compiler sees the same graph on every
@@ -47,3 +50,26 @@ def attached(y: Tensor, received: list[Tensor], inputs: list[Tensor | None]) -> 
     if not y.numel():
         y = y + 0 * sum(x.sum() for x in inputs)
     return _Depend.apply(y, *(received or inputs))
+
+
+def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """Rows to everybody (`comm.exchange`); differentiable. On every rank one exchange forward, and one backward, of
+    no rows at all if need be."""
+    return torch.ops.linear_moe.exchange(x, send, receive, group.group_name)
+
+
+def _keep_numbers(ctx, inputs, output):
+    _, ctx.send, ctx.receive, ctx.group = inputs
+
+
+def _back_to_rows(ctx, D):
+    return torch.ops.linear_moe.exchange(D, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+known(
+    "exchange",
+    "(Tensor x, SymInt[] send, SymInt[] receive, str group) -> Tensor",
+    lambda x, send, receive, group: comm.exchange(x, send, receive, comm.named(group)),
+    lambda x, send, receive, group: x.new_empty(sum(receive), *x.shape[1:]),
+)
+differentiable("exchange", _back_to_rows, _keep_numbers)

@@ -445,7 +445,7 @@ MUTANTS = [
     ),
     Mutant(
         "the way back has the splits of the way there",
-        "parallel/experts.py",
+        "parallel/graph.py",
         "exchange(D, ctx.receive, ctx.send, ctx.group)",
         "exchange(D, ctx.send, ctx.receive, ctx.group)",
         "tests/test_experts.py -k told",
