@@ -6,6 +6,7 @@
     python bench.py kernels --commit $(git rev-parse --short HEAD) --out FILE  needs a GPU
     python bench.py kernels --rows mamba2 --peer fla --commit HASH --out FILE  beside flash-linear-attention
     python bench.py local --commit HASH --out FILE                             norms and short convolutions
+    torchrun --nproc-per-node 2 bench.py parallel --commit HASH --out FILE     a sequence cut over ranks
 
 `reference` times the chunk form, the token loop and a decode step in plain PyTorch, and measures their peak memory as
 `reference/peak.py` does. `--budget` bounds the seconds of one run and of its repetitions; a length at which one run
@@ -21,6 +22,11 @@ a clock and multiprocessor; the larger counts. Rows of one head (Mamba, Longhorn
 their layer: at 8x2048x8x128 Mamba has 2048 channels of 16 keys.
 Before anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
 Peers that cannot run are listed as unavailable, with the reason.
+
+`parallel`: one layer's core, forward and backward, on a sequence of T tokens cut over all ranks, beside T / W tokens on
+every rank by itself (`alone`). Rows of the table by the gather of spans and by the chain, softmax attention by gather,
+ring and ulysses, the latter up to `--softmax-tokens`. A time is the slowest rank's, of the median run; `share` is that
+of `alone` over it: 1 where the others cost nothing. Bytes are those that a rank receives.
 """
 
 import argparse
@@ -88,6 +94,15 @@ def parser() -> argparse.ArgumentParser:
             continue
         if name == "local":
             sub.set_defaults(device="cuda")
+            continue
+        if name == "parallel":
+            lengths = [2**n for n in range(14, 22)]
+            sub.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+            sub.add_argument("--tokens", nargs="+", type=int, default=lengths, help="of the whole sequence")
+            sub.add_argument("--softmax-tokens", type=int, default=2**18, help="longest sequence of softmax attention")
+            sub.add_argument("--heads", type=int, default=8)
+            sub.add_argument("--size", type=int, default=128, help="of keys and values")
+            sub.add_argument("--times", type=int, default=10, help="runs of each")
             continue
         sub.add_argument("--threads", type=int, default=2, help="of the CPU")
         if name == "reference":
@@ -610,6 +625,83 @@ def special_functions() -> float | None:
     return SPECIAL * torch.cuda.get_device_properties(0).multi_processor_count * clock / 1e3
 
 
+# --------------------------------------------------------------------------------------------------------- parallel
+
+CUT = ("linear_attention", "gla", "mamba2", "gated_delta_net")
+
+
+def parallel(args) -> Iterable[dict]:
+    """Layers whose sequence is cut over the ranks that torchrun started, each way, beside a rank by itself."""
+    from parallel import comm, lasp
+    from parallel import mesh as meshes
+
+    meshes.launch()
+    group = comm.world()
+    device = f"cuda:{meshes.local_rank()}" if args.device == "cuda" else "cpu"
+    ways = [(name, how) for name in args.rows or CUT for how in ("alone", "gather", "ring")]
+    ways += [("softmax", how) for how in ("alone", "gather", "ring", "ulysses")]
+    alone: dict[tuple, float] = {}
+    for name, how in ways:
+        for t in args.tokens:
+            if name == "softmax" and t > args.softmax_tokens:
+                continue
+            ops = operations(args.device)
+            if how != "alone":
+                ops = lasp.over(ops, group, *((how, "gather") if name == "softmax" else ("gather", how)))
+            shape = (1, t // comm.size(group), args.heads, args.size)
+            line = {"row": name, "side": how, "shape": text(shape), "tokens": t, "ranks": comm.size(group)}
+            line |= passed(layer(ops, name, shape, device), args.times, group, args.device)
+            alone[name, t] = line["eager_ms"] if how == "alone" else alone[name, t]
+            if comm.rank(group) == 0:
+                yield {**line, "share": alone[name, t] / line["eager_ms"]}
+
+
+def operations(device: str):
+    if device == "cuda":
+        import fast
+
+        return fast.ops
+    import reference as plain
+
+    return plain.ops
+
+
+def layer(ops, name: str, shape: tuple[int, ...], device: str) -> Callable:
+    """Forward and backward of a row, or of causal softmax attention, on this rank's tokens."""
+    dtype = torch.bfloat16 if "cuda" in device else torch.float32
+    row, tokens, constants = on(device, inputs("linear_attention" if name == "softmax" else name, *shape, dtype))
+    leaves = [x.requires_grad_() for x in tokens.values()]
+    do = torch.randn_like(tokens["v"])
+
+    def run():
+        if name == "softmax":
+            o = ops.attention(tokens["q"], tokens["k"], tokens["v"])[0]
+        else:
+            o = ops.recurrence(row, tokens, constants)[0]
+        return torch.autograd.grad(o, leaves, do)
+
+    return run
+
+
+def passed(run: Callable, times: int, group, device: str) -> dict:
+    """All ranks begin together; the time of a run is that of the last to end."""
+    from parallel import comm
+
+    run()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with comm.counted() as seen:
+        run()
+    seconds = []
+    for _ in range(times):
+        comm.barrier(group)
+        seconds.append(clock(run, device))
+    slowest = torch.stack(comm.gather(torch.tensor(seconds, device=device, dtype=torch.float64), group)).amax(0)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
+    traffic = {"calls": sum(seen.calls.values()), "received_bytes": sum(seen.received.values())}
+    return {"what": "forward+backward", **spread(slowest.tolist()), "peak_mib": peak, **traffic}
+
+
 # ---------------------------------------------------------------------------------------------------------- report
 
 
@@ -699,6 +791,9 @@ def as_text(line: dict) -> str:
         )
         return f"{head} {line['verdict']}, {line['seconds']:.0f} s: {ratios}"
     place = f"{line.get('shape', ''):20}"
+    if "ranks" in line:
+        received = f"{line['received_bytes'] / 2**20:9.2f} MiB received"
+        return f"{head} {line['tokens']:9} tokens {line['eager_ms']:10.3f} ms, share {line['share']:.2f}, {received}"
     if line["what"] == "skipped":
         return f"{head} {place} {line['of']:17} skipped: {line['reason']}"
     if "ratio" in line:
@@ -706,8 +801,12 @@ def as_text(line: dict) -> str:
     return f"{head} {place} {line['what']:17} {line['eager_ms']:10.3f} ms {line['peak_mib']:9.2f} MiB"
 
 
-COMMANDS = {"reference": reference, "drift": drift, "kernels": kernels, "local": local}
+COMMANDS = {"reference": reference, "drift": drift, "kernels": kernels, "local": local, "parallel": parallel}
 TABLES = {"reference": summary}  # of all lines, printed at the end
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        if "parallel.mesh" in sys.modules:
+            sys.modules["parallel.mesh"].close()

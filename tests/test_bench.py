@@ -5,6 +5,7 @@ import json
 import torch
 
 import bench
+from parallel import comm, testing
 from reference import chunked
 
 
@@ -85,3 +86,24 @@ def test_floors_of_kernels():
     exps = [bench.exponentials(what, row, tokens, constants) for what in bench.TENSORS]
     assert exps == [2 * 4 * 96 * 16, 2 * 2 * 4 * 96 * 16]
     assert bench.inputs("mamba", 1, 2, 3, 16, torch.float32)[1]["v"].shape == (1, 2, 3, 16)  # on a CPU as all others
+
+
+def test_a_cut_sequence_is_measured_beside_a_rank_alone(tmp_path):
+    """On two ranks: each way a line by the first, what a rank received in it."""
+
+    def both():
+        out = tmp_path / f"{comm.rank(comm.world())}.jsonl"
+        asked = ["--device", "cpu", "--tokens", "64", "128", "--softmax-tokens", "64", "--heads", "2", "--size", "8"]
+        bench.main(["parallel", "--rows", "gla", *asked, "--times", "2", "--out", str(out)])
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    first, second = testing.run(2, both)
+    assert second == []
+    said = {(x["row"], x["side"], x["tokens"]): x for x in first}
+    assert set(said) == {("gla", how, t) for how in ("alone", "gather", "ring") for t in (64, 128)} | {
+        ("softmax", how, 64) for how in ("alone", "gather", "ring", "ulysses")
+    }
+    assert all(x["ranks"] == 2 and x["eager_ms"] > 0 and x["share"] > 0 for x in first)
+    assert all((x["received_bytes"] > 0) == (x["side"] != "alone") for x in first if x["side"] != "ring")
+    states = [said["gla", "gather", t]["received_bytes"] for t in (64, 128)]
+    assert states[0] == states[1]  # does not know the length
