@@ -224,10 +224,13 @@ def ops_of(config: Train, device: torch.device):
 
 
 def precise(config: Train, device: torch.device):
-    """bf16 as autocast: products in bfloat16, while gates, memories, norms and parameters stay float32."""
+    """bf16 as autocast: products in bfloat16, while gates, memories, norms and parameters stay float32.
+
+    Its cache would keep the copies of all blocks' parameters until the step's end, of which recomputing needs one.
+    """
     if config.precision != "bf16":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=not config.recompute)
 
 
 # -------------------------------------------------------------------------------------------------- the model

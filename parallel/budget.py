@@ -371,8 +371,7 @@ def memory(asked: Asked, counted: Counted) -> dict[str, float]:
     entering, inside = sum(x for _, x in kept) * stage * mesh.tensor, sum(x for x, _ in kept) * stage
     saved = entering + max(x for x, _ in kept) / mesh.tensor if run.recompute else inside
     narrow = 2 if run.precision == "bf16" and given.gathered == "float32" else 0
-    # autocast keeps the copies of whole parameters until it ends, whoever recomputes; experts are taken one by one
-    copies = (whole + (counted.largest[1] / mesh.expert / mesh.tensor if run.recompute else experts)) * narrow
+    copies = (block + root if run.recompute else whole + experts) * narrow
     return {
         "parameters": 4 * held,
         "gradients": 4 * ((whole + experts) if cut and several else held),

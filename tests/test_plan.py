@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train
 from data.stream import Batch
 from parallel import budget, comm, lasp, shard, testing, tracing
 from parallel import mesh as trainers
@@ -200,11 +201,14 @@ def test_autocast_keeps_a_copy_of_every_matrix():
     assert copies == pytest.approx(2 * inside, rel=0.01)
 
 
-def test_recomputing_spares_copies_of_experts_alone():
-    """Autocast's cache holds those of whole parameters until it ends."""
+def test_recomputing_keeps_the_copies_of_one_block():
     p = planned(A03B, 1, Run(), Assumptions())
-    layer = p.counted.routed // 12
-    assert p.memory["bf16 copies of parameters"] == 2 * (p.counted.sum("total") - p.counted.routed + layer)
+    assert p.memory["bf16 copies of parameters"] == 2 * (sum(p.counted.largest) + p.counted.root)
+    config = replace(train.LARGE, recompute=True)
+    with train.precise(config, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
+    with train.precise(replace(config, recompute=False), torch.device("cpu")):
+        assert torch.is_autocast_cache_enabled()
 
 
 def test_recomputing_keeps_one_block_and_what_enters_the_others():
