@@ -15,7 +15,7 @@ document. What comes in from earlier ranks belongs to document 0; all others sta
     W ranks   r this rank   T_r its tokens, any number, 0 too   b h k v as in `reference.recurrence`
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,7 +96,7 @@ def arrived(underway: Tensor, span: Span, wire: Wire, group: Group, back: bool =
     return torch.ops.linear_moe.arrive(underway, span.A, span.S, *wire, span.kind, back, group.group_name)
 
 
-def in_order(parts: list, group: Group, back: bool) -> tuple[list, int]:
+def in_order(parts: Sequence, group: Group, back: bool) -> tuple[Sequence, int]:
     """All ranks' parts in the order of the run, and my place among them."""
     me = comm.rank(group)
     return (parts[::-1], len(parts) - 1 - me) if back else (parts, me)

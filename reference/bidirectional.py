@@ -3,12 +3,12 @@
     o_t = finish(Σ_{j≤t} q_t e^{g_{j+1} + ... + g_t} k_jᵀ v_j + Σ_{j>t} q_t e^{g_t + ... + g_{j-1}} k_jᵀ v_j)
 
 The row runs forwards, and over the reversed sequence again; what a token reads of its own write, (q_t · k_t) v_t, is
-in both runs and is taken away once (LION, 2502.16249, equation of its bidirectional RNN). So a decay lies between two
-tokens in either direction: that of each token which is reached after the write. Without decay it is linear attention
-without mask (2006.16236, LASP-2 2502.07563), q_t Σ_j k_jᵀ v_j; with a fixed one the mask is e^{g |t - j|}. RWKV6's
-bonus reads before it decays, in both directions, and its own token by u: Σ_{j<t} e^{g_{j+1} + ... + g_{t-1}} and
-Σ_{j>t} e^{g_{t+1} + ... + g_{j-1}}. Both runs have the same gates; Vision Mamba (2401.09417) and Hydra (2407.09941)
-train a second set. A normaliser counts both directions: it divides the sum of the numerators by that of the counts.
+in both runs and is taken away once, as in LION (2502.16249). Each run decays by the gates of the tokens that it comes
+to after the write. Without decay that is linear attention without mask, q_t Σ_j k_jᵀ v_j (2006.16236, section 3.2;
+LASP-2 2502.07563); with a fixed one the mask is e^{g |t - j|}. A bonus is read before the decay, in both directions:
+e^{g_{j+1} + ... + g_{t-1}} for j < t, e^{g_{t+1} + ... + g_{j-1}} for j > t, and the token itself by u. `finish`
+divides by the count, if there is one: the numerators of both directions by the counts of both. Vision Mamba
+(2401.09417) trains a second set of gates for the way back; here both ways have the same.
 
     decay    keep, fixed, scalar, channel, cross, timed     numbers for rows and columns: no matrix, no rotation
     update   outer, counted, tied, weighed                  does not look at the memory: no delta rule

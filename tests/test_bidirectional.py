@@ -101,9 +101,15 @@ def test_a_row_equals_its_matrix_of_scores(name, t, k, v, b, seed):
 @pytest.mark.parametrize("borders", [EMPTY, BORDERS])
 @pytest.mark.parametrize("name", ROWS)
 def test_documents_do_not_see_each_other(name, borders):
+    """In outputs and gradients."""
     row, tokens, constants = make(name, b=1, t=9)
+    wanted = leaves(tokens, constants)
     o, _ = both_ways(ops).recurrence(row, tokens, constants, None, packed(borders))
-    torch.testing.assert_close(o, by_document(name, tokens, constants, borders), rtol=1e-9, atol=1e-10)
+    right = by_document(name, tokens, constants, borders)
+    torch.testing.assert_close(o, right, rtol=1e-9, atol=1e-10)
+    cotangent = draw(*o.shape, seed=7) * right.detach().abs().clamp(min=1).reciprocal()  # a ratio's may be huge
+    got, right = (torch.autograd.grad((x * cotangent).sum(), wanted) for x in (o, right))
+    torch.testing.assert_close(got, right, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ROWS)
