@@ -9,6 +9,7 @@ from einops import einsum
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.stream import Batch
 from inputs import leaves, make, pieces
 from parallel import comm, lasp, testing
 from reference import exact, ops
@@ -258,6 +259,29 @@ def test_ranks_equal_one(w):
     for rank in testing.run(w, errors, CASES[w], seconds=120):
         wrong = {case: e for case, e in rank.items() if not e < 1e-12}
         assert not wrong and len(rank) == len(CASES[w])
+
+
+def model_error(lsm: str) -> float:
+    """Of a hybrid's loss and gradients on my part of a packed row."""
+    group, losses, grads = comm.world(), [], []
+    sizes = {"width": 8, "heads": 2, "vocabulary": 11, "experts": 4, "expert_width": 4, "dense_width": 8}
+    n = torch.arange(9)[None]
+    whole = Batch(n % 11, n % 7, n, packed((0, 2, 9)), n)
+    for own, batch in ((both_ways(ops), whole), (lasp.over(both_ways(ops), group, "ulysses"), None)):
+        batch = batch or lasp.cut(whole, comm.size(group), comm.rank(group))
+        model = LanguageModel(Model(pattern="LNL", lsm=lsm, **sizes), own).double()
+        initialize(model, 5, starts(model))
+        loss = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens, batch.indices, key=0).losses.sum()
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()])
+    right, mine = [losses[0], *grads[0]], [comm.total(x, group) for x in (losses[1], *grads[1])]
+    return max((x - y).abs().max().item() for x, y in zip(mine, right, strict=True))
+
+
+def test_a_cut_model_is_the_whole_one():
+    for rank in testing.run(2, lambda: {lsm: model_error(lsm) for lsm in ("gla", "mamba2", "rwkv6")}):
+        assert all(e < 1e-10 for e in rank.values()), rank
 
 
 def refusals() -> list[str]:
