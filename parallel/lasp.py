@@ -202,7 +202,7 @@ def over(ops: Ops, group: Group, attention: str = "gather", how: str = "gather")
     if ops.one_way is not None:
         return over_both_ways(ops, group, attention, how)
     name = f"{ops.name} over {comm.size(group)} ranks of a sequence"
-    return ops._replace(name=name, **{name: make(ops, group) for name, make in cut.items()})
+    return ops._replace(name=name, cut=True, **{name: make(ops, group) for name, make in cut.items()})
 
 
 def over_both_ways(ops: Ops, group: Group, attention: str, how: str) -> Ops:
@@ -403,7 +403,7 @@ def for_first(state: Float[Tensor, "b ..."], cu_seqlens) -> Float[Tensor, "n ...
 STATES = {"gather": recurrence, "ring": chain}
 CUT = {"short_convolution": short_convolution, "token_shift": token_shift, "running_sum": running_sum}
 # Acts on each token alone, is about my own tokens by definition, or belongs to the mesh (total).
-WHOLE = ("name", "span", "step", "experts", "norm", "token_losses", "total", "kept", "one_way")
+WHOLE = ("name", "span", "step", "experts", "norm", "token_losses", "total", "kept", "one_way", "cut")
 
 # ------------------------------------------------------------------------------------------------ known to torch
 

@@ -14,7 +14,7 @@ divides by the count, if there is one: the numerators of both directions by the 
     update   outer, counted, tied, weighed                  does not look at the memory: no delta rule
     read     inclusive, bonus, ratio, damped                linear in the memory, but for the count
 
-Other rows are refused: of what a delta rule writes twice, nothing that is the token's own can be taken away.
+Other rows are refused. A delta rule, for one, writes what its memory lacks: two runs do not add up to one of both.
 
 Softmax attention is without a mask, too; its window is |t - j| < window. Short convolutions, token shifts and running
 sums keep looking backwards: they prepare a token, and a layer that has them is no mirror image of itself. Nothing has
@@ -47,9 +47,11 @@ def both_ways(ops: Ops, backwards: Callable | None = None) -> Ops:
     """The same ops, whose recurrence and attention see all tokens of a document.
 
     `backwards` is the recurrence that runs over the reversed sequence, if it is another one: where the sequence is cut,
-    that of ranks in descending order. `parallel.lasp.over` cuts these ops. ValueError, in one line, from a call with a
-    row that has no such form, with a state, or of one token (`step`).
+    that of ranks in descending order. `parallel.lasp.over` cuts these ops. ValueError, in one line, for ops that are
+    already cut, and from a call with a row that has no such form, with a state, or of one token (`step`).
     """
+    if ops.cut and backwards is None:
+        raise ValueError(f"{ops.name} cannot look both ways: first let ops look both ways, then cut them over ranks")
     ops = ops.one_way or ops
     backwards = backwards or ops.recurrence
 

@@ -32,6 +32,7 @@ class Ops(NamedTuple):
     total: Callable  # (x) -> the sum of x over all ranks that share the batch
     kept: tuple[str, ...] = ()  # functions that this backend deliberately shares with `reference`
     one_way: Optional["Ops"] = None  # of ops that look both ways (`reference.bidirectional`): those they are made of
+    cut: bool = False  # whether the sequence lies cut over ranks
 
 
 ops = Ops(
