@@ -15,7 +15,7 @@ document. What comes in from earlier ranks belongs to document 0; all others sta
     W ranks   r this rank   T_r its tokens, any number, 0 too   b h k v as in `reference.recurrence`
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,9 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from parallel import comm
-from parallel.attention import ATTENTION, refuse
+from parallel.attention import ATTENTION, refuse, ulysses
 from parallel.comm import Group
 from parallel.graph import attached, differentiable, known
+from reference.bidirectional import both_ways
 from reference.late import comes_late, left_of, seen
 from reference.late import span as span_of_late
 from reference.ops import Ops
@@ -84,18 +85,24 @@ def enter(span: Span, group: Group) -> Float[Tensor, "b h k v"]:
     return arrived(departed(span, wire, group), span, wire, group)
 
 
-def departed(span: Span, wire: Wire, group: Group) -> Float[Tensor, " n"]:
+def departed(span: Span, wire: Wire, group: Group, back: bool = False) -> Float[Tensor, " n"]:
     """Sends my span on its way. What comes back is a buffer for `arrived`, into which nobody else may look; work
     between the two hides the gather. Backward mirrors it: `arrived` sends the cotangents, `departed` waits for them."""
-    return torch.ops.linear_moe.depart(span.A, span.S, *wire, span.kind, group.group_name)
+    return torch.ops.linear_moe.depart(span.A, span.S, *wire, span.kind, back, group.group_name)
 
 
-def arrived(underway: Tensor, span: Span, wire: Wire, group: Group) -> Float[Tensor, "b h k v"]:
-    """The memory before my segment."""
-    return torch.ops.linear_moe.arrive(underway, span.A, span.S, *wire, span.kind, group.group_name)
+def arrived(underway: Tensor, span: Span, wire: Wire, group: Group, back: bool = False) -> Float[Tensor, "b h k v"]:
+    """The memory before my segment; `back`: of a run from the last rank to the first."""
+    return torch.ops.linear_moe.arrive(underway, span.A, span.S, *wire, span.kind, back, group.group_name)
 
 
-def _depart(A, S, numbers, constants, name, kind, group):
+def in_order(parts: Sequence, group: Group, back: bool) -> tuple[Sequence, int]:
+    """All ranks' parts in the order of the run, and my place among them."""
+    me = comm.rank(group)
+    return (parts[::-1], len(parts) - 1 - me) if back else (parts, me)
+
+
+def _depart(A, S, numbers, constants, name, kind, back, group):
     mine = torch.cat([numbers.flatten().to(S.dtype), S.flatten()])
     group = comm.named(group)
     underway = mine.new_empty(comm.size(group) * mine.numel())
@@ -103,11 +110,12 @@ def _depart(A, S, numbers, constants, name, kind, group):
     return underway
 
 
-def _arrive(underway, A, S, numbers, constants, name, kind, group):
+def _arrive(underway, A, S, numbers, constants, name, kind, back, group):
     comm.end_gather(underway)
     with torch.autocast(S.device.type, enabled=False):
         spans = spans_of(underway, A, S, numbers, constants, name, kind)
-        return fold(spans[: comm.rank(comm.named(group))], torch.zeros_like(S))[-1]
+        spans, me = in_order(spans, comm.named(group), back)
+        return fold(spans[:me], torch.zeros_like(S))[-1]
 
 
 def _depart_back(G: Tensor, underway: Tensor, group: str) -> Tensor:
@@ -118,16 +126,15 @@ def _depart_back(G: Tensor, underway: Tensor, group: str) -> Tensor:
     return returning
 
 
-def _arrive_back(returning, underway, A, S, numbers, constants, name, kind, group):
+def _arrive_back(returning, underway, A, S, numbers, constants, name, kind, back, group):
     """(dA, dS)."""
     group = comm.named(group)
-    me, later = comm.rank(group), comm.rank(group) + 1
     comm.end_gather(returning)
-    Gs = returning[: comm.size(group) * S.numel()].view(-1, *S.shape).unbind()
+    Gs, me = in_order(returning[: comm.size(group) * S.numel()].view(-1, *S.shape).unbind(), group, back)
     with torch.autocast(S.device.type, enabled=False):
-        spans = spans_of(underway, A, S, numbers, constants, name, kind)
+        spans, _ = in_order(spans_of(underway, A, S, numbers, constants, name, kind), group, back)
         M = fold(spans[:me], torch.zeros_like(S))[-1]
-        D = fold_back(spans[later:], Gs[later:], torch.zeros_like(S))[0]
+        D = fold_back(spans[me + 1 :], Gs[me + 1 :], torch.zeros_like(S))[0]
         dA = gradient_of_transition(kind, spans[me].A, D, M)
     return dA.to(A.dtype), D.clone()  # an op's output may not be a piece of the buffer
 
@@ -147,7 +154,7 @@ def gradient_of_transition(kind: str, A: Tensor, D: Tensor, M: Tensor) -> Tensor
     return TRANSITION[kind].gradient(A, D, M)
 
 
-def _depart_shapes(A, S, numbers, constants, name, kind, group):
+def _depart_shapes(A, S, numbers, constants, name, kind, back, group):
     return S.new_empty(comm.size(comm.named(group)) * (numbers.numel() + S.numel()))
 
 
@@ -159,7 +166,7 @@ def _keep_departed(ctx, inputs, output):
 def _back_to_span(ctx, returning):
     underway, A, S, numbers, *constants = ctx.saved_tensors
     dA, dS = torch.ops.linear_moe.arrive_back(returning, underway, A, S, numbers, constants, *ctx.words)
-    return dA if ctx.needs_input_grad[0] else None, dS, None, [None] * len(constants), *[None] * 3
+    return dA if ctx.needs_input_grad[0] else None, dS, None, [None] * len(constants), *[None] * 4
 
 
 def _keep_arrived(ctx, inputs, output):
@@ -172,7 +179,7 @@ def _back_to_departed(ctx, G):
     underway, S = ctx.saved_tensors
     G = torch.zeros_like(S) if G is None else G.contiguous()
     returning = torch.ops.linear_moe.depart_back(G, underway, ctx.group)
-    return returning, None, None, None, [None] * ctx.constants, *[None] * 3
+    return returning, None, None, None, [None] * ctx.constants, *[None] * 4
 
 
 # ------------------------------------------------------------------------------------------------------- the ops
@@ -192,8 +199,27 @@ def over(ops: Ops, group: Group, attention: str = "gather", how: str = "gather")
     for name in ops._fields:
         if name not in cut and name not in WHOLE:
             raise ValueError(f"cannot cut ops.{name} over a sequence: expected one of {', '.join((*cut, *WHOLE))}")
+    if ops.one_way is not None:
+        return over_both_ways(ops, group, attention, how)
     name = f"{ops.name} over {comm.size(group)} ranks of a sequence"
-    return ops._replace(name=name, **{name: make(ops, group) for name, make in cut.items()})
+    return ops._replace(name=name, cut=True, **{name: make(ops, group) for name, make in cut.items()})
+
+
+def over_both_ways(ops: Ops, group: Group, attention: str, how: str) -> Ops:
+    """Of ops that look both ways: two gathers a layer and direction, one of what ranks before mine do to the memory,
+    one of what those behind it do to that of the reversed sequence. Softmax attention exchanges tokens for heads, for
+    then each rank sees all of them; the other ways are causal."""
+    if how != "gather":
+        raise ValueError(f"ops that look both ways cannot be cut with states {how}: use gather")
+    both = both_ways(over(ops.one_way, group, attention), recurrence(ops.one_way, group, back=True))
+    return both._replace(attention=ulysses(ops, group) if attention == "ulysses" else causal_only(attention))
+
+
+def causal_only(way: str) -> Callable:
+    def run(*_, **__):
+        raise ValueError(f"{way} attention over a cut sequence is causal: ops that look both ways need ulysses")
+
+    return run
 
 
 def known_as(what: str, name: str, table: dict[str, Callable]) -> Callable:
@@ -202,13 +228,15 @@ def known_as(what: str, name: str, table: dict[str, Callable]) -> Callable:
     return table[name]
 
 
-def recurrence(ops: Ops, group: Group) -> Callable:
+def recurrence(ops: Ops, group: Group, back: bool = False) -> Callable:
     """One gather each way. Receives (W - 1)(bytes of A and S) forward, (W - 1)(bytes of S) backward. The memory that
     it returns is the one that leaves my segment.
 
     Where a memory adds to the outputs (`reference.late`) the tokens run once, from nothing, while the gather is under
     way, and what enters is added afterwards; the backward pass mirrors that. Other rows run for their span and again
     from the memory: a delta rule would have to carry a K×K matrix to each token, an element's own decay K×V numbers.
+
+    `back`: the tokens of each rank are reversed, and so is the order of the ranks.
     """
 
     def run(row, tokens, constants=None, memory=None, cu_seqlens=None):
@@ -223,10 +251,10 @@ def recurrence(ops: Ops, group: Group) -> Callable:
         span = (span_of_late if late else ops.span)(row, tokens, constants, cu_seqlens)
         span = span._replace(S=attached(span.S, [], inputs))
         wire = Wire(*(brief(row, tokens, constants, cu_seqlens) or (span.A, [], "")))
-        underway = departed(span, wire, group)
+        underway = departed(span, wire, group, back)
         if late:
             o, last = ops.recurrence(row, tokens, constants, None, cu_seqlens)
-        M = arrived(underway, span, wire, group)
+        M = arrived(underway, span, wire, group, back)
         if late:
             first = tokens_of_first(tokens, cu_seqlens)
             o = added(o, seen(row, first, constants, M))
@@ -375,11 +403,11 @@ def for_first(state: Float[Tensor, "b ..."], cu_seqlens) -> Float[Tensor, "n ...
 STATES = {"gather": recurrence, "ring": chain}
 CUT = {"short_convolution": short_convolution, "token_shift": token_shift, "running_sum": running_sum}
 # Acts on each token alone, is about my own tokens by definition, or belongs to the mesh (total).
-WHOLE = ("name", "span", "step", "experts", "norm", "token_losses", "total", "kept")
+WHOLE = ("name", "span", "step", "experts", "norm", "token_losses", "total", "kept", "one_way", "cut")
 
 # ------------------------------------------------------------------------------------------------ known to torch
 
-SPAN = "Tensor A, Tensor S, Tensor numbers, Tensor[] constants, str name, str kind, str group"
+SPAN = "Tensor A, Tensor S, Tensor numbers, Tensor[] constants, str name, str kind, bool back, str group"
 known("depart", f"({SPAN}) -> Tensor", _depart, _depart_shapes)
 known("arrive", f"(Tensor underway, {SPAN}) -> Tensor", _arrive, lambda underway, A, S, *_: torch.empty_like(S))
 known(

@@ -6,7 +6,7 @@ knows neither the backend nor the number of ranks.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from reference import chunked, recurrence, span
 from reference.attention import attention
@@ -31,6 +31,8 @@ class Ops(NamedTuple):
     token_losses: Callable  # (x : n d, head : vocabulary d, labels : n) -> cross entropy of each token, 0 where -100
     total: Callable  # (x) -> the sum of x over all ranks that share the batch
     kept: tuple[str, ...] = ()  # functions that this backend deliberately shares with `reference`
+    one_way: Optional["Ops"] = None  # of ops that look both ways (`reference.bidirectional`): those they are made of
+    cut: bool = False  # whether the sequence lies cut over ranks
 
 
 ops = Ops(

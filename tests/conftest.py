@@ -46,6 +46,18 @@ EXEMPT = {
     "test_the_stack_equals_released_models": "no whole model of a released size to compare with; its block is",
     "test_pieces_equal_the_whole": "not prefix-stable",
     "test_what_a_memory_adds_afterwards": "its memory cannot come late",
+    **dict.fromkeys(
+        (
+            "test_a_row_equals_its_matrix_of_scores",
+            "test_documents_do_not_see_each_other",
+            "test_a_reversed_sequence_gives_reversed_outputs",
+            "test_no_token_at_all",
+        ),
+        "does not run both ways",
+    ),
+    "test_low_precision_rounds_once": "a few rows stand for all",
+    "test_a_model_sees_every_token_of_a_document": "a few rows stand for all",
+    "test_both_ways": "a few rows stand for all",
     "test_a_few_numbers_make_up_the_whole_transition": "its transition is small, or known by its tokens alone",
     "test_a_few_tokens_by_hand": "its oracle is enough",
     "test_chunks_of_more_tokens_than_keys_keep_their_digits": "its chunks solve nothing",

@@ -355,9 +355,30 @@ MUTANTS = [
     Mutant(
         "cut: backward folds over the earlier ranks",
         "parallel/lasp.py",
-        "fold_back(spans[later:], Gs[later:], torch.zeros_like(S))",
+        "fold_back(spans[me + 1 :], Gs[me + 1 :], torch.zeros_like(S))",
         "fold_back(spans[:me], Gs[:me], torch.zeros_like(S))",
         "tests/test_lasp.py -k equal_one",
+    ),
+    Mutant(
+        "both ways: a token's own write counts twice",
+        "reference/bidirectional.py",
+        " - own(summed, tokens, constants)",
+        "",
+        "tests/test_bidirectional.py -k matrix_of_scores",
+    ),
+    Mutant(
+        "both ways: the borders of the reversed sequence are not mirrored",
+        "reference/bidirectional.py",
+        "cu_seqlens[-1] - cu_seqlens.flip(0)",
+        "cu_seqlens",
+        "tests/test_bidirectional.py -k documents",
+    ),
+    Mutant(
+        "both ways, cut: backwards the ranks come in ascending order",
+        "parallel/lasp.py",
+        "(parts[::-1], len(parts) - 1 - me) if back",
+        "(parts, me) if back",
+        "tests/test_bidirectional.py -k equal_one",
     ),
     Mutant(
         "cut: a chain passes on its first document's memory",

@@ -34,6 +34,7 @@ from fast.kernels import scan as scans
 from inputs import assert_within_budget, leaves, make, start
 from reference import chunked, example, span
 from reference import recurrence as exact
+from reference.bidirectional import both_ways
 from reference.lsm import LSM
 from reference.printed import PRINTED
 
@@ -531,6 +532,19 @@ def test_a_step_with_gradients_overwrites_nothing(launched):
     tokens["k"].requires_grad_()
     quick.step(row, tokens, None, M)[0].sum().backward()
     assert torch.equal(M, before) and launched["decay_step"] == 0
+
+
+@pytest.mark.parametrize("name", ["linear_attention_normalized", "mamba2", "gla", "rwkv6"])
+def test_both_ways(name):
+    row, tokens, constants = make(name, b=1, t=33, k=16, v=16)
+    cu_seqlens = torch.tensor([0, 7, 7, 33], dtype=torch.int32, device=DEVICE)
+
+    def outputs(ops, dtype):
+        x, c = ({n: y.to(DEVICE, dtype) for n, y in group.items()} for group in (tokens, constants))
+        return both_ways(ops).recurrence(row, x, c, None, cu_seqlens)[0]
+
+    right = outputs(reference.ops, torch.float64)
+    assert_within_budget(outputs(fast.ops, torch.float32), outputs(reference.ops, torch.float32), right, name)
 
 
 # ----------------------------------------------------------------------------------------------------- the surface
