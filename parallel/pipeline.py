@@ -295,6 +295,9 @@ def divide(whole: LanguageModel, mesh: Mesh, recompute: bool) -> Part:
         if recompute:
             shard.checkpointing(stage.blocks.values())
         shard.shard(stage, mesh, stage.blocks.values())
+        if mesh.shards is not None:
+            # Whole from a step's first micro-batch to its last: gathered once, and torch's weight passes look for them.
+            stage.set_reshard_after_forward(False)
     return part
 
 

@@ -43,7 +43,6 @@ def config_of(degrees=ALONE, **more) -> trainer.Train:
         batch=BATCH,
         steps=STEPS,
         bias_rate=0.05,
-        evaluate_batches=2,
         **outside,
     )
 
@@ -94,7 +93,7 @@ def run(config, data=1):
         load = [] if result.load is None else [x.double().flatten() for x in result.load]
         said.append(torch.cat([torch.tensor([result.loss, result.norm], dtype=torch.float64), *load]).detach())
         assert result.finite and not result.stop
-    bits = trainer.validate(config, model, over, place, DOCUMENTS, CPU, config.evaluate_batches)
+    bits = trainer.validate(config, model, over, place, DOCUMENTS[1:], CPU)
     return torch.cat(said), grads, start, named(model), bits
 
 
