@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 import train as trainer
 from data.corpus import Document
 from data.stream import Batch, Stream
-from parallel import mesh, pipeline, testing
+from parallel import checkpoint, mesh, pipeline, testing
 from reference.ops import ops
 from reference.presets import Model
 
@@ -150,3 +150,142 @@ def four() -> list:
 def test_four_ranks_train_as_one(case, alone, four):
     want = alone[FOUR[case]] if case[1].data == 1 else run(config_of(**MODELS[FOUR[case]]), data=2)
     same([rank[case] for rank in four], want)
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+SAVED = MODELS["bias"]
+
+
+def save(folder, where, first, last):
+    """Steps from the newest checkpoint, if any, and a checkpoint; what is then there."""
+    config = config_of(where, **SAVED)
+    place, model, over, optimizer = prepared(config)
+    state = {"model": model, "optimizer": optimizer, "step": 0}
+    checkpoint.load(folder, state)
+    assert state["step"] == first
+    at_load = named(model)
+    for step in range(first, last):
+        trainer.one_step(config, model, over, optimizer, batches_of(config, place, step), step, False)
+    checkpoint.save(folder, last, {**state, "step": last}, 1)
+    return at_load, named(model)
+
+
+def test_checkpoints_go_from_any_number_of_stages_to_any_other(tmp_path):
+    config = config_of(**SAVED)
+    place, model, over, optimizer = prepared(config)
+    said = []
+    for step in range(STEPS):
+        trainer.one_step(config, model, over, optimizer, batches_of(config, place, step), step, False)
+        said.append(named(model))
+    for name, places in {
+        "a": [(2, degrees("interleaved")), (1, ALONE), (4, degrees("gpipe", pipeline=4))],
+        "b": [(1, ALONE), (2, degrees("zero-bubble-v")), (2, degrees("1f1b"))],
+    }.items():
+        for step, (ranks, where) in enumerate(places):
+            ask = (tmp_path / name, where, step, step + 1)
+            for at_load, after in testing.run(ranks, save, *ask) if ranks > 1 else [save(*ask)]:
+                for got, want in ((at_load, said[step - 1]), (after, said[step])) if step else ((after, said[0]),):
+                    wanted = {n: want[n] for n in got}
+                    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+def other(folder):
+    """A checkpoint of a larger model is refused on every rank, though none holds all of either."""
+    config = config_of(degrees("1f1b"), pattern="LD", repeat=2)
+    state = dict(zip(("model", "optimizer"), prepared(config)[1::2], strict=True))
+    with pytest.raises(ValueError) as caught:
+        checkpoint.load(folder, state)
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_more_blocks_is_refused(tmp_path):
+    _, model, _, optimizer = prepared(config_of(pattern="LD", repeat=3))
+    optimizer.step()
+    checkpoint.save(tmp_path, 1, {"model": model, "optimizer": optimizer}, 1)
+    for line in testing.run(2, other, tmp_path):
+        assert "is of another model: it has model.blocks.2" in line
+
+
+# ------------------------------------------------------------------------------------- the stages, and what is refused
+
+
+@pytest.mark.parametrize(("blocks", "stages"), [(b, s) for b in range(1, 9) for s in range(1, b + 1)])
+def test_stages_are_neighbouring_blocks_of_even_number(blocks, stages):
+    parts = pipeline.cut(blocks, stages)
+    assert [i for part in parts for i in part] == list(range(blocks))
+    sizes = [len(part) for part in parts]
+    assert len(parts) == stages and sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize("schedule", pipeline.SCHEDULE)
+def test_every_rank_has_as_many_stages(schedule):
+    how = pipeline.SCHEDULE[schedule]
+    for ranks in (1, 2, 3, 4):
+        places = [pipeline.place(i, ranks, how) for i in range(ranks * how.stages)]
+        assert sorted(places) == sorted(list(range(ranks)) * how.stages) and places[0] == 0
+        assert places[-1] == (0 if how.turns else ranks - 1)
+
+
+def test_the_bubble_shrinks_with_stages_and_micro_batches():
+    four = mesh.Mesh(pipeline_size=4)
+    assert pipeline.bubble(four, 8) == 3 / 11  # of 2104.04473, 2.2: (p - 1) / m over the ideal time
+    assert pipeline.bubble(four._replace(schedule="interleaved"), 8) == 3 / 19
+
+
+REFUSED = {
+    "tied": ({"tied": True}, {}, "a tied embedding is of the first and of the last stage"),
+    "bounds": ({"lsm": "hgrn2"}, {}, "layers of 'hgrn2' share more than x"),
+    "values": ({"lsm": "rwkv7"}, {}, "layers of 'rwkv7' share more than x"),
+    "soft": ({"router": "soft", "pattern": "LE"}, {}, "mixes tokens, which no test has led through stages"),
+    "few blocks": (
+        {"pattern": "LD", "repeat": 3},
+        {"schedule": "interleaved"},
+        "are 4 stages, and the model has 3 blo",
+    ),
+    "few micro-batches": ({"micro": 8}, {}, "2 pipeline ranks need as many micro-batches a step, found 1"),
+    "sequence": ({}, {"sequence": 2}, "goes with data alone, not with --mesh.sequence 2"),
+    "experts": ({}, {"expert": 2, "replicas": 2}, "goes with data alone, not with --mesh.expert 2, --mesh.replicas 2"),
+    "ranks": ({}, {"data": 2}, "a mesh of 2 pipeline x 2 data needs 4 ranks, found 2"),
+    "none": ({}, {"pipeline": 0}, "--mesh.pipeline is 0; it must be at least 1"),
+}
+
+
+def refusals():
+    said = {}
+    for name, (model, where, _) in REFUSED.items():
+        with pytest.raises(ValueError) as caught:
+            prepared(config_of(degrees(**{"schedule": "1f1b"} | where), **{"pattern": "LD", "repeat": 4} | model))
+        said[name] = str(caught.value)
+    return said
+
+
+def test_what_cannot_be_cut_is_refused_in_one_line():
+    for said in testing.run(2, refusals):
+        for name, line in said.items():
+            assert REFUSED[name][2] in line and "\n" not in line, (name, line)
+
+
+def test_rounds_must_divide_the_micro_batches():
+    three = mesh.Mesh(pipeline_size=2, schedule="zero-bubble")
+    with pytest.raises(ValueError, match="goes 2 rounds over 2 ranks, by which 5 micro-batches cannot be divided"):
+        pipeline.refuse(Model(**SIZES, pattern="LD", repeat=4), 4, three, 5)
+    pipeline.refuse(Model(**SIZES, pattern="LD", repeat=4), 4, three, 6)
+
+
+def lines():
+    _, model, _, _ = prepared(config_of(degrees("zero-bubble-v"), **MODELS["L"]))
+    place = made_once(degrees("zero-bubble-v"))
+    return str(place), pipeline.told(model, place), sum(p.numel() for p in model.parameters())
+
+
+def test_the_mesh_says_what_each_rank_holds():
+    said = testing.run(2, lines)
+    count = sum(p.numel() for p in prepared(config_of(**MODELS["L"]))[1].parameters())
+    assert sum(own for _, _, own in said) == count
+    for text, held, _ in said:
+        assert text == "2 ranks = 2 pipeline x 1 data, parameters of a stage whole, schedule zero-bubble-v"
+        assert held == [
+            f"rank 0 holds blocks 0 and 3, embedding, head: {said[0][2]:,} parameters",
+            f"rank 1 holds blocks 1 and 2: {said[1][2]:,} parameters",
+        ]
