@@ -27,9 +27,12 @@ MODELS = {
     "experts": {"pattern": "LE", "repeat": 4, "balance": {"switch": 0.1, "z": 0.01}, "lsm": "gla"},
     "bias": {"pattern": "LENEDLELD", "router": "deepseek_v3", "balance": {"switch": 0.1}, "shared_width": 4},
     "penalty": {"pattern": "LENE", "repeat": 2, "router": "remoe", "balance": {"penalty": 1e6}, "dropout": 0.1},
+    "recomputed": {"pattern": "LE", "repeat": 4, "recompute": True, "dropout": 0.1},
     "inside": {"pattern": "L+EN+E", "repeat": 2, "attention": "mixture", "mixer_experts": 3},
 }
 ALONE = mesh.Degrees()
+# Where tokens choose how many experts they visit, what a document adds to this sum depends on its neighbours.
+UNSAID = "remoe", "sequence"
 
 
 def config_of(degrees=ALONE, **more) -> trainer.Train:
@@ -90,7 +93,8 @@ def run(config, data=1):
     optimizer.register_step_pre_hook(keep)
     for step in range(STEPS):
         result = trainer.one_step(config, model, over, optimizer, batches_of(config, place, step, data), step, False)
-        load = [] if result.load is None else [x.double().flatten() for x in result.load]
+        fields = {} if result.load is None else result.load._asdict()
+        load = [x.double().flatten() for name, x in fields.items() if (config.model.router, name) != UNSAID]
         said.append(torch.cat([torch.tensor([result.loss, result.norm], dtype=torch.float64), *load]).detach())
         assert result.finite and not result.stop
     bits = trainer.validate(config, model, over, place, DOCUMENTS[1:], CPU)
@@ -104,7 +108,7 @@ def runs(configs):
 def same(ranks: list, want) -> None:
     """Every rank said what one process says, and holds its part of it; together they hold all."""
     for got in ranks:
-        torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got[0], want[0], rtol=1e-11, atol=1e-12)
         assert got[4] == pytest.approx(want[4], abs=1e-12)
         for part, exact in zip(got[1:4], want[1:4], strict=True):
             torch.testing.assert_close(part, {name: exact[name] for name in part}, rtol=1e-11, atol=1e-12)
@@ -117,6 +121,12 @@ def degrees(schedule, **more):
     return mesh.Degrees(**{"pipeline": 2, "data": 1, "schedule": schedule} | more)
 
 
+# Every schedule with a hybrid and with experts, the others' in turn.
+TWO = [(n, s) for n in ("hybrid", "bias") for s in pipeline.SCHEDULE]
+TWO += [("L", "1f1b"), ("experts", "gpipe"), ("penalty", "interleaved"), ("penalty", "zero-bubble")]
+TWO += [("inside", "1f1b"), ("inside", "zero-bubble-v"), ("recomputed", "1f1b"), ("recomputed", "interleaved")]
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict:
     return runs({name: config_of(**how) for name, how in MODELS.items()})
@@ -124,12 +134,10 @@ def alone() -> dict:
 
 @pytest.fixture(scope="module")
 def two() -> list:
-    cases = {(n, s): config_of(degrees(s), **MODELS[n]) for n in MODELS for s in pipeline.SCHEDULE}
-    return testing.run(2, runs, cases)
+    return testing.run(2, runs, {(n, s): config_of(degrees(s), **MODELS[n]) for n, s in TWO})
 
 
-@pytest.mark.parametrize("schedule", pipeline.SCHEDULE)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "schedule"), TWO)
 def test_two_ranks_train_as_one(name, schedule, alone, two):
     same([rank[name, schedule] for rank in two], alone[name])
 
