@@ -238,7 +238,7 @@ def model_of(config: Train, ops, mesh, device: torch.device) -> tuple[LanguageMo
     if config.precision == "float64":
         model = model.double()
     if mesh.pipeline_size > 1:
-        pipeline.refuse(config.model, len(model.blocks), mesh, feed_of(config, mesh).times)
+        pipeline.refuse(model, mesh, feed_of(config, mesh).times)
         model = pipeline.divide(model, mesh, config.recompute)
         model.begin(device)
         how = {name: how[name] for name, _ in model.named_parameters()}

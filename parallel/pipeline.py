@@ -29,11 +29,8 @@ from torch.distributed.pipelining.schedules import (
 
 from parallel import comm, shard
 from parallel.mesh import Mesh
-from reference import mixers
-from reference.model import LanguageModel, Output, alike, stacked
+from reference.model import LanguageModel, Load, Output, alike, stacked
 from reference.moe import MoE
-from reference.presets import Model as Config
-from reference.routers import Load, row
 
 
 class Schedule(NamedTuple):
@@ -66,22 +63,16 @@ def cut(blocks: int, stages: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(ends)]
 
 
-def refuse(config: Config, blocks: int, mesh: Mesh, micro_batches: int) -> None:
+def refuse(model: LanguageModel, mesh: Mesh, micro_batches: int) -> None:
     """ValueError, one line, for what cannot be cut into stages, and for too few micro-batches to fill them."""
     ranks, how = mesh.pipeline_size, SCHEDULE[mesh.schedule]
-    stages, alone = ranks * how.stages, "use --mesh.pipeline 1"
+    config, blocks, stages, alone = model.config, len(model.blocks), ranks * how.stages, "use --mesh.pipeline 1"
     if config.tied:
         raise ValueError(f"a tied embedding is of the first and of the last stage, which are different ranks; {alone}")
-    if "L" in config.letters:
-        kind = mixers.kind(config.lsm)
-        with torch.device("meta"):
-            common = kind.common(config, config.letters.count("L"))
-        if common or config.lsm in HANDS_ON:
-            raise ValueError(f"layers of {config.lsm!r} share more than x, which stages do not hand on; {alone}")
-    if "E" in config.letters and row(config.router).weights == "slots":
-        raise ValueError(
-            f"router {row(config.router).title} mixes tokens, which no test has led through stages; {alone}"
-        )
+    if len(model.common) or any(getattr(layer, "needs_values", False) for layer in model.modules()):
+        raise ValueError(f"layers of {config.lsm!r} share more than x, which stages do not hand on; {alone}")
+    if any(isinstance(layer, MoE) and layer.scale is not None for layer in model.modules()):
+        raise ValueError(f"router {config.router!r} mixes tokens, which no test has led through stages; {alone}")
     if stages > blocks:
         raise ValueError(
             f"{ranks} pipeline ranks x {how.stages} of schedule {mesh.schedule!r} are {stages} stages, and the model "
@@ -97,9 +88,6 @@ def refuse(config: Config, blocks: int, mesh: Mesh, micro_batches: int) -> None:
             f"schedule {mesh.schedule!r} goes {rounds} rounds over {ranks} ranks, by which {micro_batches} "
             f"micro-batches cannot be divided: let them be a multiple of {ranks}"
         )
-
-
-HANDS_ON = ("rwkv7",)  # whose first layer gives its values to all others
 
 
 class Stage(nn.Module):

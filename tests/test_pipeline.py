@@ -13,6 +13,7 @@ import train as trainer
 from data.corpus import Document
 from data.stream import Batch, Stream
 from parallel import checkpoint, mesh, pipeline, testing
+from reference.model import LanguageModel
 from reference.ops import ops
 from reference.presets import Model
 
@@ -275,10 +276,11 @@ def test_what_cannot_be_cut_is_refused_in_one_line():
 
 
 def test_rounds_must_divide_the_micro_batches():
-    three = mesh.Mesh(pipeline_size=2, schedule="zero-bubble")
+    two = mesh.Mesh(pipeline_size=2, schedule="zero-bubble")
+    model = LanguageModel(Model(**SIZES, pattern="LD", repeat=4), ops)
     with pytest.raises(ValueError, match="goes 2 rounds over 2 ranks, by which 5 micro-batches cannot be divided"):
-        pipeline.refuse(Model(**SIZES, pattern="LD", repeat=4), 4, three, 5)
-    pipeline.refuse(Model(**SIZES, pattern="LD", repeat=4), 4, three, 6)
+        pipeline.refuse(model, two, 5)
+    pipeline.refuse(model, two, 6)
 
 
 def lines():
