@@ -11,6 +11,7 @@ micro-batches is in the mathematics.
 """
 
 import contextlib
+import functools
 import json
 import math
 import resource
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import command
 from data import corpus
 from data.stream import Batch, Stream, evaluation
-from parallel import checkpoint, comm, lasp, shard
+from parallel import checkpoint, comm, lasp, pipeline, shard
 from parallel import mesh as meshes
 from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
 from reference.lsm import row as lsm_row
@@ -246,10 +247,16 @@ def model_of(config: Train, ops, mesh, device: torch.device) -> tuple[LanguageMo
     how, matrices = starts(model), decayed(model)
     if config.precision == "float64":
         model = model.double()
-    if config.recompute:
-        shard.checkpointing(model.blocks)
-    shard.shard(model, mesh, model.blocks)
-    model.to_empty(device=device)
+    if mesh.pipeline_size > 1:
+        pipeline.refuse(model, mesh, feed_of(config, mesh).times)
+        model = pipeline.divide(model, mesh, config.recompute)
+        model.begin(device)
+        how = {name: how[name] for name, _ in model.named_parameters()}
+    else:
+        if config.recompute:
+            shard.checkpointing(model.blocks)
+        shard.shard(model, mesh, model.blocks)
+        model.to_empty(device=device)
     initialize(model, config.seed, how)
     return model, matrices
 
@@ -350,18 +357,32 @@ def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int
     key = seed_of(config.seed, "dropout", step)
     out = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens, batch.indices, key)
     total = out.losses.sum()
-    loss = total / tokens
-    for k, inside in out.inside:
-        loss = loss + asked({"switch": config.mixer_balance}, inside, ops, k)[0].to(loss) / times
-    load = None
-    if out.loads is not None:
+    beside, load = aside(config, ops, times, out.loads, out.inside, model)
+    (total / tokens + beside).backward()
+    return Sums(total.detach(), load)
+
+
+def aside(config: Train, ops, times: int, loads: Load | None, inside, model) -> tuple[Tensor | float, Load | None]:
+    """This rank's share of the losses of the routers in `model`, of one micro-batch of `times`; the load of all."""
+    loss, load = 0.0, None
+    for k, own in inside:
+        loss = loss + asked({"switch": config.mixer_balance}, own, ops, k)[0] / times
+    if loads is not None:
         weights = config.balances()
         if "penalty" in weights:
             weights["penalty"] *= float(expert_layers(model)[0].penalty)
-        aside, load = asked(weights, out.loads, ops, config.model.top_k, config.model.groups)
-        loss = loss + aside.to(loss) / times
-    loss.backward()
-    return Sums(total.detach(), load)
+        own, load = asked(weights, loads, ops, config.model.top_k, config.model.groups)
+        loss = loss + own / times
+    return loss, load
+
+
+def through_stages(config: Train, model, ops, batches: list[Batch], tokens: Tensor, step: int) -> Sums:
+    """`backward` of all micro-batches, in the order of the pipeline's schedule."""
+    alike = ops._replace(total=lambda x: comm.total(x, model.mesh.alike))  # routers are those of my stages
+    beside = functools.partial(aside, config, alike, len(batches))
+    key = seed_of(config.seed, "dropout", step)
+    with precise(config, tokens.device):
+        return Sums(*model.backward(pipeline.Task(batches, tokens, key, beside)))
 
 
 def asked(weights: dict[str, float], mine: Load, ops, k: int, groups: int = 1) -> tuple[Tensor, Load]:
@@ -384,17 +405,20 @@ class Result(NamedTuple):
 def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: int, stop: bool) -> Result:
     """Gradients of all micro-batches, then the parameters' move, unless a gradient is not finite."""
     device = batches[0].tokens.device
-    mine = sum((b.labels >= 0).sum() for b in batches)
+    piped = isinstance(model, pipeline.Part)
+    mine = sum((b.labels >= 0).sum() for b in batches) * (model.has_head if piped else 1)
     everyone = ops.total(torch.stack([mine.double(), torch.tensor(float(stop), device=device, dtype=torch.float64)]))
     tokens = everyone[0].clamp(min=1).to(torch.float64 if config.precision == "float64" else torch.float32)
     sums = []
-    for i, batch in enumerate(batches):
+    if piped:
+        sums.append(through_stages(config, model, ops, batches, tokens, step))
+    for i, batch in enumerate(batches if not piped else []):
         shard.synchronize(model, i == len(batches) - 1)
         with precise(config, device):
             sums.append(backward(config, model, ops, batch, tokens, len(batches), step))
     loss = sum(s.loss for s in sums)
     load = Load(*map(sum, zip(*(s.load for s in sums), strict=True))) if sums[0].load is not None else None
-    norm = shard.grad_norm(model.parameters())
+    norm = shard.grad_norm(model.parameters(), apart=piped)
     finite = bool(torch.isfinite(norm))
     if finite:
         shard.clip_(model.parameters(), norm, config.optimizer.clip)
@@ -413,7 +437,7 @@ def expert_layers(model) -> list[MoE]:
 def move_balance(config: Train, model, load: Load | None) -> None:
     """Once a step, over all ranks: overloaded experts become less attractive, underloaded ones more (2408.15664);
     ReMoE's penalty grows while tokens visit too many experts (2412.14711)."""
-    for i, layer in enumerate(expert_layers(model)):
+    for i, layer in zip(pipeline.numbers(model), expert_layers(model), strict=True):
         if layer.bias is not None:
             layer.bias.copy_(updated_bias(layer.bias, load.counts[i], config.bias_rate))
         if layer.penalty is not None:
@@ -726,7 +750,12 @@ def introduce(say, config: Train, model, mesh, ops, device, step: int) -> None:
         f"{count['total']:,} parameters, {count['active']:,} active"
     )
     say(f"backend {ops.name} on {device}, {config.precision}; {mesh}; run folder {config.out}")
-    if mesh.size > 1:
+    if mesh.pipeline_size > 1:
+        for line in pipeline.told(model, mesh):
+            say(line)
+        bubble = pipeline.bubble(mesh, feed_of(config, mesh).times)
+        say(f"{feed_of(config, mesh).times} micro-batches a step: a rank waits at most {bubble:.0%} of even passes")
+    elif mesh.size > 1:
         held = [
             f"{mine:,} of {all_:,} parameters of {part}" for part, (mine, all_) in shard.held(model).items() if all_
         ]

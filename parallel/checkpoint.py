@@ -296,8 +296,11 @@ def fill(path: Path, state: dict) -> None:
     model = next(x for x in state.values() if isinstance(x, nn.Module))
     hyper = {name: hyperparameters(x) for name, x in state.items() if isinstance(x, Optimizer)}
     values = stored(state)
+    own = {name: values[name]["param_groups"] for name in hyper}
     fit(path, values, [name for name, x in state.items() if isinstance(x, nn.Module)])
     quietly(dcp.load, values, checkpoint_id=path)
+    for name, groups in own.items():  # what was saved may name the parameters of one rank of a pipeline
+        values[name]["param_groups"] = groups
     for name, x in state.items():
         if isinstance(x, nn.Module):
             set_model_state_dict(x, values[name])
@@ -325,8 +328,9 @@ def fit(path: Path, values: dict, models: list[str]) -> None:
                 f"{path} is of another shape: {name} is {tuple(there[name].size)} there and {shape} here; "
                 "use the configuration that it was saved with, or another folder"
             )
+    anywhere = set().union(*comm.objects(set(here), comm.world()))  # in a pipeline each rank holds some
     for name in there:
-        if name.split(".")[0] in models and name not in here:
+        if name.split(".")[0] in models and name not in anywhere:
             raise ValueError(f"{path} is of another model: it has {name}, which is not here")
 
 

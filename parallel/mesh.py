@@ -34,6 +34,11 @@ class Degrees:
     some of them, which sums before it answers (fewer bytes, and in 16 bits one more rounding)."""
     replicas: int = 1
     """Groups of ranks that hold all parameters, each cut over its group (1: parameters are cut over all ranks)."""
+    pipeline: int = 1
+    """Ranks that share the blocks, one part of the stack each (with schedules of two stages: two parts)."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"] = "1f1b"
+    """In which order the ranks of a pipeline work: all forward, then all backward; one forward, one backward; the same
+    with two stages a rank; with gradients of weights in the gaps; the same, with the last stage on the first rank."""
 
 
 class Mesh(NamedTuple):
@@ -56,10 +61,21 @@ class Mesh(NamedTuple):
     experts: DeviceMesh | None = None  # the same of the experts' parameters, and behind it the group `expert`
     attention: str = "gather"  # how softmax layers and memories cross a cut sequence
     states: str = "gather"
+    pipeline_rank: int = 0
+    pipeline_size: int = 1
+    schedule: str = "1f1b"
+    pipeline: comm.Group = None  # who shares a stack with me, in the order of its first stages
+    alike: comm.Group = None  # in a pipeline: who holds the same stages as I do
 
     def __str__(self) -> str:
         if self.size == 1:
             return "one process"
+        if self.pipeline_size > 1:
+            inside = "sharded over data" if self.data_size > 1 else "whole"
+            return (
+                f"{self.size} ranks = {self.pipeline_size} pipeline x {self.data_size} data, parameters of a stage "
+                f"{inside}, schedule {self.schedule}"
+            )
         text = f"{self.size} ranks = {self.data_size} data x {self.sequence_size} sequence, parameters sharded over "
         over = self.size // self.replicas
         text += "all" if self.replicas == 1 else f"{over} in each of {self.replicas} replicas"
@@ -82,6 +98,8 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
     data = check(degrees, world)
     if world == 1:
         return Mesh()
+    if degrees.pipeline > 1:
+        return piped(degrees, data, group, device)
     expert, replicas = degrees.expert, degrees.replicas
 
     def view(**dims: int) -> DeviceMesh:
@@ -113,8 +131,46 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
     )
 
 
+def piped(degrees: Degrees, data: int, group: comm.Group, device: torch.device) -> Mesh:
+    """pipeline x data: the ranks that hold the same stages are neighbours."""
+    ranks = init_device_mesh(device.type, (degrees.pipeline, data), mesh_dim_names=("pipeline", "data"))
+    return Mesh(
+        rank=comm.rank(group),
+        size=comm.size(group),
+        data_rank=ranks.get_local_rank("data"),
+        data_size=data,
+        everyone=group,
+        shards=ranks["data"] if data > 1 else None,
+        pipeline_rank=ranks.get_local_rank("pipeline"),
+        pipeline_size=degrees.pipeline,
+        schedule=degrees.schedule,
+        pipeline=ranks.get_group("pipeline"),
+        alike=ranks.get_group("data") if data > 1 else None,
+    )
+
+
+def check_pipeline(degrees: Degrees, world: int) -> int:
+    """The degree of data beside a pipeline; ValueError, one line, for what does not go with it."""
+    others = {name: getattr(degrees, name) for name in ("sequence", "expert", "replicas")}
+    wrong = [f"--mesh.{name} {n}" for name, n in others.items() if n != 1]
+    if wrong:
+        raise ValueError(f"--mesh.pipeline {degrees.pipeline} goes with data alone, not with {', '.join(wrong)}")
+    data = max(world // degrees.pipeline, 1) if degrees.data == -1 else degrees.data
+    need = data * degrees.pipeline
+    if need != world:
+        raise ValueError(
+            f"a mesh of {degrees.pipeline} pipeline x {data} data needs {need} ranks, found {world}: start as many "
+            f"(torchrun --nproc-per-node {need}), or let pipeline be {one_of(world)}"
+        )
+    return data
+
+
 def check(degrees: Degrees, world: int) -> int:
     """The degree of data; ValueError, one line, if this many ranks cannot be used that way."""
+    if degrees.pipeline < 1:
+        raise ValueError(f"--mesh.pipeline is {degrees.pipeline}; it must be at least 1")
+    if degrees.pipeline > 1:
+        return check_pipeline(degrees, world)
     data, sequence, expert, replicas = degrees.data, degrees.sequence, degrees.expert, degrees.replicas
     if min(sequence, expert, replicas) < 1 or (data < 1 and data != -1):
         raise ValueError(

@@ -105,8 +105,9 @@ def copies(x: Tensor) -> int:
 
 
 @torch.no_grad()
-def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+def grad_norm(parameters: Iterable[Tensor], apart: bool = False) -> Tensor:
     """The 2-norm of all gradients, over all ranks, the same number everywhere. One that is not finite makes it so.
+    `apart` says that ranks hold different parameters, even if whole ones.
 
     One exchange, of the sum of squares, whatever meshes the parameters are on: what several ranks hold alike counts
     on each of them its part.
@@ -116,7 +117,7 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
         return torch.tensor(0.0)
     norms = torch.stack(torch._foreach_norm([local(g) for g in grads])).double()
     shares = norms.new_tensor([1 / copies(g) for g in grads])
-    group = comm.world() if any(isinstance(g, DTensor) for g in grads) else None
+    group = comm.world() if apart or any(isinstance(g, DTensor) for g in grads) else None
     return comm.total((norms.square() * shares).sum(), group).sqrt().to(grads[0].dtype)
 
 

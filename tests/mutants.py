@@ -1006,8 +1006,8 @@ MUTANTS = [
     Mutant(
         "routers inside mixers are balanced for the experts' k",
         "train.py",
-        "inside, ops, k)[0]",
-        "inside, ops, config.model.top_k)[0]",
+        "own, ops, k)[0]",
+        "own, ops, config.model.top_k)[0]",
         "tests/test_train.py -k inside_mixers",
     ),
     Mutant(

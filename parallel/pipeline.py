@@ -1,0 +1,312 @@
+"""Blocks shared out over ranks: each rank holds some of the stack, and micro-batches flow through.
+
+A stack of blocks is cut into stages, one or two of them on each rank. Between stages travels the residual stream x
+alone, forward, and its gradient, backward; in which order a rank does what is the schedule's, which is torch's
+(`torch.distributed.pipelining`). All ranks of a pipeline make the same batches, as data is a function of the step, so
+that what a block knows about its tokens besides x never travels.
+
+Every parameter keeps the name that it has in the whole model: it starts as there, and checkpoints fit any number of
+stages. Losses of routers belong to the stage that has the layer: they join its gradient where x leaves it.
+
+    b batch (1, packed)   t time   d width   l expert layers   e experts   s stages
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from parallel import comm, shard
+from parallel.mesh import Mesh
+from reference.model import LanguageModel, Load, Output, alike, stacked
+from reference.moe import MoE
+
+
+class Schedule(NamedTuple):
+    """An order of work that torch has."""
+
+    kind: type
+    stages: int = 1  # of each rank
+    turns: bool = False  # at the last rank: the stages go back from there, and loss and embedding are on the first
+
+
+SCHEDULE = {
+    "gpipe": Schedule(ScheduleGPipe),  # 1811.06965
+    "1f1b": Schedule(Schedule1F1B),  # 2006.09503
+    "interleaved": Schedule(ScheduleInterleaved1F1B, 2),  # 2104.04473
+    "zero-bubble": Schedule(ScheduleInterleavedZeroBubble, 2),  # 2401.10241
+    "zero-bubble-v": Schedule(ScheduleZBVZeroBubble, 2, turns=True),  # 2405.15362
+}
+
+
+def place(stage: int, ranks: int, schedule: Schedule) -> int:
+    """The rank that has this stage: round after round, or there and back."""
+    return 2 * ranks - 1 - stage if schedule.turns and stage >= ranks else stage % ranks
+
+
+def cut(blocks: int, stages: int) -> list[range]:
+    """Neighbouring blocks of each stage, as many as of any other; where that cannot be, the first have one more, as
+    the last has the head."""
+    few, more = divmod(blocks, stages)
+    ends = [i * few + min(i, more) for i in range(stages + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(ends)]
+
+
+def refuse(model: LanguageModel, mesh: Mesh, micro_batches: int) -> None:
+    """ValueError, one line, for what cannot be cut into stages, and for too few micro-batches to fill them."""
+    ranks, how = mesh.pipeline_size, SCHEDULE[mesh.schedule]
+    config, blocks, stages, alone = model.config, len(model.blocks), ranks * how.stages, "use --mesh.pipeline 1"
+    if config.tied:
+        raise ValueError(f"a tied embedding is of the first and of the last stage, which are different ranks; {alone}")
+    if len(model.common) or any(getattr(layer, "needs_values", False) for layer in model.modules()):
+        raise ValueError(f"layers of {config.lsm!r} share more than x, which stages do not hand on; {alone}")
+    if any(isinstance(layer, MoE) and layer.scale is not None for layer in model.modules()):
+        raise ValueError(f"router {config.router!r} mixes tokens, which no test has led through stages; {alone}")
+    if stages > blocks:
+        raise ValueError(
+            f"{ranks} pipeline ranks x {how.stages} of schedule {mesh.schedule!r} are {stages} stages, and the model "
+            f"has {blocks} blocks (a mixer and what follows it): use fewer ranks, or a schedule of one stage a rank"
+        )
+    if micro_batches < ranks:
+        raise ValueError(
+            f"{ranks} pipeline ranks need as many micro-batches a step, found {micro_batches}: use a smaller --micro"
+        )
+    rounds = micro_batches // ranks
+    if how.stages > 1 and micro_batches % rounds:
+        raise ValueError(
+            f"schedule {mesh.schedule!r} goes {rounds} rounds over {ranks} ranks, by which {micro_batches} "
+            f"micro-batches cannot be divided: let them be a multiple of {ranks}"
+        )
+
+
+class Stage(nn.Module):
+    """Some neighbouring blocks; the first stage has the embedding, too, and the last one the norm and the head."""
+
+    def __init__(self, whole: LanguageModel, index: int, parts: list[range]):
+        super().__init__()
+        self.config, self.ops, self.index = whole.config, whole.ops, index
+        self.first, self.last = index == 0, index == len(parts) - 1
+        self.side = whole.side
+        if self.first:
+            self.embedding = whole.embedding
+        self.blocks = nn.ModuleDict({str(i): whole.blocks[i] for i in parts[index]})
+        if self.last:
+            self.norm, self.head = whole.norm, whole.head
+        self.task: Task | None = None
+        self.loads: dict[int, Load | None] = {}  # of each micro-batch, over all ranks
+        self.losses: dict[int, Tensor] = {}  # the sum over its tokens
+
+    def forward(self, x: Tensor, number: Int[Tensor, " 1"] | None = None, batch=None, key: int | None = None):
+        """Of micro-batch `number` of the step at hand: x, or the last stage's share of the loss. Of a `batch` that is
+        given: x, or the losses of its tokens."""
+        training = batch is None
+        i = int(number) if training else 0
+        batch, key = (self.task.batches[i], self.task.key) if training else (batch, key)
+        x, loads = self.through(x, batch, key)
+        if not training:
+            return self.lost(x, batch) if self.last else x
+        stack = stacked([y for y in loads if isinstance(y, Load)])
+        aside, self.loads[i] = self.task.aside(stack, alike(loads), self)
+        if not self.last:
+            return Joined.apply(x, aside) if isinstance(aside, Tensor) else x
+        losses = self.lost(x, batch).sum()
+        self.losses[i] = losses.detach()
+        return (losses / self.task.tokens + aside)[None]
+
+    def through(self, x: Tensor, batch, key: int | None) -> tuple[Float[Tensor, "b t d"], list]:
+        side = self.side(batch.tokens, batch.positions, batch.cu_seqlens, batch.indices, key, None)
+        if self.first:
+            x = nn.functional.embedding(x, self.embedding)
+        loads = []
+        for block in self.blocks.values():
+            x, side, _, own = block(x, side, None)
+            loads += own
+        return x, loads
+
+    def lost(self, x: Tensor, batch) -> Float[Tensor, "b t"]:
+        x = self.ops.norm(x, self.norm, self.config.eps)
+        return self.ops.token_losses(x.flatten(0, 1), self.head, batch.labels.flatten()).view(batch.labels.shape)
+
+
+class Task(NamedTuple):
+    """What every stage knows of the step at hand."""
+
+    batches: list
+    tokens: Tensor  # labels of the whole step
+    key: int
+    aside: Callable  # (loads, inside, stage) -> the routers' losses, and their loads over all ranks
+
+
+class Joined(torch.autograd.Function):
+    """x; in the backward pass another loss, here `aside`, joins in, with the weight 1 that the whole loss has."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, aside: Float[Tensor, ""]) -> Tensor:
+        ctx.like = aside
+        return x.clone()  # no view: zero-bubble schedules detach in place what leaves a stage
+
+    @staticmethod
+    def backward(ctx, D: Tensor) -> tuple[Tensor, Tensor]:
+        return D, torch.ones_like(ctx.like)
+
+
+class Part(nn.Module):
+    """The stages of this rank, with the names of the whole model. Built on the meta device; `fill` it."""
+
+    def __init__(self, whole: LanguageModel, mesh: Mesh):
+        super().__init__()
+        self.config, self.mesh, how = whole.config, mesh, SCHEDULE[mesh.schedule]
+        self.parts = cut(len(whole.blocks), mesh.pipeline_size * how.stages)
+        self.places = [place(i, mesh.pipeline_size, how) for i in range(len(self.parts))]
+        mine = [i for i, rank in enumerate(self.places) if rank == mesh.pipeline_rank]
+        self.stages = Hidden(Stage(whole, i, self.parts) for i in mine)
+        layers = [name for name, layer in whole.named_modules() if isinstance(layer, MoE)]
+        blocks = {f"blocks.{i}" for stage in self.stages for i in stage.blocks}
+        self.numbers = [i for i, name in enumerate(layers) if ".".join(name.split(".")[:2]) in blocks]
+        self.layers, self.experts = len(layers), whole.config.experts + whole.config.identity
+        self.schedule = None
+        self.has_head = any(stage.last for stage in self.stages)
+
+    def begin(self, device: torch.device) -> None:
+        """Memory for the parameters, after sharding. Only then do they get their names here: both replace them."""
+        for stage in self.stages:
+            stage.to_empty(device=device)
+        for stage in self.stages:
+            if stage.first:
+                self.embedding = stage.embedding
+        self.blocks = nn.ModuleDict({i: block for stage in self.stages for i, block in stage.blocks.items()})
+        for stage in self.stages:
+            if stage.last:
+                self.norm, self.head = stage.norm, stage.head
+
+    def backward(self, task: Task) -> tuple[Tensor, Load | None]:
+        """Forward and backward of all micro-batches; (sum of the token losses, 0 on ranks without the head; the loads
+        of all layers, over all ranks and micro-batches). Gradients are summed over the ranks that hold the same."""
+        times = len(task.batches)
+        if self.schedule is None:
+            self.schedule = self.scheduled(task.batches[0].tokens, times)
+        for stage in self.stages:
+            stage.task, stage.loads, stage.losses = task, {}, {}
+        x = [torch.cat([batch.tokens for batch in task.batches])] if self.mesh.pipeline_rank == 0 else []
+        number = torch.arange(times)
+        self.schedule.step(*x, number=number, target=number if self.has_head else None)
+        losses = [loss for stage in self.stages for loss in stage.losses.values()]
+        loads = [[stage.loads[i] for stage in self.stages if stage.loads[i] is not None] for i in range(times)]
+        return sum(losses, task.tokens * 0).to(task.tokens), self.whole(loads)
+
+    def scheduled(self, tokens: Int[Tensor, "1 t"], times: int):
+        how, dtype = SCHEDULE[self.mesh.schedule], next(self.parameters()).dtype
+        x = torch.empty(*tokens.shape, self.config.width, dtype=dtype, device=tokens.device, requires_grad=True)
+        stages = [
+            PipelineStage(
+                stage,
+                stage.index,
+                len(self.parts),
+                tokens.device,
+                input_args=tokens if stage.first else x,
+                output_args=x.new_empty(1, requires_grad=True) if stage.last else x,
+                group=self.mesh.pipeline,
+            )
+            for stage in self.stages
+        ]
+        return how.kind(
+            stages if how.stages > 1 else stages[0], times, loss_fn=lambda loss, _: loss.sum(), scale_grads=False
+        )
+
+    def whole(self, loads: list[list[Load]]) -> Load | None:
+        """Over micro-batches, and of the layers of all stages, in the order of the stack."""
+        if not self.layers:
+            return None
+        wide = [self.experts if name in EACH else 1 for name in Load._fields]
+        numbers = torch.zeros(self.layers, sum(wide), dtype=torch.float64, device=next(self.parameters()).device)
+        for some in loads:
+            rows = [torch.cat([y.detach().double().view(len(y), -1) for y in load], 1) for load in some]
+            if rows:
+                numbers[self.numbers] += torch.cat(rows)
+        parts = zip(Load._fields, comm.total(numbers, self.mesh.pipeline).split(wide, 1), strict=True)
+        fields = [(name, x if name in EACH else x.squeeze(1)) for name, x in parts]
+        return Load(*(x.long() if name in COUNTED else x for name, x in fields))
+
+    def forward(self, tokens, labels, positions=None, cu_seqlens=None) -> Output:
+        """The losses of a batch, on every rank, stage after stage. Without gradients."""
+        batch = Seen(tokens, labels, positions, cu_seqlens)
+        stages, me, group = {stage.index: stage for stage in self.stages}, self.mesh.pipeline_rank, self.mesh.pipeline
+        dtype = next(self.parameters()).dtype
+        x, losses = tokens, torch.zeros(labels.shape, dtype=dtype, device=labels.device)
+        for i, rank in enumerate(self.places):
+            if rank != me:
+                continue
+            if i and self.places[i - 1] != me:
+                like = torch.empty(*tokens.shape, self.config.width, dtype=dtype, device=tokens.device)
+                x = comm.take(like, group, me - self.places[i - 1])
+            x = stages[i](x, batch=batch)
+            if stages[i].last:
+                losses = x.to(losses)
+            elif self.places[i + 1] != me:
+                comm.give(x.to(dtype), group, self.places[i + 1] - me)
+        return Output(comm.total(losses, group), None, None, None)
+
+
+class Seen(NamedTuple):
+    """A batch that is only read."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    cu_seqlens: Tensor | None
+    indices: Tensor | None = None
+
+
+class Hidden(tuple):
+    """Modules that are not children of who holds them: no names."""
+
+
+COUNTED = ("counts", "dropped", "first", "tokens")  # fields of a load that are whole numbers
+EACH = ("counts", "dropped", "first", "probability", "mass", "importance", "chance")  # a number for each expert
+
+
+def divide(whole: LanguageModel, mesh: Mesh, recompute: bool) -> Part:
+    """This rank's part of a model on the meta device, its stages sharded over the ranks that hold the same ones."""
+    part = Part(whole, mesh)
+    for stage in part.stages:
+        if recompute:
+            shard.checkpointing(stage.blocks.values())
+        shard.shard(stage, mesh, stage.blocks.values())
+        if mesh.shards is not None:
+            # Whole from a step's first micro-batch to its last: gathered once, and torch's weight passes look for them.
+            stage.set_reshard_after_forward(False)
+    return part
+
+
+def numbers(model: nn.Module) -> list[int]:
+    """Which of all expert layers each of this rank's is."""
+    return model.numbers if isinstance(model, Part) else list(range(sum(isinstance(m, MoE) for m in model.modules())))
+
+
+def told(model: nn.Module, mesh: Mesh) -> list[str]:
+    """A line for each rank of the pipeline: what it holds."""
+    mine = sum(shard.local(p).numel() for p in model.parameters())
+    blocks = " and ".join(
+        f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in (model.parts[s.index] for s in model.stages)
+    )
+    ends = [name for name in ("embedding", "head") if hasattr(model, name)]
+    lines = comm.objects(f"blocks {blocks}{''.join(f', {name}' for name in ends)}: {mine:,} parameters", mesh.everyone)
+    return [f"rank {rank} holds {line}" for rank, line in enumerate(lines)]
+
+
+def bubble(mesh: Mesh, micro_batches: int) -> float:
+    """The share of time that a rank waits, were all passes as long as each other: (p - 1) / (v m + p - 1) of p ranks
+    with v stages each and m micro-batches. An upper bound where the weights' gradients fill it (zero-bubble)."""
+    idle = mesh.pipeline_size - 1
+    return idle / (SCHEDULE[mesh.schedule].stages * micro_batches + idle)

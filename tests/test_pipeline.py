@@ -1,0 +1,301 @@
+"""Blocks shared out over ranks train as one process does: losses, every gradient, parameters; and what is refused.
+
+Each world of two or four processes starts once and runs all of its cases; the tests look up their verdicts.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+import train as trainer
+from data.corpus import Document
+from data.stream import Batch, Stream
+from parallel import checkpoint, mesh, pipeline, testing
+from reference.model import LanguageModel
+from reference.ops import ops
+from reference.presets import Model
+
+CPU = torch.device("cpu")
+SIZES = {"width": 8, "heads": 2, "lsm": "retention", "experts": 4, "expert_width": 6, "top_k": 2, "dense_width": 8}
+BATCH, LENGTH, STEPS = 8, 5, 3
+DOCUMENTS = [Document("a", bytes(range(40)) * 3), Document("b", bytes(range(90, 120)) * 4)]
+STREAM = Stream(DOCUMENTS, LENGTH, 0)
+MODELS = {
+    "L": {"pattern": "LD", "repeat": 4},
+    "hybrid": {"pattern": "LN", "repeat": 2, "bare": True, "lsm": "gated_delta_net", "dropout": 0.1},
+    "experts": {"pattern": "LE", "repeat": 4, "balance": {"switch": 0.1, "z": 0.01}, "lsm": "gla"},
+    "bias": {"pattern": "LENEDLELD", "router": "deepseek_v3", "balance": {"switch": 0.1}, "shared_width": 4},
+    "penalty": {"pattern": "LENE", "repeat": 2, "router": "remoe", "balance": {"penalty": 1e6}, "dropout": 0.1},
+    "recomputed": {"pattern": "LE", "repeat": 4, "recompute": True, "dropout": 0.1},
+    "inside": {"pattern": "L+EN+E", "repeat": 2, "attention": "mixture", "mixer_experts": 3},
+}
+ALONE = mesh.Degrees()
+# Where tokens choose how many experts they visit, what a document adds to this sum depends on its neighbours.
+UNSAID = "remoe", "sequence"
+
+
+def config_of(degrees=ALONE, **more) -> trainer.Train:
+    outside = {name: more.pop(name) for name in ("balance", "micro", "recompute", "precision") if name in more}
+    outside = {"micro": 2 // max(degrees.data, 1), "precision": "float64"} | outside
+    return trainer.Train(
+        model=Model(**SIZES | more),
+        optimizer=trainer.Optimizer(rate=0.05, warmup=1, clip=0.5),
+        mesh=degrees,
+        length=LENGTH,
+        batch=BATCH,
+        steps=STEPS,
+        bias_rate=0.05,
+        **outside,
+    )
+
+
+@functools.cache
+def made_once(degrees: mesh.Degrees) -> mesh.Mesh:
+    """Of this process: a mesh takes as long as a step."""
+    return mesh.make(degrees, CPU)
+
+
+def prepared(config: trainer.Train):
+    """As the trainer does it: (place, model, ops, optimizer)."""
+    place = made_once(config.mesh)
+    over = mesh.over(ops, place)
+    model, matrices = trainer.model_of(config, over, place, CPU)
+    return place, model, over, trainer.optimizer_of(config, model, matrices)
+
+
+def whole(x):
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def named(model) -> dict:
+    return {name: whole(x) for name, x in (*model.named_parameters(), *model.named_buffers())}
+
+
+def batches_of(config, place, step, data=1) -> list[Batch]:
+    """The trainer's; in one process those of `data` ranks, micro-batch by micro-batch, as routers compare in these."""
+    if data == 1:
+        return trainer.micro_batches(config, STREAM, trainer.feed_of(config, place), place, step, CPU)
+    share, rows = BATCH // data, config.micro // data
+    first = [step * BATCH + i for i in range(0, share, rows)]
+    return [STREAM.batch([f + r * share + j for r in range(data) for j in range(rows)]) for f in first]
+
+
+def run(config, data=1):
+    """(What each step said; the first one's gradients after clipping; the start; the end; bits of validation)."""
+    place, model, over, optimizer = prepared(config)
+    start, said, grads = named(model), [], {}
+
+    def keep(*_):
+        if not grads:
+            grads.update({name: whole(p.grad) for name, p in model.named_parameters()})
+
+    optimizer.register_step_pre_hook(keep)
+    for step in range(STEPS):
+        result = trainer.one_step(config, model, over, optimizer, batches_of(config, place, step, data), step, False)
+        fields = {} if result.load is None else result.load._asdict()
+        load = [x.double().flatten() for name, x in fields.items() if (config.model.router, name) != UNSAID]
+        said.append(torch.cat([torch.tensor([result.loss, result.norm], dtype=torch.float64), *load]).detach())
+        assert result.finite and not result.stop
+    bits = trainer.validate(config, model, over, place, DOCUMENTS[1:], CPU)
+    return torch.cat(said), grads, start, named(model), bits
+
+
+def runs(configs):
+    return {name: run(config) for name, config in configs.items()}
+
+
+def same(ranks: list, want) -> None:
+    """Every rank said what one process says, and holds its part of it; together they hold all."""
+    for got in ranks:
+        torch.testing.assert_close(got[0], want[0], rtol=1e-11, atol=1e-12)
+        assert got[4] == pytest.approx(want[4], abs=1e-12)
+        for part, exact in zip(got[1:4], want[1:4], strict=True):
+            torch.testing.assert_close(part, {name: exact[name] for name in part}, rtol=1e-11, atol=1e-12)
+        assert all(torch.equal(x, want[2][name]) for name, x in got[2].items())
+    for i in (1, 3):
+        assert set().union(*(got[i] for got in ranks)) == set(want[i])
+
+
+def degrees(schedule, **more):
+    return mesh.Degrees(**{"pipeline": 2, "data": 1, "schedule": schedule} | more)
+
+
+# Every schedule with a hybrid and with experts, the others' in turn.
+TWO = [(n, s) for n in ("hybrid", "bias") for s in pipeline.SCHEDULE]
+TWO += [("L", "1f1b"), ("experts", "gpipe"), ("penalty", "interleaved"), ("penalty", "zero-bubble")]
+TWO += [("inside", "1f1b"), ("inside", "zero-bubble-v"), ("recomputed", "1f1b"), ("recomputed", "interleaved")]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    return runs({name: config_of(**how) for name, how in MODELS.items()})
+
+
+@pytest.fixture(scope="module")
+def two() -> list:
+    return testing.run(2, runs, {(n, s): config_of(degrees(s), **MODELS[n]) for n, s in TWO})
+
+
+@pytest.mark.parametrize(("name", "schedule"), TWO)
+def test_two_ranks_train_as_one(name, schedule, alone, two):
+    same([rank[name, schedule] for rank in two], alone[name])
+
+
+FOUR = {  # (model, degrees, precision): every schedule over data and a pipeline; four stages and eight
+    **{("experts", degrees(s, data=2)): "experts" for s in pipeline.SCHEDULE},
+    **{(n, degrees("1f1b", data=2)): n for n in ("L", "bias", "penalty", "inside")},
+    **{("L", degrees("1f1b", pipeline=4)): "L", ("bias", degrees("gpipe", pipeline=4)): "bias"},
+}
+
+
+@pytest.fixture(scope="module")
+def four() -> list:
+    return testing.run(4, runs, {case: config_of(case[1], **MODELS[name]) for case, name in FOUR.items()})
+
+
+@pytest.mark.parametrize("case", FOUR, ids=lambda case: f"{case[0]}, {case[1].data} data, {case[1].schedule}")
+def test_four_ranks_train_as_one(case, alone, four):
+    want = alone[FOUR[case]] if case[1].data == 1 else run(config_of(**MODELS[FOUR[case]]), data=2)
+    same([rank[case] for rank in four], want)
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+SAVED = MODELS["bias"]
+
+
+def save(folder, where, first, last):
+    """Steps from the newest checkpoint, if any, and a checkpoint; what is then there."""
+    config = config_of(where, **SAVED)
+    place, model, over, optimizer = prepared(config)
+    state = {"model": model, "optimizer": optimizer, "step": 0}
+    checkpoint.load(folder, state)
+    assert state["step"] == first
+    at_load = named(model)
+    for step in range(first, last):
+        trainer.one_step(config, model, over, optimizer, batches_of(config, place, step), step, False)
+    checkpoint.save(folder, last, {**state, "step": last}, 1)
+    return at_load, named(model)
+
+
+def test_checkpoints_go_from_any_number_of_stages_to_any_other(tmp_path):
+    config = config_of(**SAVED)
+    place, model, over, optimizer = prepared(config)
+    said = []
+    for step in range(STEPS):
+        trainer.one_step(config, model, over, optimizer, batches_of(config, place, step), step, False)
+        said.append(named(model))
+    for name, places in {
+        "a": [(2, degrees("interleaved")), (1, ALONE), (4, degrees("gpipe", pipeline=4))],
+        "b": [(1, ALONE), (2, degrees("zero-bubble-v")), (2, degrees("1f1b"))],
+    }.items():
+        for step, (ranks, where) in enumerate(places):
+            ask = (tmp_path / name, where, step, step + 1)
+            for at_load, after in testing.run(ranks, save, *ask) if ranks > 1 else [save(*ask)]:
+                for got, want in ((at_load, said[step - 1]), (after, said[step])) if step else ((after, said[0]),):
+                    wanted = {n: want[n] for n in got}
+                    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+def other(folder):
+    """A checkpoint of a larger model is refused on every rank, though none holds all of either."""
+    config = config_of(degrees("1f1b"), pattern="LD", repeat=2)
+    state = dict(zip(("model", "optimizer"), prepared(config)[1::2], strict=True))
+    with pytest.raises(ValueError) as caught:
+        checkpoint.load(folder, state)
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_more_blocks_is_refused(tmp_path):
+    _, model, _, optimizer = prepared(config_of(pattern="LD", repeat=3))
+    optimizer.step()
+    checkpoint.save(tmp_path, 1, {"model": model, "optimizer": optimizer}, 1)
+    for line in testing.run(2, other, tmp_path):
+        assert "is of another model: it has model.blocks.2" in line
+
+
+# ------------------------------------------------------------------------------------- the stages, and what is refused
+
+
+@pytest.mark.parametrize(("blocks", "stages"), [(b, s) for b in range(1, 9) for s in range(1, b + 1)])
+def test_stages_are_neighbouring_blocks_of_even_number(blocks, stages):
+    parts = pipeline.cut(blocks, stages)
+    assert [i for part in parts for i in part] == list(range(blocks))
+    sizes = [len(part) for part in parts]
+    assert len(parts) == stages and sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize("schedule", pipeline.SCHEDULE)
+def test_every_rank_has_as_many_stages(schedule):
+    how = pipeline.SCHEDULE[schedule]
+    for ranks in (1, 2, 3, 4):
+        places = [pipeline.place(i, ranks, how) for i in range(ranks * how.stages)]
+        assert sorted(places) == sorted(list(range(ranks)) * how.stages) and places[0] == 0
+        assert places[-1] == (0 if how.turns else ranks - 1)
+
+
+def test_the_bubble_shrinks_with_stages_and_micro_batches():
+    four = mesh.Mesh(pipeline_size=4)
+    assert pipeline.bubble(four, 8) == 3 / 11  # of 2104.04473, 2.2: (p - 1) / m over the ideal time
+    assert pipeline.bubble(four._replace(schedule="interleaved"), 8) == 3 / 19
+
+
+REFUSED = {
+    "tied": ({"tied": True}, {}, "a tied embedding is of the first and of the last stage"),
+    "bounds": ({"lsm": "hgrn2"}, {}, "layers of 'hgrn2' share more than x"),
+    "values": ({"lsm": "rwkv7"}, {}, "layers of 'rwkv7' share more than x"),
+    "soft": ({"router": "soft", "pattern": "LE"}, {}, "mixes tokens, which no test has led through stages"),
+    "few blocks": (
+        {"pattern": "LD", "repeat": 3},
+        {"schedule": "interleaved"},
+        "are 4 stages, and the model has 3 blo",
+    ),
+    "few micro-batches": ({"micro": 8}, {}, "2 pipeline ranks need as many micro-batches a step, found 1"),
+    "sequence": ({}, {"sequence": 2}, "goes with data alone, not with --mesh.sequence 2"),
+    "experts": ({}, {"expert": 2, "replicas": 2}, "goes with data alone, not with --mesh.expert 2, --mesh.replicas 2"),
+    "ranks": ({}, {"data": 2}, "a mesh of 2 pipeline x 2 data needs 4 ranks, found 2"),
+    "none": ({}, {"pipeline": 0}, "--mesh.pipeline is 0; it must be at least 1"),
+}
+
+
+def refusals():
+    said = {}
+    for name, (model, where, _) in REFUSED.items():
+        with pytest.raises(ValueError) as caught:
+            prepared(config_of(degrees(**{"schedule": "1f1b"} | where), **{"pattern": "LD", "repeat": 4} | model))
+        said[name] = str(caught.value)
+    return said
+
+
+def test_what_cannot_be_cut_is_refused_in_one_line():
+    for said in testing.run(2, refusals):
+        for name, line in said.items():
+            assert REFUSED[name][2] in line and "\n" not in line, (name, line)
+
+
+def test_rounds_must_divide_the_micro_batches():
+    two = mesh.Mesh(pipeline_size=2, schedule="zero-bubble")
+    model = LanguageModel(Model(**SIZES, pattern="LD", repeat=4), ops)
+    with pytest.raises(ValueError, match="goes 2 rounds over 2 ranks, by which 5 micro-batches cannot be divided"):
+        pipeline.refuse(model, two, 5)
+    pipeline.refuse(model, two, 6)
+
+
+def lines():
+    _, model, _, _ = prepared(config_of(degrees("zero-bubble-v"), **MODELS["L"]))
+    place = made_once(degrees("zero-bubble-v"))
+    return str(place), pipeline.told(model, place), sum(p.numel() for p in model.parameters())
+
+
+def test_the_mesh_says_what_each_rank_holds():
+    said = testing.run(2, lines)
+    count = sum(p.numel() for p in prepared(config_of(**MODELS["L"]))[1].parameters())
+    assert sum(own for _, _, own in said) == count
+    for text, held, _ in said:
+        assert text == "2 ranks = 2 pipeline x 1 data, parameters of a stage whole, schedule zero-bubble-v"
+        assert held == [
+            f"rank 0 holds blocks 0 and 3, embedding, head: {said[0][2]:,} parameters",
+            f"rank 1 holds blocks 1 and 2: {said[1][2]:,} parameters",
+        ]
