@@ -16,7 +16,7 @@ import torch
 from parallel import comm
 
 
-def run(n: int, function: Callable, *args, seconds: float = 60.0) -> list:
+def run(n: int, function: Callable, *args, seconds: float = 300.0) -> list:
     """function(*args) on n CPU ranks (gloo); returns what each returned, in rank order.
 
     The ranks are forked, so the function may be a closure, sees what the parent has loaded or patched, and starts in
