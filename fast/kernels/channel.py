@@ -540,17 +540,11 @@ def shape_of(x: Tensor, z: Tensor, borders: Tensor | None, u: Tensor | None, seg
     return {**sizes, **kind, "num_warps": warps, "num_stages": stages}
 
 
-def parts_of(tokens: int, sequences: int) -> int:
-    """In how many parts each sequence is cut where chunks need not wait for each other: 64 tokens each; documents
-    that share a row: four times as many as the average one has pieces of 64 tokens, since most programs are idle."""
-    return min(triton.cdiv(tokens, 64), 4 * triton.cdiv(tokens, 64 * max(sequences, 1)))
-
-
 def scores_of(q, k, g, u, borders) -> Tensor:
     """`channel_scores`: b t h C."""
     scores = q.new_empty(*q.shape[:3], CHUNK)
     n = sequences_of(q, borders)
-    parts = parts_of(q.shape[1], n)
+    parts = decay.parts_of(q, borders)
     decay.launch(
         channel_scores, n * q.shape[2] * parts, q, k, g, u, borders, scores, q.shape[1], q.shape[2], parts,
         K=q.shape[-1], BK=padded(q.shape[-1]), C=CHUNK, BEFORE=u is not None, PACKED=borders is not None,
@@ -580,7 +574,7 @@ def pairs(do, q, k, v, g, u, borders) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, own = torch.empty_like(q), torch.empty_like(k), g.new_empty(q.shape[:3])
     exact = q.element_size() == 4
     n, block = sequences_of(q, borders), min(32 if exact else 64, padded(K))
-    parts, slices = parts_of(q.shape[1], n), triton.cdiv(K, block)
+    parts, slices = decay.parts_of(q, borders), triton.cdiv(K, block)
     decay.launch(
         channel_pairs, n * q.shape[2] * parts * slices, do, q, k, v, g, borders, dq, dk, own,
         q.shape[1], q.shape[2], parts,
@@ -666,13 +660,4 @@ def backward(do, dlast, q, k, v, g, u, memory, borders, last, states, scores, ma
 
 def step(q, k, v, g, u, memory) -> Tensor:
     """o : b h V in float32 of one token a sequence, q k g : b h K, v : b h V, u : None | h K; overwrites memory."""
-    b, h, K = q.shape
-    V = v.shape[-1]
-    columns = min(32, padded(V))
-    o = torch.empty_like(v, dtype=torch.float32)
-    slices = triton.cdiv(V, columns)
-    decay.launch(
-        channel_step, b * h * slices, q, k, v, g, u, memory, o, h,
-        K=K, V=V, BK=padded(K), BV=columns, SLICES=slices, BEFORE=u is not None, num_warps=4,
-    )  # fmt: skip
-    return o
+    return decay.one_token(channel_step, (q, k, v, g, u, memory), v, q.shape[1], BEFORE=u is not None)

@@ -96,6 +96,12 @@ def part_of(length, segment, segments):
 
 
 @triton.jit
+def place_of(start, n, begin, C: tl.constexpr):
+    """Where the chunk that begins at token `begin` of sequence n has a place of its own (`places` is how many)."""
+    return start // C + n + begin // C
+
+
+@triton.jit
 def sums_of(
     g, sums, line, t, h, inside, ic, count, last, count_rows, C: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr
 ):
@@ -555,12 +561,25 @@ def sequences_of(x: Tensor, borders: Tensor | None) -> int:
     return x.shape[0] if borders is None else len(borders) - 1
 
 
+def places(x: Tensor, borders: Tensor | None, chunk: int) -> int:
+    """How many places the chunks of all sequences need: `place_of`."""
+    return x.shape[0] * x.shape[1] // chunk + sequences_of(x, borders)
+
+
+def parts_of(x: Tensor, borders: Tensor | None) -> int:
+    """In how many parts each sequence is cut where chunks need not wait for each other: 64 tokens each; documents
+    that share a row: four times as many as the average one has pieces of 64 tokens, since most programs are idle."""
+    tokens, sequences = x.shape[1], sequences_of(x, borders)
+    return min(triton.cdiv(tokens, 64), 4 * triton.cdiv(tokens, 64 * max(sequences, 1)))
+
+
 def rows_of(x: Tensor) -> int:
     return x.shape[0] * x.shape[1] * x.shape[2]
 
 
-def sums_in_chunks(g: Tensor | None, borders: Tensor | None, like: Tensor) -> Tensor | None:
-    """`decay_sums` for the tokens' dtype: (1 or 2) h (b t), or None if the gate is not one number a token."""
+def sums_in_chunks(g: Tensor | None, borders: Tensor | None, like: Tensor, chunk: int | None = None) -> Tensor | None:
+    """`decay_sums` for the tokens' dtype: (1 or 2) h (b t), or None if the gate is not one number a token. In chunks of
+    this family, if no other size is given."""
     if gate(g) != TOKEN:
         return None
     b, t, h = g.shape
@@ -570,7 +589,7 @@ def sums_in_chunks(g: Tensor | None, borders: Tensor | None, like: Tensor) -> Te
     parts, blocks = triton.cdiv(t, 256), triton.cdiv(h, block)
     launch(
         decay_sums, n * blocks * parts, g, borders, sums, t, h, parts, b * t * h,
-        C=CHUNK[like.element_size()], BH=block, BLOCKS=blocks, PACKED=borders is not None, EXACT=exact,
+        C=chunk or CHUNK[like.element_size()], BH=block, BLOCKS=blocks, PACKED=borders is not None, EXACT=exact,
     )  # fmt: skip
     return sums
 
@@ -693,16 +712,19 @@ def slope_gradient(q, k, v, do, g, borders, entry, cotangent, segments, slots) -
     return parts.double().sum((0, 2)).float()
 
 
-def step(q, k, v, g, memory) -> Tensor:
-    """o : b h V in float32 of one token a sequence, q k : b h K, v : b h V, g : None | h | b h; overwrites memory."""
-    b, h, K = q.shape
-    V = v.shape[-1]
+def one_token(kernel, given: tuple[Tensor | None, ...], v: Tensor, *sizes: int, **kind) -> Tensor:
+    """o : b h V in float32 of a kernel for one token of one head and a slice of V; `given` begins with q : b h K."""
+    (b, h, K), V = given[0].shape, v.shape[-1]
     columns = min(32, padded(V))
-    o = torch.empty_like(v, dtype=torch.float32)
-    slices = triton.cdiv(V, columns)
-    kind = NONE if g is None else HEAD if g.ndim == 1 else TOKEN
+    o, slices = torch.empty_like(v, dtype=torch.float32), triton.cdiv(V, columns)
     launch(
-        decay_step, b * h * slices, q, k, v, g, memory, o, h,
-        K=K, V=V, BK=padded(K), BV=columns, SLICES=slices, GATE=kind, num_warps=4,
+        kernel, b * h * slices, *given, o, *sizes,
+        K=K, V=V, BK=padded(K), BV=columns, SLICES=slices, num_warps=4, **kind,
     )  # fmt: skip
     return o
+
+
+def step(q, k, v, g, memory) -> Tensor:
+    """o : b h V in float32 of one token a sequence, q k : b h K, v : b h V, g : None | h | b h; overwrites memory."""
+    kind = NONE if g is None else HEAD if g.ndim == 1 else TOKEN
+    return one_token(decay_step, (q, k, v, g, memory), v, q.shape[1], GATE=kind)

@@ -63,7 +63,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels import decay
-from fast.kernels.decay import decays_of, padded, part_of, run_of, sequences_of, sums_of
+from fast.kernels.decay import decays_of, padded, part_of, place_of, places, run_of, sequences_of, sums_of
 
 # padded row size of the state, bytes of a number -> (columns of the output a program, warps, stages)
 CONFIG = {
@@ -145,12 +145,6 @@ def delta_prepare(
             Z -= tl.dot(Z, strength[:, None] * Y, input_precision=SOLVING)
             Y += Z - tl.dot(Y, strength[:, None] * Z, input_precision=SOLVING)
         tl.store(solved + at_c, Y, mask=inside[:, None])
-
-
-@triton.jit
-def place_of(start, n, begin, C: tl.constexpr):
-    """Where the chunk that begins at token `begin` of sequence n keeps its memory: no two chunks share a place."""
-    return start // C + n + begin // C
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
@@ -569,32 +563,10 @@ def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, chu
     return {**sizes, "C": chunk, **kind_of(x, g, borders), "num_warps": warps, "num_stages": stages}
 
 
-def sums_in_chunks(g: Tensor | None, borders: Tensor | None, exact: bool, chunk: int) -> Tensor | None:
-    """`decay_sums` in chunks of this family: (1 or 2) h (b t)."""
-    if g is None:
-        return None
-    b, t, h = g.shape
-    sums = g.new_empty(1 + exact, h, b * t)
-    n, block = sequences_of(g, borders), min(16, triton.next_power_of_2(h))
-    parts, blocks = triton.cdiv(t, 256), triton.cdiv(h, block)
-    decay.launch(
-        decay.decay_sums, n * blocks * parts, g, borders, sums, t, h, parts, b * t * h,
-        C=chunk, BH=block, BLOCKS=blocks, PACKED=borders is not None, EXACT=exact,
-    )  # fmt: skip
-    return sums
-
-
-def parts_of(x: Tensor, borders: Tensor | None) -> int:
-    """In how many parts each sequence is cut where chunks need not wait for each other: 64 tokens each, or a quarter
-    of the average document where many share a row."""
-    t = x.shape[1]
-    return min(triton.cdiv(t, 64), 4 * triton.cdiv(t, 64 * max(sequences_of(x, borders), 1)))
-
-
 def prepare(q, k, beta, g, sums, borders) -> tuple[Tensor, Tensor, Tensor]:
     """`delta_prepare`: A, q·k and Y."""
     b, t, h, K = k.shape
-    chunk, parts, exact = chunk_for(k), parts_of(k, borders), k.element_size() == 4
+    chunk, parts, exact = chunk_for(k), decay.parts_of(k, borders), k.element_size() == 4
     scores, solved = (k.new_empty(b, t, h, chunk) for _ in range(2))
     itself = beta.new_empty(h, b * t)
     decay.launch(
@@ -607,9 +579,8 @@ def prepare(q, k, beta, g, sums, borders) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def memories(x: Tensor, z: Tensor, borders: Tensor | None, chunk: int) -> tuple[int, ...]:
-    """The shape of the memories of all chunks: `place_of`."""
-    b, t, h, X = x.shape
-    return triton.cdiv(b * t, chunk) + sequences_of(x, borders), h, X, z.shape[-1]
+    """The shape of the memories of all chunks."""
+    return places(x, borders, chunk), x.shape[2], x.shape[-1], z.shape[-1]
 
 
 def fold(states, moves, first, reverse: bool, exact: bool) -> Tensor:
@@ -633,14 +604,14 @@ def forward(q, k, v, beta, g, memory, borders, segments: int, wide: bool, keep: 
     where there is one segment.
     """
     chunk, exact = chunk_for(k), q.element_size() == 4
-    sums = sums_in_chunks(g, borders, exact, chunk)
+    sums = decay.sums_in_chunks(g, borders, q, chunk)
     prepared = prepare(q, k, beta, g, sums, borders)
     shape = shape_of(q, v, g, borders, chunk)
     n, (_, t, h, K), V = sequences_of(q, borders), q.shape, v.shape[-1]
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     news = torch.empty_like(v) if keep else v.new_empty(0)
     states = q.new_empty(memories(q, v, borders, chunk) if keep else 0)
-    last = entry = memory
+    entry = memory
     given, moves, slots = (q, k, v, beta, g, sums, *prepared, borders), beta.new_empty(0), 1
     if segments > 1:
         slots = segments + 1
@@ -667,7 +638,7 @@ def backward(
 ) -> tuple:
     """(dq, dk, dv, dβ, dg or None, dmemory) from the cotangents of o and of the last memory (None: zeros)."""
     chunk, exact, count = chunk_for(k), q.element_size() == 4, beta.numel()
-    sums = sums_in_chunks(g, borders, exact, chunk)
+    sums = decay.sums_in_chunks(g, borders, q, chunk)
     n, (b, t, h, K), V = sequences_of(q, borders), q.shape, v.shape[-1]
     segments = moves.shape[2] if moves.numel() else 1
     shape = shape_of(q, v, g, borders, chunk)
@@ -695,7 +666,7 @@ def backward(
 
     columns, warps, stages = CHUNKS[padded(K), q.element_size()]
     columns = min(columns, padded(K))
-    slices, parts = triton.cdiv(K, columns), parts_of(k, borders)
+    slices, parts = triton.cdiv(K, columns), decay.parts_of(k, borders)
     told, gone, own = torch.empty_like(scores), torch.empty_like(scores), beta.new_empty(2, h, b * t)
     decay.launch(
         delta_pairs, parts * h * n, do, dv, news, g, sums, borders, told, gone, own, t, h, parts, count,
@@ -718,13 +689,4 @@ def backward(
 def step(q, k, v, beta, g, memory) -> Tensor:
     """o : b h V in float32 of one token a sequence, q k : b h K, v : b h V, beta : b h, g : None | b h; overwrites
     memory."""
-    b, h, K = q.shape
-    V = v.shape[-1]
-    columns = min(32, padded(V))
-    o = torch.empty_like(v, dtype=torch.float32)
-    slices = triton.cdiv(V, columns)
-    decay.launch(
-        delta_step, b * h * slices, q, k, v, beta, g, memory, o,
-        K=K, V=V, BK=padded(K), BV=columns, SLICES=slices, GATE=decay.NONE if g is None else decay.TOKEN, num_warps=4,
-    )  # fmt: skip
-    return o
+    return decay.one_token(delta_step, (q, k, v, beta, g, memory), v, GATE=decay.NONE if g is None else decay.TOKEN)

@@ -83,9 +83,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels import decay
-from fast.kernels.decay import FLOOR, LOG2_E, padded, part_of, run_of, sequences_of
+from fast.kernels.channel import NOTHING, gates_of
+from fast.kernels.decay import padded, part_of, place_of, places, run_of, sequences_of
 
-NOTHING = tl.constexpr(-150.0)  # 2^-150 is 0 in float32
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
 
 CHUNK = {2: 32, 4: 16}  # tokens a chunk by bytes of a number: float32 products are not done by tensor cores
@@ -103,12 +103,6 @@ CONFIG = {
     (128, 4): (16, 8, 1),
     (256, 4): (16, 8, 1),
 }
-
-
-@triton.jit
-def gates_at(g, at, ok):
-    """Gates in units of log 2, so that exp2 follows; 0 where there is no token."""
-    return tl.maximum(tl.load(g + at, mask=ok, other=0.0), FLOOR, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
 
 
 @triton.jit
@@ -239,7 +233,7 @@ def rank_one_prepare(
         if BETA:
             strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
         if GATE == 2:
-            gates = gates_at(g, row + ic * heads, inside)
+            gates = gates_of(g, row + ic * heads, inside)
         L = tl.zeros((C, C), tl.float32)
         P = tl.zeros((C, C), tl.float32)
         own = tl.zeros((C,), tl.float32)
@@ -267,8 +261,8 @@ def rank_one_prepare(
                 wide = tl.load(w + row * K + across, mask=ok_across, other=0.0)
                 if TWO:
                     wide_k = tl.load(k + row * K + across, mask=ok_across, other=0.0)
-                gates = gates_at(g + row * K, at, ok)
-                gates_across = gates_at(g + row * K, across, ok_across)
+                gates = gates_of(g + row * K, at, ok)
+                gates_across = gates_of(g + row * K, across, ok_across)
                 for level in range(0, LEVELS + 4):
                     half = 1 << level
                     meet = meeting(ic, half) & (here > other)
@@ -315,7 +309,7 @@ def rank_one_prepare(
         tl.store(reads + row * C + to, R, mask=inside[:, None])
 
         solved, asks = X.to(inverse.dtype.element_ty), P.to(inverse.dtype.element_ty)
-        slot = (start // C + n + begin // C) * heads + h
+        slot = place_of(start, n, begin, C) * heads + h
         for s in range(0, SLICES):
             ik = s * BK + tl.arange(0, BK)
             at = ic[:, None] * (heads * K) + ik[None, :]
@@ -330,7 +324,7 @@ def rank_one_prepare(
             written = strength[:, None] * bw.to(tl.float32)
             if GATE != 0:
                 if GATE == 3:
-                    gates = gates_at(g + row * K, at, ok)
+                    gates = gates_of(g + row * K, at, ok)
                 reach, find, last, total = fades_of(gates, ic, GATE, BEFORE, EXACT)
                 seen = seen * reach
                 be = (be.to(tl.float32) * find).to(be.dtype)
@@ -387,9 +381,9 @@ def rank_one_reverse(
             written = written * tl.load(beta + row + ic * heads, mask=inside, other=0.0)[:, None]
         if GATE != 0:
             if GATE == 3:
-                gates = gates_at(g + row * K, at, ok)
+                gates = gates_of(g + row * K, at, ok)
             else:
-                gates = gates_at(g, row + ic * heads, inside)
+                gates = gates_of(g, row + ic * heads, inside)
             reach, find, last, _ = fades_of(gates, ic, GATE, BEFORE, EXACT)
             seen = seen * reach
             found = found * find
@@ -445,7 +439,7 @@ def rank_one_sweep(
         begin = chunk * C
         inside = ic < tl.minimum(length - begin, C)
         row = (start + begin) * heads + h
-        slot = (start // C + n + chunk) * heads + h
+        slot = place_of(start, n, begin, C) * heads + h
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
         in_rows_c = inside[:, None] & inside[None, :]
@@ -585,7 +579,7 @@ def rank_one_gradients(
         begin = first + i * C
         inside = ic < tl.minimum(stop - begin, C)
         row = (start + begin) * heads + h
-        slot = (start // C + n + begin // C) * heads + h
+        slot = place_of(start, n, begin, C) * heads + h
         at = ic[:, None] * (heads * K) + ik[None, :]
         ok = inside[:, None] & in_k[None, :]
         at_v = ic[:, None] * (heads * V) + iv[None, :]
@@ -610,9 +604,9 @@ def rank_one_gradients(
             strong = strong * strength[:, None]
         gates = inside
         if GATE == 3:
-            gates = gates_at(g + row * K, at, ok)
+            gates = gates_of(g + row * K, at, ok)
         if GATE == 2:
-            gates = gates_at(g, row + ic * heads, inside)
+            gates = gates_of(g, row + ic * heads, inside)
         if GATE != 0:
             reach, find, last, total = fades_of(gates, ic, GATE, BEFORE, EXACT)
 
@@ -747,17 +741,16 @@ def vectors_of(k: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | 
 
 
 def slots_of(q: Tensor, borders: Tensor | None) -> int:
-    """Places for something a chunk. Chunk i of the sequence n that starts at row s is in place s // C + n + i."""
-    return q.shape[0] * q.shape[1] // chunk_for(q) + sequences_of(q, borders)
+    """Places for something a chunk."""
+    return places(q, borders, chunk_for(q))
 
 
 def in_chunks(q: Tensor, borders: Tensor | None) -> tuple[dict, int]:
-    """The sizes of a kernel that goes through chunks in any order, and the parts of a sequence: 64 tokens each, or a
-    quarter of the average document where many share a row."""
-    K, t, n = q.shape[-1], q.shape[1], sequences_of(q, borders)
+    """The sizes of a kernel that goes through chunks in any order, and the parts of a sequence."""
+    K = q.shape[-1]
     block = min(32 if q.element_size() == 4 else 64, padded(K))
     kind = {"PACKED": borders is not None, "EXACT": q.element_size() == 4, "PRECISION": "ieee"}
-    parts = min(triton.cdiv(t, 64), 4 * triton.cdiv(t, 64 * max(n, 1)))
+    parts = decay.parts_of(q, borders)
     return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": chunk_for(q), **kind}, parts
 
 
@@ -877,13 +870,5 @@ def gradients(do, answers, news, v, q, k, beta, g, a, b, borders, states, cotang
 
 def step(q, k, v, beta, g, a, b, memory) -> Tensor:
     """o : b h V in float32 of one token a sequence, its inputs without their time axis; overwrites memory."""
-    bs, h, K = q.shape
-    V = v.shape[-1]
-    columns = min(32, padded(V))
-    o = torch.empty_like(v, dtype=torch.float32)
-    slices = triton.cdiv(V, columns)
-    decay.launch(
-        rank_one_step, bs * h * slices, q, *vectors_of(k, a, b), v, beta, g, memory, o,
-        K=K, V=V, BK=padded(K), BV=columns, SLICES=slices, **kind_of(q, beta, g, a, b), num_warps=4,
-    )  # fmt: skip
-    return o
+    given = (q, *vectors_of(k, a, b), v, beta, g, memory)
+    return decay.one_token(rank_one_step, given, v, **kind_of(q, beta, g, a, b))
