@@ -376,6 +376,16 @@ def aside(config: Train, ops, times: int, loads: Load | None, inside, model) -> 
     return loss, load
 
 
+def one_by_one(config: Train, model, ops, batches: list[Batch], tokens: Tensor, step: int) -> list[Sums]:
+    """`backward` of one micro-batch after the other; the last one's ends in the sum of gradients over ranks."""
+    sums = []
+    for i, batch in enumerate(batches):
+        shard.synchronize(model, i == len(batches) - 1)
+        with precise(config, tokens.device):
+            sums.append(backward(config, model, ops, batch, tokens, len(batches), step))
+    return sums
+
+
 def through_stages(config: Train, model, ops, batches: list[Batch], tokens: Tensor, step: int) -> Sums:
     """`backward` of all micro-batches, in the order of the pipeline's schedule."""
     alike = ops._replace(total=lambda x: comm.total(x, model.mesh.alike))  # routers are those of my stages
@@ -409,13 +419,10 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
     mine = sum((b.labels >= 0).sum() for b in batches) * (model.has_head if piped else 1)
     everyone = ops.total(torch.stack([mine.double(), torch.tensor(float(stop), device=device, dtype=torch.float64)]))
     tokens = everyone[0].clamp(min=1).to(torch.float64 if config.precision == "float64" else torch.float32)
-    sums = []
     if piped:
-        sums.append(through_stages(config, model, ops, batches, tokens, step))
-    for i, batch in enumerate(batches if not piped else []):
-        shard.synchronize(model, i == len(batches) - 1)
-        with precise(config, device):
-            sums.append(backward(config, model, ops, batch, tokens, len(batches), step))
+        sums = [through_stages(config, model, ops, batches, tokens, step)]
+    else:
+        sums = one_by_one(config, model, ops, batches, tokens, step)
     loss = sum(s.loss for s in sums)
     load = Load(*map(sum, zip(*(s.load for s in sums), strict=True))) if sums[0].load is not None else None
     norm = shard.grad_norm(model.parameters(), apart=piped)
@@ -753,8 +760,8 @@ def introduce(say, config: Train, model, mesh, ops, device, step: int) -> None:
     if mesh.pipeline_size > 1:
         for line in pipeline.told(model, mesh):
             say(line)
-        bubble = pipeline.bubble(mesh, feed_of(config, mesh).times)
-        say(f"{feed_of(config, mesh).times} micro-batches a step: a rank waits at most {bubble:.0%} of even passes")
+        times = feed_of(config, mesh).times
+        say(f"{times} micro-batches a step: a rank waits at most {pipeline.bubble(mesh, times):.0%} of even passes")
     elif mesh.size > 1:
         held = [
             f"{mine:,} of {all_:,} parameters of {part}" for part, (mine, all_) in shard.held(model).items() if all_

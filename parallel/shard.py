@@ -12,8 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
-# Parameters of one module on two meshes: not among torch's public names yet.
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
@@ -63,7 +61,8 @@ def placement(mesh: Mesh) -> Callable | None:
     the ranks that hold the same ones; None, the default, for all others."""
     if mesh.experts is None:
         return None
-    # private, and not in every torch that the rest runs on: asked for only where experts are shared out
+    # Parameters of one module on two meshes: not among torch's public names yet, and not in every torch that the rest
+    # runs on, so asked for only where experts are shared out.
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
     own = mesh.experts["expert_shards"]

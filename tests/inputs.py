@@ -1,5 +1,6 @@
 """Inputs for every row of the table in a stable range, and the error budget by which paths are compared."""
 
+import pytest
 import torch
 
 from reference import example
@@ -60,3 +61,13 @@ def assert_within_budget(got, plain, exact, what=""):
     assert torch.isfinite(got).all(), f"{what}: not finite"
     error = example.error(got, exact)
     assert error <= budget, f"{what}: error {error:.1e} > budget {budget:.1e}"
+
+
+def refused(calls) -> list[str]:
+    """What each call says, as every one of them must raise ValueError."""
+    said = []
+    for call in calls:
+        with pytest.raises(ValueError) as caught:
+            call()
+        said.append(str(caught.value))
+    return said

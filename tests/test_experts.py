@@ -3,7 +3,6 @@
 Each world of one to four processes starts once and runs all of its cases; the tests look up their verdicts.
 """
 
-import functools
 import itertools
 
 import pytest
@@ -13,22 +12,18 @@ from torch.distributed.tensor import DTensor, Shard
 import train as trainer
 from data.corpus import Document
 from data.stream import Stream
+from inputs import refused
 from parallel import checkpoint, comm, experts, mesh, shard, testing
+from ranks import CPU, prepared, whole
 from reference.model import LanguageModel
 from reference.moe import Drop, relu_squared, swiglu
 from reference.ops import ops
 from reference.presets import Model
 from reference.routers import ROUTER, Routing, row
 
-CPU = torch.device("cpu")
-
 
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(shape)), dtype=torch.float64)
-
-
-def whole(x):
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
 # ------------------------------------------------------------------------------------------------- the exchange
@@ -230,21 +225,6 @@ def config_of(router="linear_moe", degrees=ALONE, **more) -> trainer.Train:
     )
 
 
-@functools.cache
-def made_once(degrees: mesh.Degrees) -> mesh.Mesh:
-    """Of this process: a mesh takes as long as a step."""
-    return mesh.make(degrees, CPU)
-
-
-def prepared(config: trainer.Train):
-    """As the trainer does it: (place, model, ops, optimizer)."""
-    place = made_once(config.mesh)
-    over = mesh.over(ops, place)
-    trainer.refuse_to_cut(config, place)
-    model, matrices = trainer.model_of(config, over, place, CPU)
-    return place, model, over, trainer.optimizer_of(config, model, matrices)
-
-
 def steps(config, place, model, over, optimizer, first=0, last=STEPS):
     """What each step said, and the first one's gradients after clipping."""
     said, grads = [], []
@@ -432,12 +412,7 @@ def refusals():
         lambda: mesh.make(mesh.Degrees(replicas=3), CPU),
         lambda: mesh.make(mesh.Degrees(expert=0), CPU),
     ]
-    said = []
-    for call in calls:
-        with pytest.raises(ValueError) as caught:
-            call()
-        said.append(str(caught.value))
-    return said
+    return refused(calls)
 
 
 def test_what_cannot_be_shared_is_refused_in_one_line():

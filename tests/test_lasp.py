@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.stream import Batch
-from inputs import leaves, make, pieces
+from inputs import leaves, make, pieces, refused
 from parallel import comm, lasp, mesh, shard, testing
 from reference.lsm import LSM
 from reference.model import LanguageModel, initialize, starts
@@ -419,12 +419,7 @@ def refusals():
         lambda: mesh.make(mesh.Degrees(data=2, sequence=3), torch.device("cpu")),
         lambda: mesh.make(mesh.Degrees(data=0), torch.device("cpu")),
     ]
-    said = []
-    for call in calls:
-        with pytest.raises(ValueError) as caught:
-            call()
-        said.append(str(caught.value))
-    return said
+    return refused(calls)
 
 
 def test_what_cannot_be_cut_is_refused_in_one_line():

@@ -3,21 +3,18 @@
 Each world of two or four processes starts once and runs all of its cases; the tests look up their verdicts.
 """
 
-import functools
-
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 import train as trainer
 from data.corpus import Document
 from data.stream import Batch, Stream
 from parallel import checkpoint, mesh, pipeline, testing
+from ranks import CPU, made_once, prepared, whole
 from reference.model import LanguageModel
 from reference.ops import ops
 from reference.presets import Model
 
-CPU = torch.device("cpu")
 SIZES = {"width": 8, "heads": 2, "lsm": "retention", "experts": 4, "expert_width": 6, "top_k": 2, "dense_width": 8}
 BATCH, LENGTH, STEPS = 8, 5, 3
 DOCUMENTS = [Document("a", bytes(range(40)) * 3), Document("b", bytes(range(90, 120)) * 4)]
@@ -49,24 +46,6 @@ def config_of(degrees=ALONE, **more) -> trainer.Train:
         bias_rate=0.05,
         **outside,
     )
-
-
-@functools.cache
-def made_once(degrees: mesh.Degrees) -> mesh.Mesh:
-    """Of this process: a mesh takes as long as a step."""
-    return mesh.make(degrees, CPU)
-
-
-def prepared(config: trainer.Train):
-    """As the trainer does it: (place, model, ops, optimizer)."""
-    place = made_once(config.mesh)
-    over = mesh.over(ops, place)
-    model, matrices = trainer.model_of(config, over, place, CPU)
-    return place, model, over, trainer.optimizer_of(config, model, matrices)
-
-
-def whole(x):
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
 def named(model) -> dict:
