@@ -18,14 +18,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import (
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
 
 from parallel import comm, shard
 from parallel.mesh import Mesh
@@ -36,17 +28,17 @@ from reference.moe import MoE
 class Schedule(NamedTuple):
     """An order of work that torch has."""
 
-    kind: type
+    kind: str  # torch's name: whoever has no pipeline does not wait for the import, which brings the compiler along
     stages: int = 1  # of each rank
     turns: bool = False  # at the last rank: the stages go back from there, and loss and embedding are on the first
 
 
 SCHEDULE = {
-    "gpipe": Schedule(ScheduleGPipe),  # 1811.06965
-    "1f1b": Schedule(Schedule1F1B),  # 2006.09503
-    "interleaved": Schedule(ScheduleInterleaved1F1B, 2),  # 2104.04473
-    "zero-bubble": Schedule(ScheduleInterleavedZeroBubble, 2),  # 2401.10241
-    "zero-bubble-v": Schedule(ScheduleZBVZeroBubble, 2, turns=True),  # 2405.15362
+    "gpipe": Schedule("ScheduleGPipe"),  # 1811.06965
+    "1f1b": Schedule("Schedule1F1B"),  # 2006.09503
+    "interleaved": Schedule("ScheduleInterleaved1F1B", 2),  # 2104.04473
+    "zero-bubble": Schedule("ScheduleInterleavedZeroBubble", 2),  # 2401.10241
+    "zero-bubble-v": Schedule("ScheduleZBVZeroBubble", 2, turns=True),  # 2405.15362
 }
 
 
@@ -206,6 +198,8 @@ class Part(nn.Module):
         return sum(losses, task.tokens * 0).to(task.tokens), self.whole(loads)
 
     def scheduled(self, tokens: Int[Tensor, "1 t"], times: int):
+        from torch.distributed.pipelining import PipelineStage, schedules
+
         how, dtype = SCHEDULE[self.mesh.schedule], next(self.parameters()).dtype
         x = torch.empty(*tokens.shape, self.config.width, dtype=dtype, device=tokens.device, requires_grad=True)
         stages = [
@@ -220,7 +214,7 @@ class Part(nn.Module):
             )
             for stage in self.stages
         ]
-        return how.kind(
+        return getattr(schedules, how.kind)(
             stages if how.stages > 1 else stages[0], times, loss_fn=lambda loss, _: loss.sum(), scale_grads=False
         )
 

@@ -13,11 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +33,7 @@ from reference.bidirectional import both_ways
 from reference.lsm import LSM
 from reference.printed import PRINTED
 
+CUDA = torch.cuda.is_available()
 ALL = list({LSM[name][:3]: name for name in reversed(quick.rows())}.values())[::-1]  # one of the same three words
 # token by token: few, in the interpreter
 SCANNED = [name for name in ALL if by_element.has_form(LSM[name]) or by_slots.has_form(LSM[name])]

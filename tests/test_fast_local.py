@@ -3,15 +3,8 @@
 Without a GPU they run in Triton's interpreter (float32 and float16); with one the same laws run on it, in bfloat16 too.
 """
 
-import os
-
 import pytest
 import torch
-
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +13,7 @@ from fast.kernels import local as kernels
 from inputs import assert_within_budget
 from reference import local
 
+CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU: the interpreter shows no compiler and no allocations")

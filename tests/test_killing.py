@@ -47,7 +47,7 @@ def go(n: int, arguments, *patches, **how):
 def signalled(rank: int, place: str, step: int, name=signal.SIGKILL):
     """A patch: that rank gets a signal at a place, of a step that is under way or of a checkpoint that is written."""
 
-    def hit(*_):
+    def hit(*_, **__):
         os.kill(os.getpid(), name)
 
     def patch(mine):
