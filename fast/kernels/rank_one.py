@@ -84,7 +84,7 @@ from torch import Tensor
 
 from fast.kernels import decay
 from fast.kernels.channel import NOTHING, gates_of
-from fast.kernels.decay import padded, part_of, place_of, places, run_of, sequences_of
+from fast.kernels.decay import LOG2_E, padded, part_of, place_of, places, run_of, sequences_of
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
 
@@ -106,58 +106,69 @@ CONFIG = {
 
 
 @triton.jit
-def summed(which, gates, GATE: tl.constexpr, EXACT: tl.constexpr):
-    """Row i: the sum of the gates of the tokens s with which[i, s]. C × K from gates C × K, C × 1 from gates C."""
-    if GATE == 2:
-        total = tl.sum(tl.where(which, gates[None, :], 0.0), 1)[:, None]
-    else:
-        if EXACT:
-            total = tl.dot(which.to(tl.float32), gates, input_precision="ieee")
-        else:
-            total = tl.dot(which.to(tl.float16), gates.to(tl.float16))
-    return total
-
-
-@triton.jit
-def summed_across(gates, which, EXACT: tl.constexpr):
-    """K × C, column i: the sum of the gates (K × C) of the tokens s with which[s, i]."""
+def sums_at(sums, rest, at, ok, EXACT: tl.constexpr):
+    """(hi, lo): running sums of gates as `rank_one_sums` left them; 0 where there is no token. lo only with EXACT."""
+    hi = tl.load(sums + at, mask=ok, other=0.0)
+    lo = hi
     if EXACT:
-        total = tl.dot(gates, which.to(tl.float32), input_precision="ieee")
+        lo = tl.load(rest + at, mask=ok, other=0.0)
+    return hi, lo
+
+
+@triton.jit
+def fading(hi, lo, hi2, lo2, EXACT: tl.constexpr):
+    """e^{-|b - b'|}: what is left of a vector on the way from one of two tokens to the other, at most 1."""
+    exponent = hi - hi2
+    if EXACT:
+        exponent += lo - lo2
+    return tl.exp2(-tl.abs(exponent))
+
+
+@triton.jit
+def summed(which, gates):
+    """Row i: the sum of the gates (C) of the tokens s with which[i, s]."""
+    return tl.sum(tl.where(which, gates[None, :], 0.0), 1)[:, None]
+
+
+@triton.jit
+def fades_of(
+    g, sums, rest, row, at, step, count, ic, ik,
+    K: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """(e^b, e^c, e^{b_C - b}, e^{b_C}) of a chunk of `count` tokens that begins at `row`: C × K, or C × 1; the last
+    without its first axis. at : C × K within the chunk, `step` from token to token."""
+    here, other = ic[:, None], ic[None, :]
+    inside = ic < count
+    if GATE == 2:
+        gates = gates_of(g, row + ic * (step // K), inside)
+        reading = tl.exp2(summed(other <= here, gates))
+        finding = reading
+        if BEFORE:
+            finding = tl.exp2(summed(other < here, gates))
+        writing = tl.exp2(summed(other > here, gates))
+        total = tl.exp2(tl.sum(gates, 0))
     else:
-        total = tl.dot(gates.to(tl.float16), which.to(tl.float16))
-    return total
+        in_k = ik < K
+        ok = inside[:, None] & in_k[None, :]
+        sums += row * K
+        if EXACT:
+            rest += row * K
+        hi, lo = sums_at(sums, rest, at, ok, EXACT)
+        last, last_lo = sums_at(sums, rest, (count - 1) * step + ik, in_k, EXACT)
+        reading = tl.exp2(hi)
+        finding = reading
+        if BEFORE:
+            before, _ = sums_at(sums, rest, at - step, ok & (here > 0), EXACT)
+            finding = tl.exp2(before)
+        writing = fading(hi, lo, last[None, :], last_lo[None, :], EXACT)
+        total = tl.exp2(last)
+    return reading, finding, writing, total
 
 
 @triton.jit
-def fades_of(gates, ic, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr):
-    """(e^b, e^c, e^{b_C - b}, e^{b_C}) of a chunk: C × K, or C × 1; the last without its first axis."""
-    here, other = ic[:, None], ic[None, :]
-    reading = tl.exp2(summed(other <= here, gates, GATE, EXACT))
-    finding = reading
-    if BEFORE:
-        finding = tl.exp2(summed(other < here, gates, GATE, EXACT))
-    return reading, finding, tl.exp2(summed(other > here, gates, GATE, EXACT)), tl.exp2(tl.sum(gates, 0))
-
-
-@triton.jit
-def to_middle(gates, ic, half, BEFORE: tl.constexpr, EXACT: tl.constexpr):
-    """e^{sum of the gates between a token and the middle of its block of 2·half tokens}: C × K, at most 1.
-
-    From the middle on: up to and with the token's own gate (BEFORE: without); before the middle: after the token.
-    """
-    here, other = ic[:, None], ic[None, :]
-    middle = (here | (2 * half - 1)) + 1 - half
-    until = (other < here) if BEFORE else (other <= here)
-    later = (other >= middle) & until
-    return tl.exp2(summed(later | ((other > here) & (other < middle)), gates, 3, EXACT))
-
-
-@triton.jit
-def to_middle_across(gates, ic, half, EXACT: tl.constexpr):
-    """`to_middle` of the tokens before the middle, K × C from gates K × C."""
-    here, other = ic[None, :], ic[:, None]
-    middle = (here | (2 * half - 1)) + 1 - half
-    return tl.exp2(summed_across(gates, (other > here) & (other < middle), EXACT))
+def middle_of(ic, half: tl.constexpr):
+    """The last token of the earlier half of a token's block of 2·half."""
+    return (ic | (2 * half - 1)) - half
 
 
 @triton.jit
@@ -176,11 +187,42 @@ def decays_between(gates, ic, BEFORE: tl.constexpr, TURNED: tl.constexpr, EXACT:
 
 
 @triton.jit
-def meeting(ic, half):
+def meeting(ic, half: tl.constexpr):
     """Whether row and column are of the two halves of a block of 2·half tokens: whether `half` is their highest bit
     that differs."""
     differ = ic[:, None] ^ ic[None, :]
     return (differ >= half) & (differ < 2 * half)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "parts"])
+def rank_one_sums(
+    g, borders, sums, rest, tokens, heads, parts,
+    K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Running sums of a gate a channel within every chunk, in units of log 2; with EXACT what float32 leaves over, too.
+
+    A decay between two tokens is then one difference, for every level of halves, in every kernel.
+    """
+    pid = tl.program_id(0)
+    ik = (pid % SLICES) * BK + tl.arange(0, BK)
+    part = (pid // SLICES) % parts
+    h = (pid // SLICES // parts) % heads
+    start, length = run_of(borders, pid // SLICES // parts // heads, tokens, PACKED)
+    first, stop = part_of(length, part, parts)
+    ic = tl.arange(0, C)
+    for i in range(0, tl.cdiv(stop - first, C)):
+        begin = first + i * C
+        at = ((start + begin) * heads + h) * K + ic[:, None] * (heads * K) + ik[None, :]
+        ok = (ic < stop - begin)[:, None] & (ik < K)[None, :]
+        gates = gates_of(g, at, ok)
+        if EXACT:
+            b = tl.cumsum(gates.to(tl.float64), 0)
+            hi = b.to(tl.float32)
+            tl.store(rest + at, (b - hi.to(tl.float64)).to(tl.float32), mask=ok)
+        else:
+            hi = tl.cumsum(gates, 0)
+        tl.store(sums + at, hi, mask=ok)
 
 
 @triton.jit
@@ -206,8 +248,8 @@ def inverse_of(L, here, other, LEVELS: tl.constexpr, SOLVING: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "heads", "parts"])
 def rank_one_prepare(
-    q, e, w, k, beta, g, borders, inverse, mixed, reads, more_reads, finding, asking, writing, adding, totals,
-    tokens, heads, parts,
+    q, e, w, k, beta, g, sums, rest, borders, inverse, mixed, reads, more_reads, finding, asking, writing, adding,
+    totals, tokens, heads, parts,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, PACKED: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, SOLVING: tl.constexpr,
@@ -256,29 +298,27 @@ def rank_one_prepare(
                 more += tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
             own += tl.sum(bq.to(tl.float32) * bw.to(tl.float32), 1)
             if GATE == 3:
-                across = ik[:, None] + ic[None, :] * (heads * K)
-                ok_across = (ik < K)[:, None] & inside[None, :]
-                wide = tl.load(w + row * K + across, mask=ok_across, other=0.0)
-                if TWO:
-                    wide_k = tl.load(k + row * K + across, mask=ok_across, other=0.0)
-                gates = gates_of(g + row * K, at, ok)
-                gates_across = gates_of(g + row * K, across, ok_across)
-                for level in range(0, LEVELS + 4):
-                    half = 1 << level
-                    meet = meeting(ic, half) & (here > other)
-                    fade = to_middle(gates, ic, half, False, EXACT)
+                hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
+                if BEFORE:
+                    before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
+                for level in tl.static_range(LEVELS + 4):
+                    meet = meeting(ic, 1 << level) & (here > other)
+                    middle = middle_of(ic, 1 << level)
+                    at_middle = middle[:, None] * (heads * K) + ik[None, :]
+                    ok_middle = (middle < count)[:, None] & (ik < K)[None, :]
+                    to, to_lo = sums_at(sums, rest, row * K + at_middle, ok_middle, EXACT)
+                    fade = fading(hi, lo, to, to_lo, EXACT)
                     asked = (bq.to(tl.float32) * fade).to(bq.dtype)
+                    keys = (bw.to(tl.float32) * fade).to(bq.dtype)
+                    found = keys
                     if BEFORE:
-                        fade = to_middle(gates, ic, half, True, EXACT)
-                    found = (be.to(tl.float32) * fade).to(bq.dtype)
-                    fade = to_middle_across(gates_across, ic, half, EXACT)
-                    keys = (wide.to(tl.float32) * fade).to(bq.dtype)
-                    L += tl.where(meet, tl.dot(found, keys, input_precision=PRECISION), 0.0)
-                    P += tl.where(meet, tl.dot(asked, keys, input_precision=PRECISION), 0.0)
+                        found = (be.to(tl.float32) * fading(before, before_lo, to, to_lo, EXACT)).to(bq.dtype)
+                    L += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
+                    P += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
                     if TWO:
-                        keys = (wide_k.to(tl.float32) * fade).to(bq.dtype)
-                        N += tl.where(meet, tl.dot(found, keys, input_precision=PRECISION), 0.0)
-                        Q += tl.where(meet, tl.dot(asked, keys, input_precision=PRECISION), 0.0)
+                        keys = (bk.to(tl.float32) * fade).to(bq.dtype)
+                        N += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
+                        Q += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
             else:
                 L += tl.dot(be, tl.trans(bw), input_precision=PRECISION)
                 P += tl.dot(bq, tl.trans(bw), input_precision=PRECISION)
@@ -323,9 +363,9 @@ def rank_one_prepare(
                 be = -be
             written = strength[:, None] * bw.to(tl.float32)
             if GATE != 0:
-                if GATE == 3:
-                    gates = gates_of(g + row * K, at, ok)
-                reach, find, last, total = fades_of(gates, ic, GATE, BEFORE, EXACT)
+                reach, find, last, total = fades_of(
+                    g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT
+                )
                 seen = seen * reach
                 be = (be.to(tl.float32) * find).to(be.dtype)
                 written = written * last
@@ -347,7 +387,7 @@ def rank_one_prepare(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "parts"])
 def rank_one_reverse(
-    q, e, w, k, beta, g, borders, inverse, mixed, finding, asking, writing, adding, tokens, heads, parts,
+    q, e, w, k, beta, g, sums, rest, borders, inverse, mixed, finding, asking, writing, adding, tokens, heads, parts,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -362,7 +402,8 @@ def rank_one_reverse(
     ic = tl.arange(0, C)
     for i in range(0, tl.cdiv(stop - first, C)):
         begin = first + i * C
-        inside = ic < tl.minimum(stop - begin, C)
+        count = tl.minimum(stop - begin, C)
+        inside = ic < count
         row = (start + begin) * heads + h
         at = ic[:, None] * (heads * K) + ik[None, :]
         ok = inside[:, None] & (ik < K)[None, :]
@@ -380,11 +421,7 @@ def rank_one_reverse(
         if BETA:
             written = written * tl.load(beta + row + ic * heads, mask=inside, other=0.0)[:, None]
         if GATE != 0:
-            if GATE == 3:
-                gates = gates_of(g + row * K, at, ok)
-            else:
-                gates = gates_of(g, row + ic * heads, inside)
-            reach, find, last, _ = fades_of(gates, ic, GATE, BEFORE, EXACT)
+            reach, find, last, _ = fades_of(g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT)
             seen = seen * reach
             found = found * find
             written = written * last
@@ -474,69 +511,9 @@ def rank_one_sweep(
 
 
 @triton.jit
-def from_earlier(
-    seen, erased, keys, gates, ic,
-    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(Σ_{j<i} seen_ij keys_j e^{b_i - b_j}, Σ_{j<i} erased_ij keys_j e^{c_i - b_j}): C × K each, by levels."""
-    here, other = ic[:, None], ic[None, :]
-    if GATE == 3:
-        asked, found = keys.to(tl.float32) * 0.0, keys.to(tl.float32) * 0.0
-        seen, erased = seen.to(keys.dtype), erased.to(keys.dtype)
-        for level in range(0, LEVELS + 4):
-            half = 1 << level
-            meet = meeting(ic, half) & (here > other)
-            fade = to_middle(gates, ic, half, False, EXACT)
-            faded = (keys.to(tl.float32) * fade).to(keys.dtype)
-            asked += fade * tl.dot(tl.where(meet, seen, 0.0), faded, input_precision=PRECISION)
-            if BEFORE:
-                fade = to_middle(gates, ic, half, True, EXACT)
-            found += fade * tl.dot(tl.where(meet, erased, 0.0), faded, input_precision=PRECISION)
-    else:
-        if GATE == 2:
-            seen = seen * decays_between(gates, ic, False, False, EXACT)
-            erased = erased * decays_between(gates, ic, BEFORE, False, EXACT)
-        seen, erased = tl.where(here > other, seen, 0.0), tl.where(here > other, erased, 0.0)
-        asked = tl.dot(seen.to(keys.dtype), keys, input_precision=PRECISION)
-        found = tl.dot(erased.to(keys.dtype), keys, input_precision=PRECISION)
-    return asked, found
-
-
-@triton.jit
-def from_later(
-    seen, erased, queries, finders, gates, ic,
-    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Σ_{i>j} (seen_ji queries_i e^{b_i - b_j} - erased_ji finders_i e^{c_i - b_j}): C × K, by levels."""
-    here, other = ic[:, None], ic[None, :]
-    if GATE == 3:
-        written = queries.to(tl.float32) * 0.0
-        seen, erased = seen.to(queries.dtype), -erased.to(queries.dtype)
-        for level in range(0, LEVELS + 4):
-            half = 1 << level
-            meet = meeting(ic, half) & (here < other)
-            fade = to_middle(gates, ic, half, False, EXACT)
-            find = fade
-            if BEFORE:
-                find = to_middle(gates, ic, half, True, EXACT)
-            faded = (queries.to(tl.float32) * fade).to(queries.dtype)
-            change = tl.dot(tl.where(meet, seen, 0.0), faded, input_precision=PRECISION)
-            faded = (finders.to(tl.float32) * find).to(queries.dtype)
-            written += fade * tl.dot(tl.where(meet, erased, 0.0), faded, change, input_precision=PRECISION)
-    else:
-        if GATE == 2:
-            seen = seen * decays_between(gates, ic, False, True, EXACT)
-            erased = erased * decays_between(gates, ic, BEFORE, True, EXACT)
-        seen, erased = tl.where(here < other, seen, 0.0), tl.where(here < other, -erased, 0.0)
-        written = tl.dot(seen.to(queries.dtype), queries, input_precision=PRECISION)
-        written = tl.dot(erased.to(queries.dtype), finders, written, input_precision=PRECISION)
-    return written
-
-
-@triton.jit
 def gate_sums(begun, later, kept, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
     """begun + Σ_{s>=t} later + Σ_{s<t} kept + Σ_{s>=t, BEFORE: s>t} erasing: C × K. EXACT: nothing is taken off again,
-    since under strong gates what remains is much smaller."""
+    since under strong gates what remains is much smaller; else `later` comes with `kept` taken off."""
     if EXACT:
         here, other = ic[:, None], ic[None, :]
         value = begun[None, :] + tl.dot((other >= here).to(tl.float32), later, input_precision="ieee")
@@ -544,16 +521,65 @@ def gate_sums(begun, later, kept, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.c
         until = (other > here) if BEFORE else (other >= here)
         value = tl.dot(until.to(tl.float32), erasing, value, input_precision="ieee")
     else:
-        value = (begun + tl.sum(kept, 0))[None, :] + tl.cumsum(later + erasing - kept, 0, reverse=True)
+        value = (begun + tl.sum(kept, 0))[None, :] + tl.cumsum(later + erasing, 0, reverse=True)
         if BEFORE:
             value -= erasing
     return value
 
 
+@triton.jit(do_not_specialize=["tokens", "heads", "parts"])
+def rank_one_pairs(
+    do, y, r, v, borders, seen, erased, seen_v, erased_v, tokens, heads, parts,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, TWO: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """tril(do rᵀ) and stril(y rᵀ) of every chunk, with two writes also tril(do vᵀ) and stril(y vᵀ): b t h C each.
+
+    What a score's gradient is before decays and β, once for all slices of K.
+    """
+    pid = tl.program_id(0)
+    part = pid % parts
+    h = (pid // parts) % heads
+    start, length = run_of(borders, pid // parts // heads, tokens, PACKED)
+    first, stop = part_of(length, part, parts)
+    ic, iv = tl.arange(0, C), tl.arange(0, BV)
+    here, other = ic[:, None], ic[None, :]
+    for i in range(0, tl.cdiv(stop - first, C)):
+        begin = first + i * C
+        inside = ic < tl.minimum(stop - begin, C)
+        row = (start + begin) * heads + h
+        at = row * V + here * (heads * V) + iv[None, :]
+        ok = inside[:, None] & (iv < V)[None, :]
+        to = row * C + here * (heads * C) + other
+        bdo = tl.load(do + at, mask=ok, other=0.0)
+        by = tl.load(y + at, mask=ok, other=0.0)
+        br = tl.load(r + at, mask=ok, other=0.0)
+        pairs = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
+        tl.store(seen + to, tl.where(here >= other, pairs, 0.0), mask=inside[:, None])
+        pairs = tl.dot(by, tl.trans(br), input_precision=PRECISION)
+        tl.store(erased + to, tl.where(here > other, pairs, 0.0), mask=inside[:, None])
+        if TWO:
+            bv = tl.load(v + at, mask=ok, other=0.0)
+            pairs = tl.dot(bdo, tl.trans(bv), input_precision=PRECISION)
+            tl.store(seen_v + to, tl.where(here >= other, pairs, 0.0), mask=inside[:, None])
+            pairs = tl.dot(by, tl.trans(bv), input_precision=PRECISION)
+            tl.store(erased_v + to, tl.where(here > other, pairs, 0.0), mask=inside[:, None])
+
+
+@triton.jit
+def scores_at(seen, erased, at, ok, decay, decay_before, which, GATE: tl.constexpr):
+    """A chunk's `rank_one_pairs` off the diagonal, with the decays of a gate of one number a token."""
+    a, b = tl.load(seen + at, mask=ok, other=0.0), tl.load(erased + at, mask=ok, other=0.0)
+    dtype = a.dtype
+    if GATE == 2:
+        a, b = (a.to(tl.float32) * decay).to(dtype), (b.to(tl.float32) * decay_before).to(dtype)
+    return tl.where(which, a, 0.0).to(dtype), tl.where(which, b, 0.0).to(dtype)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
 def rank_one_gradients(
-    do, y, r, v, q, e, w, k, beta, g, borders, states, cotangents, dq, de, dw, dk, dbeta, dg,
-    tokens, heads, parts, count_rows,
+    do, y, r, v, q, e, w, k, beta, g, sums, rest, borders, seen, erased, seen_v, erased_v, states, cotangents,
+    dq, de, dw, dk, dbeta, dg, tokens, heads, parts, count_rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr,
     GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -561,8 +587,7 @@ def rank_one_gradients(
     """dq, de (with two writes that of -e), dw (without BEFORE dw + de), dk of two writes, for a slice of K of every
     chunk; this slice's part of dβ; with GATES dg or, of one number a token, this slice's part of it.
 
-    Parts lie as slices b t h. First what each token reads and finds, then what it wrote: one after the other, so that
-    the scores of one are out of the registers when those of the other come.
+    Parts lie as slices b t h. First what comes through states and their cotangents, in slices of V, then the pairs.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -572,23 +597,44 @@ def rank_one_gradients(
     n = pid // SLICES // parts // heads
     start, length = run_of(borders, n, tokens, PACKED)
     first, stop = part_of(length, part, parts)
-    ic, iv = tl.arange(0, C), tl.arange(0, BV)
+    ic = tl.arange(0, C)
     here, other = ic[:, None], ic[None, :]
-    in_k, in_v = ik < K, iv < V
+    in_k = ik < K
     for i in range(0, tl.cdiv(stop - first, C)):
         begin = first + i * C
-        inside = ic < tl.minimum(stop - begin, C)
+        count = tl.minimum(stop - begin, C)
+        inside = ic < count
         row = (start + begin) * heads + h
         slot = place_of(start, n, begin, C) * heads + h
-        at = ic[:, None] * (heads * K) + ik[None, :]
+
+        asked = tl.zeros((C, BK), tl.float32)
+        found = tl.zeros((C, BK), tl.float32)
+        written = tl.zeros((C, BK), tl.float32)
+        begun = tl.zeros((BK,), tl.float32)
+        if TWO:
+            added = tl.zeros((C, BK), tl.float32)
+        for j in range(0, V, BV):
+            iv = j + tl.arange(0, BV)
+            at_v = row * V + here * (heads * V) + iv[None, :]
+            ok_v = inside[:, None] & (iv < V)[None, :]
+            turned = slot * K * V + iv[:, None] + ik[None, :] * V
+            in_cell = (iv < V)[:, None] & in_k[None, :]
+            bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
+            by = tl.load(y + at_v, mask=ok_v, other=0.0)
+            br = tl.load(r + at_v, mask=ok_v, other=0.0)
+            S = tl.load(states + turned, mask=in_cell, other=0.0)
+            E = tl.load(cotangents + turned, mask=in_cell, other=0.0)
+            asked = tl.dot(bdo, S, asked, input_precision=PRECISION)
+            found = tl.dot(by, S, found, input_precision=PRECISION)
+            written = tl.dot(br, E, written, input_precision=PRECISION)
+            if TWO:
+                bv = tl.load(v + at_v, mask=ok_v, other=0.0)
+                added = tl.dot(bv, E, added, input_precision=PRECISION)
+            if GATES:
+                begun += tl.sum(S.to(tl.float32) * E.to(tl.float32), 0)
+
+        at = here * (heads * K) + ik[None, :]
         ok = inside[:, None] & in_k[None, :]
-        at_v = ic[:, None] * (heads * V) + iv[None, :]
-        ok_v = inside[:, None] & in_v[None, :]
-        turned = iv[:, None] + ik[None, :] * V
-        in_cell = in_v[:, None] & in_k[None, :]
-        bdo = tl.load(do + row * V + at_v, mask=ok_v, other=0.0)
-        by = tl.load(y + row * V + at_v, mask=ok_v, other=0.0)
-        br = tl.load(r + row * V + at_v, mask=ok_v, other=0.0)
         bq = tl.load(q + row * K + at, mask=ok, other=0.0)
         bw = tl.load(w + row * K + at, mask=ok, other=0.0)
         be = bw
@@ -597,81 +643,128 @@ def rank_one_gradients(
         if TWO:
             be = -be
             bk = tl.load(k + row * K + at, mask=ok, other=0.0)
-            bv = tl.load(v + row * V + at_v, mask=ok_v, other=0.0)
-        strong = bw.to(tl.float32)
+        strength = tl.full((C,), 1.0, tl.float32)
         if BETA:
             strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-            strong = strong * strength[:, None]
-        gates = inside
-        if GATE == 3:
-            gates = gates_of(g + row * K, at, ok)
+        if GATE != 0:
+            reach, find, last, total = fades_of(
+                g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT
+            )
+            asked, found, written = asked * reach, found * find, written * last
+            begun = begun * total
+            if TWO:
+                added = added * last
+        strong = strength[:, None] * bw.to(tl.float32)
+        kept = strong * written
+        if TWO:
+            kept += bk.to(tl.float32) * added
+        pairs, more = written, written
+        if EXACT:
+            pairs = tl.zeros((C, BK), tl.float32)
+        if TWO:
+            more = added
+            if EXACT:
+                more = pairs
+
+        across = row * C + here + other * (heads * C)
+        along = row * C + here * (heads * C) + other
+        ok_along, ok_across = inside[:, None], inside[None, :]
+        decay, decay_before, turned_decay, turned_before = 1.0, 1.0, 1.0, 1.0
         if GATE == 2:
             gates = gates_of(g, row + ic * heads, inside)
-        if GATE != 0:
-            reach, find, last, total = fades_of(gates, ic, GATE, BEFORE, EXACT)
+            decay = decays_between(gates, ic, False, False, EXACT)
+            decay_before = decays_between(gates, ic, BEFORE, False, EXACT)
+            turned_decay = decays_between(gates, ic, False, True, EXACT)
+            turned_before = decays_between(gates, ic, BEFORE, True, EXACT)
+        own = tl.load(seen + row * C + ic * (heads * C + 1), mask=inside, other=0.0).to(tl.float32)[:, None]
+        A, B = scores_at(seen, erased, along, ok_along, decay, decay_before, here > other, GATE)
+        A = (A.to(tl.float32) * strength[None, :]).to(bq.dtype)
+        B = (-B.to(tl.float32) * strength[None, :]).to(bq.dtype)
+        At, Bt = scores_at(seen, erased, across, ok_across, turned_decay, turned_before, here < other, GATE)
+        Bt = -Bt
+        if TWO:
+            own_v = tl.load(seen_v + row * C + ic * (heads * C + 1), mask=inside, other=0.0).to(tl.float32)[:, None]
+            Av, Bv = scores_at(seen_v, erased_v, along, ok_along, decay, decay_before, here > other, GATE)
+            Bv = -Bv
+            Avt, Bvt = scores_at(seen_v, erased_v, across, ok_across, turned_decay, turned_before, here < other, GATE)
+            Bvt = -Bvt
+        found = -found
+        if GATE == 3:
+            hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
+            if BEFORE:
+                before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
+            for level in tl.static_range(LEVELS + 4):
+                meet = meeting(ic, 1 << level)
+                middle = middle_of(ic, 1 << level)
+                at_middle = row * K + middle[:, None] * (heads * K) + ik[None, :]
+                ok_middle = (middle < count)[:, None] & in_k[None, :]
+                to, to_lo = sums_at(sums, rest, at_middle, ok_middle, EXACT)
+                fade = fading(hi, lo, to, to_lo, EXACT)
+                find = fade
+                if BEFORE:
+                    find = fading(before, before_lo, to, to_lo, EXACT)
+                keys = (bw.to(tl.float32) * fade).to(bq.dtype)
+                queries = (bq.to(tl.float32) * fade).to(bq.dtype)
+                finders = keys
+                if BEFORE:
+                    finders = (be.to(tl.float32) * find).to(bq.dtype)
+                change = tl.dot(tl.where(meet, A, 0.0), keys, input_precision=PRECISION)
+                change_found = tl.dot(tl.where(meet, B, 0.0), keys, input_precision=PRECISION)
+                if TWO:
+                    keys = (bk.to(tl.float32) * fade).to(bq.dtype)
+                    change = tl.dot(tl.where(meet, Av, 0.0), keys, change, input_precision=PRECISION)
+                    change_found = tl.dot(tl.where(meet, Bv, 0.0), keys, change_found, input_precision=PRECISION)
+                asked += fade * change
+                found += find * change_found
+                change = tl.dot(tl.where(meet, At, 0.0), queries, input_precision=PRECISION)
+                change = tl.dot(tl.where(meet, Bt, 0.0), finders, change, input_precision=PRECISION)
+                pairs += fade * change
+                if TWO:
+                    change = tl.dot(tl.where(meet, Avt, 0.0), queries, input_precision=PRECISION)
+                    change = tl.dot(tl.where(meet, Bvt, 0.0), finders, change, input_precision=PRECISION)
+                    more += fade * change
+        else:
+            asked = tl.dot(A, bw, asked, input_precision=PRECISION)
+            found = tl.dot(B, bw, found, input_precision=PRECISION)
+            pairs = tl.dot(At, bq, pairs, input_precision=PRECISION)
+            pairs = tl.dot(Bt, be, pairs, input_precision=PRECISION)
+            if TWO:
+                asked = tl.dot(Av, bk, asked, input_precision=PRECISION)
+                found = tl.dot(Bv, bk, found, input_precision=PRECISION)
+                more = tl.dot(Avt, bq, more, input_precision=PRECISION)
+                more = tl.dot(Bvt, be, more, input_precision=PRECISION)
 
-        seen = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
-        erased = tl.dot(by, tl.trans(br), input_precision=PRECISION)
-        own = tl.sum(tl.where(here == other, seen, 0.0), 1)[:, None]
-        asked, found = from_earlier(
-            seen, erased, strong.to(bq.dtype), gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION
-        )
+        later = bq.to(tl.float32) * asked - strong * pairs
+        erasing = be.to(tl.float32) * found
         itself = own * strong
         if TWO:
-            seen = tl.dot(bdo, tl.trans(bv), input_precision=PRECISION)
-            erased = tl.dot(by, tl.trans(bv), input_precision=PRECISION)
-            own_v = tl.sum(tl.where(here == other, seen, 0.0), 1)[:, None]
-            more, more_found = from_earlier(seen, erased, bk, gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION)
-            asked += more
-            found += more_found
+            later -= bk.to(tl.float32) * more
             itself += own_v * bk.to(tl.float32)
-        S = tl.load(states + slot * K * V + turned, mask=in_cell, other=0.0)
-        through = tl.dot(bdo, S, input_precision=PRECISION)
-        erases = tl.dot(by, S, input_precision=PRECISION)
-        if GATE != 0:
-            through, erases = through * reach, erases * find
-        asked += through
-        found = -found - erases
-        later = bq.to(tl.float32) * asked
-        erasing = be.to(tl.float32) * found
         tl.store(dq + row * K + at, asked + itself, mask=ok)
         if BEFORE:
             tl.store(de + row * K + at, -found if TWO else found, mask=ok)
-
-        E = tl.load(cotangents + slot * K * V + turned, mask=in_cell, other=0.0)
-        seen = tl.dot(br, tl.trans(bdo), input_precision=PRECISION)
-        erased = tl.dot(br, tl.trans(by), input_precision=PRECISION)
-        pairs = from_later(seen, erased, bq, be, gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION)
-        written = tl.dot(br, E, input_precision=PRECISION)
-        if GATE != 0:
-            written = written * last
-        kept = strong * written
-        later -= strong * pairs
-        written += pairs + own * bq.to(tl.float32)
+        if EXACT:
+            pairs += written
+        change = pairs + own * bq.to(tl.float32)
         if BETA:
-            change = tl.sum(bw.to(tl.float32) * written, 1)
-            tl.store(dbeta + s.to(tl.int64) * count_rows + row + ic * heads, change, mask=inside)
-            written = written * strength[:, None]
+            to_beta = dbeta + s.to(tl.int64) * count_rows + row + ic * heads
+            tl.store(to_beta, tl.sum(bw.to(tl.float32) * change, 1), mask=inside)
+            change = change * strength[:, None]
         if not BEFORE:
-            written += found
-        tl.store(dw + row * K + at, written, mask=ok)
+            change += found
+        tl.store(dw + row * K + at, change, mask=ok)
         if TWO:
-            seen = tl.dot(bv, tl.trans(bdo), input_precision=PRECISION)
-            erased = tl.dot(bv, tl.trans(by), input_precision=PRECISION)
-            pairs = from_later(seen, erased, bq, be, gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION)
-            added = tl.dot(bv, E, input_precision=PRECISION)
-            if GATE != 0:
-                added = added * last
-            kept += bk.to(tl.float32) * added
-            later -= bk.to(tl.float32) * pairs
-            tl.store(dk + row * K + at, added + pairs + own_v * bq.to(tl.float32), mask=ok)
+            if EXACT:
+                more += added
+            tl.store(dk + row * K + at, more + own_v * bq.to(tl.float32), mask=ok)
         if GATES:
-            S = tl.load(states + slot * K * V + turned, mask=in_cell, other=0.0)
-            begun = tl.sum(S.to(tl.float32) * E.to(tl.float32), 0) * total
             if GATE == 3:
                 value = gate_sums(begun, later, kept, erasing, ic, BEFORE, EXACT)
+                gates = tl.load(g + row * K + at, mask=ok, other=0.0) * LOG2_E
                 tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
             else:
+                if not EXACT:
+                    later += kept
                 until = (other > here) if BEFORE else (other >= here)
                 value = tl.sum(begun, 0) + tl.sum(tl.where(other >= here, tl.sum(later, 1)[None, :], 0.0), 1)
                 value += tl.sum(tl.where(other < here, tl.sum(kept, 1)[None, :], 0.0), 1)
@@ -758,6 +851,22 @@ def levels_of(q: Tensor) -> int:
     return (chunk_for(q) // 16).bit_length() - 1
 
 
+def sums_in_chunks(q: Tensor, g: Tensor | None, borders: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`rank_one_sums`: running sums of a gate a channel (b t h K), for float32 tokens also what they leave over."""
+    if g is None or g.ndim == 3:
+        return None, None
+    shape, parts = in_chunks(q, borders)
+    block = min(128, padded(shape["K"]))
+    slices, exact = triton.cdiv(shape["K"], block), shape["EXACT"]
+    sums, rest = torch.empty_like(g), torch.empty_like(g) if exact else None
+    decay.launch(
+        rank_one_sums, sequences_of(q, borders) * q.shape[2] * parts * slices,
+        g, borders, sums, rest, q.shape[1], q.shape[2], parts,
+        K=shape["K"], BK=block, SLICES=slices, C=shape["C"], PACKED=shape["PACKED"], EXACT=exact, num_warps=1,
+    )  # fmt: skip
+    return sums, rest
+
+
 def solved(q: Tensor, g: Tensor | None, b: Tensor | None, borders: Tensor | None) -> list[Tensor]:
     """Room for T, -T N, R, R of v (b t h C) and e^{b_C} (a place a chunk, h, and K if the gate has it); empty is what
     there is not."""
@@ -775,20 +884,21 @@ def prepare(q, k, beta, g, a, b, borders) -> tuple[list[Tensor], list[Tensor | N
     exact = shape["EXACT"]
     decay.launch(
         rank_one_prepare, sequences_of(q, borders) * q.shape[2] * parts,
-        q, *vectors_of(k, a, b), beta, g, borders, *found[:4], *rows, found[4], q.shape[1], q.shape[2], parts,
+        q, *vectors_of(k, a, b), beta, g, *sums_in_chunks(q, g, borders), borders, *found[:4], *rows, found[4],
+        q.shape[1], q.shape[2], parts,
         **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), SOLVING="ieee" if exact else "tf32",
         num_warps=2 if exact else 4, num_stages=1 if exact else 2,
     )  # fmt: skip
     return found, rows
 
 
-def reverse(q, k, beta, g, a, b, borders, inverse, mixed) -> list:
+def reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed) -> list:
     """`rank_one_reverse`: [-e e^c, q e^b, Tᵀ w', k' - (T N)ᵀ w' or None]."""
     shape, parts = in_chunks(q, borders)
     rows = [torch.empty_like(q) if b is not None or i < 3 else None for i in range(4)]
     decay.launch(
         rank_one_reverse, sequences_of(q, borders) * q.shape[2] * parts * shape["SLICES"],
-        q, *vectors_of(k, a, b), beta, g, borders, inverse, mixed, *rows, q.shape[1], q.shape[2], parts,
+        q, *vectors_of(k, a, b), beta, g, *sums, borders, inverse, mixed, *rows, q.shape[1], q.shape[2], parts,
         **shape, **kind_of(q, beta, g, a, b), num_warps=4, num_stages=1 if shape["EXACT"] else 2,
     )  # fmt: skip
     return rows
@@ -834,22 +944,38 @@ def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, found: li
     """(dq, dk, dv, dβ, dg, da, db, dmemory) from the cotangents of o and of the last memory (None: zeros), with None
     for what was not given, and for dg unless it is wanted."""
     inverse, mixed, reads, more_reads, totals = found
-    finding, asking, writing, adding = reverse(q, k, beta, g, a, b, borders, inverse, mixed)
+    sums = sums_in_chunks(q, g, borders)
+    finding, asking, writing, adding = reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed)
     dv = None if b is None else torch.empty_like(v)
     answers, cotangents, dmemory = sweep(
         do, reads, writing, more_reads, adding, finding, asking, g, totals, borders, dlast, reverse=True, out=dv
     )
     del finding, asking, writing, adding  # their memory is free for the gradients
     want_g = want_g and g is not None
-    grads = gradients(do, answers, news, v, q, k, beta, g, a, b, borders, states, cotangents, want_g)
+    grads = gradients(do, answers, news, v, q, k, beta, g, a, b, sums, borders, states, cotangents, want_g)
     dq, dk, dbeta, dg, da, db = grads
     return dq, dk, answers if dv is None else dv, dbeta, dg, da, db, dmemory
 
 
-def gradients(do, answers, news, v, q, k, beta, g, a, b, borders, states, cotangents, want_g: bool) -> tuple:
-    """`rank_one_gradients`: (dq, dk, dβ, dg, da, db), None for what is not."""
+def pairs(do, answers, news, v, b, borders, C: int) -> list[Tensor]:
+    """`rank_one_pairs`: tril(do rᵀ), stril(y rᵀ) and, with two writes, the same with v for r: b t h C each."""
+    V, two = v.shape[-1], b is not None
+    found = [v.new_empty(*v.shape[:3], C) if two or i < 2 else None for i in range(4)]
+    parts, exact = decay.parts_of(v, borders), v.element_size() == 4
+    decay.launch(
+        rank_one_pairs, sequences_of(v, borders) * v.shape[2] * parts,
+        do, answers, news, v, borders, *found, v.shape[1], v.shape[2], parts,
+        V=V, BV=padded(V), C=C, TWO=two, PACKED=borders is not None, PRECISION="ieee",
+        num_warps=2 if exact else 4, num_stages=1 if exact else 2,
+    )  # fmt: skip
+    return found
+
+
+def gradients(do, answers, news, v, q, k, beta, g, a, b, sums, borders, states, cotangents, want_g: bool) -> tuple:
+    """`rank_one_pairs`, `rank_one_gradients`: (dq, dk, dβ, dg, da, db), None for what is not."""
     shape, parts = in_chunks(q, borders)
     kind, exact, slices = kind_of(q, beta, g, a, b), shape["EXACT"], shape["SLICES"]
+    scores = pairs(do, answers, news, v, b, borders, shape["C"])
     dq, dw, de, dk = (torch.empty_like(q) if there else None for there in (True, True, a is not None, b is not None))
     dbeta = None if beta is None else beta.new_empty(slices, *beta.shape)
     dg = None
@@ -857,10 +983,10 @@ def gradients(do, answers, news, v, q, k, beta, g, a, b, borders, states, cotang
         dg = torch.empty_like(g) if kind["GATE"] == CHANNEL else g.new_empty(slices, *g.shape)
     decay.launch(
         rank_one_gradients, sequences_of(q, borders) * q.shape[2] * parts * slices,
-        do, answers, news, v, q, *vectors_of(k, a, b), beta, g, borders, states, cotangents, dq, de, dw, dk, dbeta, dg,
-        q.shape[1], q.shape[2], parts, q.shape[0] * q.shape[1] * q.shape[2],
-        V=v.shape[-1], BV=padded(v.shape[-1]), LEVELS=levels_of(q), GATES=want_g,
-        **shape, **kind, num_warps=8, num_stages=1 if exact else 2,
+        do, answers, news, v, q, *vectors_of(k, a, b), beta, g, *sums, borders, *scores, states, cotangents,
+        dq, de, dw, dk, dbeta, dg, q.shape[1], q.shape[2], parts, q.shape[0] * q.shape[1] * q.shape[2],
+        V=v.shape[-1], BV=min(32 if exact else 64, padded(v.shape[-1])), LEVELS=levels_of(q), GATES=want_g,
+        **shape, **kind, num_warps=4, num_stages=1 if exact else 2,
     )  # fmt: skip
     if want_g and kind["GATE"] == TOKEN:
         dg = dg.sum(0)
