@@ -84,9 +84,10 @@ from torch import Tensor
 
 from fast.kernels import decay
 from fast.kernels.channel import NOTHING, gates_of
-from fast.kernels.decay import LOG2_E, padded, part_of, place_of, places, run_of, sequences_of
+from fast.kernels.decay import LOG2_E, padded, place_of, places, run_of, sequences_of
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
+COMPILED = tl.constexpr(not decay.INTERPRETED)
 
 CHUNK = {2: 32, 4: 16}  # tokens a chunk by bytes of a number: float32 products are not done by tensor cores
 
@@ -103,6 +104,33 @@ CONFIG = {
     (128, 4): (16, 8, 1),
     (256, 4): (16, 8, 1),
 }
+
+
+@triton.jit
+def chunk_of(borders, place, tokens, sequences, C: tl.constexpr, PACKED: tl.constexpr):
+    """(n, the first row of sequence n, where in it the chunk at `place` begins, how many tokens it has; none if <= 0).
+
+    Places in order: `place_of`, or one sequence after the other. The last sequence that begins at or before `place` is
+    found by halves.
+    """
+    if PACKED:
+        n, end = 0, sequences
+        while n + 1 < end:
+            middle = (n + end) // 2
+            start = tl.minimum(tl.maximum(tl.load(borders + middle), 0), tokens)
+            ahead = start // C + middle > place
+            end = tl.where(ahead, middle, end)
+            n = tl.where(ahead, n, middle)
+        start, length = run_of(borders, n, tokens, PACKED)
+        begin = (place - start // C - n).to(tl.int32) * C
+        count = tl.where(begin < 0, 0, tl.minimum(length - begin, C))
+    else:
+        chunks = tl.cdiv(tokens, C)
+        n = place // chunks
+        begin = place % chunks * C
+        start = n.to(tl.int64) * tokens
+        count = tl.minimum(tokens - begin, C)
+    return n, start, begin, count
 
 
 @triton.jit
@@ -154,7 +182,7 @@ def fades_of(
         if EXACT:
             rest += row * K
         hi, lo = sums_at(sums, rest, at, ok, EXACT)
-        last, last_lo = sums_at(sums, rest, (count - 1) * step + ik, in_k, EXACT)
+        last, last_lo = sums_at(sums, rest, (count - 1) * step + ik, in_k & (count > 0), EXACT)
         reading = tl.exp2(hi)
         finding = reading
         if BEFORE:
@@ -166,7 +194,20 @@ def fades_of(
 
 
 @triton.jit
-def middle_of(ic, half: tl.constexpr):
+def faded(x, fade):
+    """x · fade in x's dtype, for dots, found once.
+
+    The compiler would find it anew, exponentials included, in the layout of every dot that it goes into. It moves dots'
+    layouts through whatever is element by element and without effects: an empty instruction "with effects" stops it.
+    """
+    y = (x.to(tl.float32) * fade).to(x.dtype)
+    if COMPILED and x.dtype != tl.float32:
+        y = tl.inline_asm_elementwise("", "=r,0", [y], x.dtype, is_pure=False, pack=2)
+    return y
+
+
+@triton.jit
+def middle_of(ic, half):
     """The last token of the earlier half of a token's block of 2·half."""
     return (ic | (2 * half - 1)) - half
 
@@ -187,16 +228,16 @@ def decays_between(gates, ic, BEFORE: tl.constexpr, TURNED: tl.constexpr, EXACT:
 
 
 @triton.jit
-def meeting(ic, half: tl.constexpr):
+def meeting(ic, half):
     """Whether row and column are of the two halves of a block of 2·half tokens: whether `half` is their highest bit
     that differs."""
     differ = ic[:, None] ^ ic[None, :]
     return (differ >= half) & (differ < 2 * half)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def rank_one_sums(
-    g, borders, sums, rest, tokens, heads, parts,
+    g, borders, sums, rest, tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -206,23 +247,19 @@ def rank_one_sums(
     """
     pid = tl.program_id(0)
     ik = (pid % SLICES) * BK + tl.arange(0, BK)
-    part = (pid // SLICES) % parts
-    h = (pid // SLICES // parts) % heads
-    start, length = run_of(borders, pid // SLICES // parts // heads, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
+    h = (pid // SLICES) % heads
+    _, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
     ic = tl.arange(0, C)
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        at = ((start + begin) * heads + h) * K + ic[:, None] * (heads * K) + ik[None, :]
-        ok = (ic < stop - begin)[:, None] & (ik < K)[None, :]
-        gates = gates_of(g, at, ok)
-        if EXACT:
-            b = tl.cumsum(gates.to(tl.float64), 0)
-            hi = b.to(tl.float32)
-            tl.store(rest + at, (b - hi.to(tl.float64)).to(tl.float32), mask=ok)
-        else:
-            hi = tl.cumsum(gates, 0)
-        tl.store(sums + at, hi, mask=ok)
+    at = ((start + begin) * heads + h) * K + ic[:, None] * (heads * K) + ik[None, :]
+    ok = (ic < count)[:, None] & (ik < K)[None, :]
+    gates = gates_of(g, at, ok)
+    if EXACT:
+        b = tl.cumsum(gates.to(tl.float64), 0)
+        hi = b.to(tl.float32)
+        tl.store(rest + at, (b - hi.to(tl.float64)).to(tl.float32), mask=ok)
+    else:
+        hi = tl.cumsum(gates, 0)
+    tl.store(sums + at, hi, mask=ok)
 
 
 @triton.jit
@@ -246,10 +283,10 @@ def inverse_of(L, here, other, LEVELS: tl.constexpr, SOLVING: tl.constexpr):
     return X
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def rank_one_prepare(
     q, e, w, k, beta, g, sums, rest, borders, inverse, mixed, reads, more_reads, finding, asking, writing, adding,
-    totals, tokens, heads, parts,
+    totals, tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, PACKED: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, SOLVING: tl.constexpr,
@@ -259,135 +296,130 @@ def rank_one_prepare(
     e is None where it is w, and k where there is one write. Through slices of K twice: for the scores, then with T.
     """
     pid = tl.program_id(0)
-    part = pid % parts
-    h = (pid // parts) % heads
-    n = pid // parts // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
+    h = pid % heads
+    n, start, begin, count = chunk_of(borders, pid // heads, tokens, sequences, C, PACKED)
     ic = tl.arange(0, C)
     here, other = ic[:, None], ic[None, :]
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        count = tl.minimum(stop - begin, C)
-        inside = ic < count
-        row = (start + begin) * heads + h
-        strength = tl.full((C,), 1.0, tl.float32)
-        if BETA:
-            strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        if GATE == 2:
-            gates = gates_of(g, row + ic * heads, inside)
-        L = tl.zeros((C, C), tl.float32)
-        P = tl.zeros((C, C), tl.float32)
-        own = tl.zeros((C,), tl.float32)
+    inside = ic < count
+    row = (start + begin) * heads + h
+    strength = tl.full((C,), 1.0, tl.float32)
+    if BETA:
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+    if GATE == 2:
+        gates = gates_of(g, row + ic * heads, inside)
+    L = tl.zeros((C, C), tl.float32)
+    P = tl.zeros((C, C), tl.float32)
+    own = tl.zeros((C,), tl.float32)
+    if TWO:
+        N = tl.zeros((C, C), tl.float32)
+        Q = tl.zeros((C, C), tl.float32)
+        more = tl.zeros((C,), tl.float32)
+    for s in tl.static_range(SLICES):
+        ik = s * BK + tl.arange(0, BK)
+        at = ic[:, None] * (heads * K) + ik[None, :]
+        ok = inside[:, None] & (ik < K)[None, :]
+        bq = tl.load(q + row * K + at, mask=ok, other=0.0)
+        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+        be = bw
+        if BEFORE:
+            be = tl.load(e + row * K + at, mask=ok, other=0.0)
         if TWO:
-            N = tl.zeros((C, C), tl.float32)
-            Q = tl.zeros((C, C), tl.float32)
-            more = tl.zeros((C,), tl.float32)
-        for s in range(0, SLICES):
-            ik = s * BK + tl.arange(0, BK)
-            at = ic[:, None] * (heads * K) + ik[None, :]
-            ok = inside[:, None] & (ik < K)[None, :]
-            bq = tl.load(q + row * K + at, mask=ok, other=0.0)
-            bw = tl.load(w + row * K + at, mask=ok, other=0.0)
-            be = bw
+            be = -be
+            bk = tl.load(k + row * K + at, mask=ok, other=0.0)
+            more += tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
+        own += tl.sum(bq.to(tl.float32) * bw.to(tl.float32), 1)
+        if GATE == 3:
+            hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
             if BEFORE:
-                be = tl.load(e + row * K + at, mask=ok, other=0.0)
-            if TWO:
-                be = -be
-                bk = tl.load(k + row * K + at, mask=ok, other=0.0)
-                more += tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
-            own += tl.sum(bq.to(tl.float32) * bw.to(tl.float32), 1)
-            if GATE == 3:
-                hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
+                before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
+            for level in tl.static_range(LEVELS + 4):
+                meet = meeting(ic, 1 << level) & (here > other)
+                middle = middle_of(ic, 1 << level)
+                at_middle = middle[:, None] * (heads * K) + ik[None, :]
+                ok_middle = (middle < count)[:, None] & (ik < K)[None, :]
+                to, to_lo = sums_at(sums, rest, row * K + at_middle, ok_middle, EXACT)
+                fade = fading(hi, lo, to, to_lo, EXACT)
+                asked = faded(bq, fade)
+                keys = faded(bw, fade)
+                found = keys
                 if BEFORE:
-                    before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
-                for level in tl.static_range(LEVELS + 4):
-                    meet = meeting(ic, 1 << level) & (here > other)
-                    middle = middle_of(ic, 1 << level)
-                    at_middle = middle[:, None] * (heads * K) + ik[None, :]
-                    ok_middle = (middle < count)[:, None] & (ik < K)[None, :]
-                    to, to_lo = sums_at(sums, rest, row * K + at_middle, ok_middle, EXACT)
-                    fade = fading(hi, lo, to, to_lo, EXACT)
-                    asked = (bq.to(tl.float32) * fade).to(bq.dtype)
-                    keys = (bw.to(tl.float32) * fade).to(bq.dtype)
-                    found = keys
-                    if BEFORE:
-                        found = (be.to(tl.float32) * fading(before, before_lo, to, to_lo, EXACT)).to(bq.dtype)
-                    L += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
-                    P += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
-                    if TWO:
-                        keys = (bk.to(tl.float32) * fade).to(bq.dtype)
-                        N += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
-                        Q += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
-            else:
-                L += tl.dot(be, tl.trans(bw), input_precision=PRECISION)
-                P += tl.dot(bq, tl.trans(bw), input_precision=PRECISION)
+                    found = faded(be, fading(before, before_lo, to, to_lo, EXACT))
+                L += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
+                P += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
                 if TWO:
-                    N += tl.dot(be, tl.trans(bk), input_precision=PRECISION)
-                    Q += tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
-        if GATE == 2:
-            between = decays_between(gates, ic, BEFORE, False, EXACT)
-            L = L * between
+                    keys = faded(bk, fade)
+                    N += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
+                    Q += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
+        else:
+            L += tl.dot(be, tl.trans(bw), input_precision=PRECISION)
+            P += tl.dot(bq, tl.trans(bw), input_precision=PRECISION)
             if TWO:
-                N = N * between
-            between = decays_between(gates, ic, False, False, EXACT)
-            P = P * between
-            if TWO:
-                Q = Q * between
-        L = tl.where(here > other, L, 0.0) * strength[None, :]
-        P = tl.where(here > other, P, tl.where(here == other, own[:, None], 0.0)) * strength[None, :]
-        X = inverse_of(L, here, other, LEVELS, SOLVING)
-        R = tl.dot(P, X, input_precision=SOLVING)
-        to = here * (heads * C) + other
-        tl.store(inverse + row * C + to, X, mask=inside[:, None])
+                N += tl.dot(be, tl.trans(bk), input_precision=PRECISION)
+                Q += tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
+    if GATE == 2:
+        between = decays_between(gates, ic, BEFORE, False, EXACT)
+        L = L * between
         if TWO:
-            N = tl.dot(X, tl.where(here > other, N, 0.0), input_precision=SOLVING)
-            tl.store(mixed + row * C + to, -N, mask=inside[:, None])
-            Q = tl.where(here > other, Q, tl.where(here == other, more[:, None], 0.0))
-            Q -= tl.dot(P, N, input_precision=SOLVING)
-            tl.store(more_reads + row * C + to, Q, mask=inside[:, None])
-        tl.store(reads + row * C + to, R, mask=inside[:, None])
+            N = N * between
+        between = decays_between(gates, ic, False, False, EXACT)
+        P = P * between
+        if TWO:
+            Q = Q * between
+    L = tl.where(here > other, L, 0.0) * strength[None, :]
+    P = tl.where(here > other, P, tl.where(here == other, own[:, None], 0.0)) * strength[None, :]
+    X = inverse_of(L, here, other, LEVELS, SOLVING)
+    R = tl.dot(P, X, input_precision=SOLVING)
+    to = here * (heads * C) + other
+    tl.store(inverse + row * C + to, X, mask=inside[:, None])
+    if TWO:
+        N = tl.dot(X, tl.where(here > other, N, 0.0), input_precision=SOLVING)
+        tl.store(mixed + row * C + to, -N, mask=inside[:, None])
+        Q = tl.where(here > other, Q, tl.where(here == other, more[:, None], 0.0))
+        Q -= tl.dot(P, N, input_precision=SOLVING)
+        tl.store(more_reads + row * C + to, Q, mask=inside[:, None])
+    tl.store(reads + row * C + to, R, mask=inside[:, None])
 
-        solved, asks = X.to(inverse.dtype.element_ty), P.to(inverse.dtype.element_ty)
-        slot = place_of(start, n, begin, C) * heads + h
-        for s in range(0, SLICES):
-            ik = s * BK + tl.arange(0, BK)
-            at = ic[:, None] * (heads * K) + ik[None, :]
-            ok = inside[:, None] & (ik < K)[None, :]
-            seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
-            bw = tl.load(w + row * K + at, mask=ok, other=0.0)
-            be = bw
-            if BEFORE:
-                be = tl.load(e + row * K + at, mask=ok, other=0.0)
-            if TWO:
-                be = -be
-            written = strength[:, None] * bw.to(tl.float32)
+    solved, asks = X.to(inverse.dtype.element_ty), P.to(inverse.dtype.element_ty)
+    slot = place_of(start, n, begin, C) * heads + h
+    for s in tl.static_range(SLICES):
+        ik = s * BK + tl.arange(0, BK)
+        at = ic[:, None] * (heads * K) + ik[None, :]
+        ok = inside[:, None] & (ik < K)[None, :]
+        seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
+        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+        be = bw
+        if BEFORE:
+            be = tl.load(e + row * K + at, mask=ok, other=0.0)
+        if TWO:
+            be = -be
+        written = strength[:, None] * bw.to(tl.float32)
+        if GATE != 0:
+            reach, find, last, total = fades_of(
+                g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT
+            )
+            seen = seen * reach
+            be = (be.to(tl.float32) * find).to(be.dtype)
+            written = written * last
+            if GATE == 3:
+                tl.store(totals + slot * K + ik, total, mask=ik < K)
+            else:
+                tl.store(totals + slot, total)
+        found = tl.dot(solved, be, input_precision=PRECISION)
+        seen -= tl.dot(asks, found.to(be.dtype), input_precision=PRECISION)
+        tl.store(finding + row * K + at, -found, mask=ok)
+        tl.store(asking + row * K + at, seen, mask=ok)
+        tl.store(writing + row * K + at, written, mask=ok)
+        if TWO:
+            added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
             if GATE != 0:
-                reach, find, last, total = fades_of(
-                    g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT
-                )
-                seen = seen * reach
-                be = (be.to(tl.float32) * find).to(be.dtype)
-                written = written * last
-                if GATE == 3:
-                    tl.store(totals + slot * K + ik, total, mask=ik < K)
-                else:
-                    tl.store(totals + slot, total)
-            found = tl.dot(solved, be, input_precision=PRECISION)
-            seen -= tl.dot(asks, found.to(be.dtype), input_precision=PRECISION)
-            tl.store(finding + row * K + at, -found, mask=ok)
-            tl.store(asking + row * K + at, seen, mask=ok)
-            tl.store(writing + row * K + at, written, mask=ok)
-            if TWO:
-                added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
-                if GATE != 0:
-                    added = added * last
-                tl.store(adding + row * K + at, added, mask=ok)
+                added = added * last
+            tl.store(adding + row * K + at, added, mask=ok)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def rank_one_reverse(
-    q, e, w, k, beta, g, sums, rest, borders, inverse, mixed, finding, asking, writing, adding, tokens, heads, parts,
+    q, e, w, k, beta, g, sums, rest, borders, inverse, mixed, finding, asking, writing, adding,
+    tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -395,45 +427,40 @@ def rank_one_reverse(
     """-e e^c, q e^b, Tᵀ w' and, with two writes, k' - (T N)ᵀ w' of every chunk, for a slice of K: b t h K each."""
     pid = tl.program_id(0)
     ik = (pid % SLICES) * BK + tl.arange(0, BK)
-    part = (pid // SLICES) % parts
-    h = (pid // SLICES // parts) % heads
-    start, length = run_of(borders, pid // SLICES // parts // heads, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
+    h = (pid // SLICES) % heads
+    _, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
     ic = tl.arange(0, C)
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        count = tl.minimum(stop - begin, C)
-        inside = ic < count
-        row = (start + begin) * heads + h
-        at = ic[:, None] * (heads * K) + ik[None, :]
-        ok = inside[:, None] & (ik < K)[None, :]
-        across = ic[None, :] * (heads * C) + ic[:, None]
-        solved = tl.load(inverse + row * C + across, mask=inside[None, :], other=0.0)
-        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
-        seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
-        written = bw.to(tl.float32)
-        found = -written
-        if BEFORE:
-            found = -tl.load(e + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    inside = ic < count
+    row = (start + begin) * heads + h
+    at = ic[:, None] * (heads * K) + ik[None, :]
+    ok = inside[:, None] & (ik < K)[None, :]
+    across = ic[None, :] * (heads * C) + ic[:, None]
+    solved = tl.load(inverse + row * C + across, mask=inside[None, :], other=0.0)
+    bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+    seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    written = bw.to(tl.float32)
+    found = -written
+    if BEFORE:
+        found = -tl.load(e + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    if TWO:
+        found = -found
+        added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    if BETA:
+        written = written * tl.load(beta + row + ic * heads, mask=inside, other=0.0)[:, None]
+    if GATE != 0:
+        reach, find, last, _ = fades_of(g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT)
+        seen = seen * reach
+        found = found * find
+        written = written * last
         if TWO:
-            found = -found
-            added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
-        if BETA:
-            written = written * tl.load(beta + row + ic * heads, mask=inside, other=0.0)[:, None]
-        if GATE != 0:
-            reach, find, last, _ = fades_of(g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT)
-            seen = seen * reach
-            found = found * find
-            written = written * last
-            if TWO:
-                added = added * last
-        written = written.to(bw.dtype)
-        tl.store(finding + row * K + at, found, mask=ok)
-        tl.store(asking + row * K + at, seen, mask=ok)
-        tl.store(writing + row * K + at, tl.dot(solved, written, input_precision=PRECISION), mask=ok)
-        if TWO:
-            turned = tl.load(mixed + row * C + across, mask=inside[None, :], other=0.0)
-            tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)
+            added = added * last
+    written = written.to(bw.dtype)
+    tl.store(finding + row * K + at, found, mask=ok)
+    tl.store(asking + row * K + at, seen, mask=ok)
+    tl.store(writing + row * K + at, tl.dot(solved, written, input_precision=PRECISION), mask=ok)
+    if TWO:
+        turned = tl.load(mixed + row * C + across, mask=inside[None, :], other=0.0)
+        tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -511,266 +538,297 @@ def rank_one_sweep(
 
 
 @triton.jit
-def gate_sums(begun, later, kept, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
-    """begun + Σ_{s>=t} later + Σ_{s<t} kept + Σ_{s>=t, BEFORE: s>t} erasing: C × K. EXACT: nothing is taken off again,
-    since under strong gates what remains is much smaller; else `later` comes with `kept` taken off."""
+def sums_behind(later, erasing, ic, BEFORE: tl.constexpr):
+    """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing, summed over channels: C."""
+    here, other = ic[:, None], ic[None, :]
+    until = (other > here) if BEFORE else (other >= here)
+    value = tl.sum(tl.where(other >= here, tl.sum(later, 1)[None, :], 0.0), 1)
+    return value + tl.sum(tl.where(until, tl.sum(erasing, 1)[None, :], 0.0), 1)
+
+
+@triton.jit
+def sums_behind_of_channels(later, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
+    """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing: C × K. EXACT: nothing is taken off again, since under strong
+    gates what remains is much smaller."""
+    here, other = ic[:, None], ic[None, :]
     if EXACT:
-        here, other = ic[:, None], ic[None, :]
-        value = begun[None, :] + tl.dot((other >= here).to(tl.float32), later, input_precision="ieee")
-        value = tl.dot((other < here).to(tl.float32), kept, value, input_precision="ieee")
+        value = tl.dot((other >= here).to(tl.float32), later, input_precision="ieee")
         until = (other > here) if BEFORE else (other >= here)
         value = tl.dot(until.to(tl.float32), erasing, value, input_precision="ieee")
     else:
-        value = (begun + tl.sum(kept, 0))[None, :] + tl.cumsum(later + erasing, 0, reverse=True)
+        value = tl.cumsum(later + erasing, 0, reverse=True)
         if BEFORE:
             value -= erasing
     return value
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts"])
-def rank_one_pairs(
-    do, y, r, v, borders, seen, erased, seen_v, erased_v, tokens, heads, parts,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, TWO: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """tril(do rᵀ) and stril(y rᵀ) of every chunk, with two writes also tril(do vᵀ) and stril(y vᵀ): b t h C each.
-
-    What a score's gradient is before decays and β, once for all slices of K.
-    """
-    pid = tl.program_id(0)
-    part = pid % parts
-    h = (pid // parts) % heads
-    start, length = run_of(borders, pid // parts // heads, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
-    ic, iv = tl.arange(0, C), tl.arange(0, BV)
-    here, other = ic[:, None], ic[None, :]
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        inside = ic < tl.minimum(stop - begin, C)
-        row = (start + begin) * heads + h
-        at = row * V + here * (heads * V) + iv[None, :]
-        ok = inside[:, None] & (iv < V)[None, :]
-        to = row * C + here * (heads * C) + other
-        bdo = tl.load(do + at, mask=ok, other=0.0)
-        by = tl.load(y + at, mask=ok, other=0.0)
-        br = tl.load(r + at, mask=ok, other=0.0)
-        pairs = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
-        tl.store(seen + to, tl.where(here >= other, pairs, 0.0), mask=inside[:, None])
-        pairs = tl.dot(by, tl.trans(br), input_precision=PRECISION)
-        tl.store(erased + to, tl.where(here > other, pairs, 0.0), mask=inside[:, None])
-        if TWO:
-            bv = tl.load(v + at, mask=ok, other=0.0)
-            pairs = tl.dot(bdo, tl.trans(bv), input_precision=PRECISION)
-            tl.store(seen_v + to, tl.where(here >= other, pairs, 0.0), mask=inside[:, None])
-            pairs = tl.dot(by, tl.trans(bv), input_precision=PRECISION)
-            tl.store(erased_v + to, tl.where(here > other, pairs, 0.0), mask=inside[:, None])
-
-
 @triton.jit
-def scores_at(seen, erased, at, ok, decay, decay_before, which, GATE: tl.constexpr):
-    """A chunk's `rank_one_pairs` off the diagonal, with the decays of a gate of one number a token."""
-    a, b = tl.load(seen + at, mask=ok, other=0.0), tl.load(erased + at, mask=ok, other=0.0)
-    dtype = a.dtype
-    if GATE == 2:
-        a, b = (a.to(tl.float32) * decay).to(dtype), (b.to(tl.float32) * decay_before).to(dtype)
-    return tl.where(which, a, 0.0).to(dtype), tl.where(which, b, 0.0).to(dtype)
+def gate_sums(begun, later, kept, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
+    """begun + Σ_{s<t} kept + `sums_behind_of_channels`: C × K."""
+    if EXACT:
+        value = begun[None, :] + sums_behind_of_channels(later, erasing, ic, BEFORE, EXACT)
+        before = (ic[None, :] < ic[:, None]).to(tl.float32)
+        value = tl.dot(before, kept, value, input_precision="ieee")
+    else:
+        value = (begun + tl.sum(kept, 0))[None, :]
+        value += sums_behind_of_channels(later - kept, erasing, ic, BEFORE, EXACT)
+    return value
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
 def rank_one_gradients(
-    do, y, r, v, q, e, w, k, beta, g, sums, rest, borders, seen, erased, seen_v, erased_v, states, cotangents,
-    dq, de, dw, dk, dbeta, dg, tokens, heads, parts, count_rows,
+    do, y, r, v, q, e, w, k, beta, g, sums, rest, borders, states, cotangents, seen, erased, seen_v, erased_v,
+    dq, de, dw, dk, dbeta, dg, tokens, heads, sequences, count_rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr,
-    GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, GATES: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, de (with two writes that of -e), dw (without BEFORE dw + de), dk of two writes, for a slice of K of every
-    chunk; this slice's part of dβ; with GATES dg or, of one number a token, this slice's part of it.
+    """What comes through states and their cotangents to dq, de (with two writes that of -e), dw (without BEFORE dw +
+    de) and dk of two writes, for a slice of K of every chunk; this slice's part of dβ; with GATES dg or, of one number
+    a token, this slice's part of it. And for `rank_one_pairs` tril(do rᵀ), stril(y rᵀ), with two writes also
+    tril(do vᵀ), stril(y vᵀ): b t h C.
 
-    Parts lie as slices b t h. First what comes through states and their cotangents, in slices of V, then the pairs.
+    Parts lie as slices b t h.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
     ik = s * BK + tl.arange(0, BK)
-    part = (pid // SLICES) % parts
-    h = (pid // SLICES // parts) % heads
-    n = pid // SLICES // parts // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
+    h = (pid // SLICES) % heads
+    n, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
     ic = tl.arange(0, C)
     here, other = ic[:, None], ic[None, :]
-    in_k = ik < K
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        count = tl.minimum(stop - begin, C)
-        inside = ic < count
-        row = (start + begin) * heads + h
-        slot = place_of(start, n, begin, C) * heads + h
-
-        asked = tl.zeros((C, BK), tl.float32)
-        found = tl.zeros((C, BK), tl.float32)
-        written = tl.zeros((C, BK), tl.float32)
-        begun = tl.zeros((BK,), tl.float32)
+    in_k, inside = ik < K, ic < count
+    row = (start + begin) * heads + h
+    slot = place_of(start, n, begin, C) * heads + h
+    asked = tl.zeros((C, BK), tl.float32)
+    found = tl.zeros((C, BK), tl.float32)
+    written = tl.zeros((C, BK), tl.float32)
+    begun = tl.zeros((BK,), tl.float32)
+    A = tl.zeros((C, C), tl.float32)
+    B = tl.zeros((C, C), tl.float32)
+    if TWO:
+        added = tl.zeros((C, BK), tl.float32)
+        Av = tl.zeros((C, C), tl.float32)
+        Bv = tl.zeros((C, C), tl.float32)
+    for j in range(0, V, BV):
+        iv = j + tl.arange(0, BV)
+        at_v = row * V + here * (heads * V) + iv[None, :]
+        ok_v = inside[:, None] & (iv < V)[None, :]
+        turned = slot * K * V + iv[:, None] + ik[None, :] * V
+        in_cell = (iv < V)[:, None] & in_k[None, :]
+        bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
+        by = tl.load(y + at_v, mask=ok_v, other=0.0)
+        br = tl.load(r + at_v, mask=ok_v, other=0.0)
+        S = tl.load(states + turned, mask=in_cell, other=0.0)
+        E = tl.load(cotangents + turned, mask=in_cell, other=0.0)
+        asked = tl.dot(bdo, S, asked, input_precision=PRECISION)
+        found = tl.dot(by, S, found, input_precision=PRECISION)
+        written = tl.dot(br, E, written, input_precision=PRECISION)
+        A = tl.dot(bdo, tl.trans(br), A, input_precision=PRECISION)
+        B = tl.dot(by, tl.trans(br), B, input_precision=PRECISION)
         if TWO:
-            added = tl.zeros((C, BK), tl.float32)
-        for j in range(0, V, BV):
-            iv = j + tl.arange(0, BV)
-            at_v = row * V + here * (heads * V) + iv[None, :]
-            ok_v = inside[:, None] & (iv < V)[None, :]
-            turned = slot * K * V + iv[:, None] + ik[None, :] * V
-            in_cell = (iv < V)[:, None] & in_k[None, :]
-            bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
-            by = tl.load(y + at_v, mask=ok_v, other=0.0)
-            br = tl.load(r + at_v, mask=ok_v, other=0.0)
-            S = tl.load(states + turned, mask=in_cell, other=0.0)
-            E = tl.load(cotangents + turned, mask=in_cell, other=0.0)
-            asked = tl.dot(bdo, S, asked, input_precision=PRECISION)
-            found = tl.dot(by, S, found, input_precision=PRECISION)
-            written = tl.dot(br, E, written, input_precision=PRECISION)
-            if TWO:
-                bv = tl.load(v + at_v, mask=ok_v, other=0.0)
-                added = tl.dot(bv, E, added, input_precision=PRECISION)
-            if GATES:
-                begun += tl.sum(S.to(tl.float32) * E.to(tl.float32), 0)
+            bv = tl.load(v + at_v, mask=ok_v, other=0.0)
+            added = tl.dot(bv, E, added, input_precision=PRECISION)
+            Av = tl.dot(bdo, tl.trans(bv), Av, input_precision=PRECISION)
+            Bv = tl.dot(by, tl.trans(bv), Bv, input_precision=PRECISION)
+        if GATES:
+            begun += tl.sum(S.to(tl.float32) * E.to(tl.float32), 0)
 
-        at = here * (heads * K) + ik[None, :]
-        ok = inside[:, None] & in_k[None, :]
-        bq = tl.load(q + row * K + at, mask=ok, other=0.0)
-        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+    along = row * C + here * (heads * C) + other
+    once = inside[:, None] & (s == 0)
+    tl.store(seen + along, tl.where(here >= other, A, 0.0), mask=once)
+    tl.store(erased + along, tl.where(here > other, B, 0.0), mask=once)
+    if TWO:
+        tl.store(seen_v + along, tl.where(here >= other, Av, 0.0), mask=once)
+        tl.store(erased_v + along, tl.where(here > other, Bv, 0.0), mask=once)
+    at = here * (heads * K) + ik[None, :]
+    ok = inside[:, None] & in_k[None, :]
+    strength = tl.full((C,), 1.0, tl.float32)
+    if BETA:
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+    found = -found
+    if GATE != 0:
+        reach, find, last, total = fades_of(g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT)
+        asked, found, written = asked * reach, found * find, written * last
+        begun = begun * total
+        if TWO:
+            added = added * last
+    bw = tl.load(w + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dq + row * K + at, asked, mask=ok)
+    if BETA:
+        to_beta = dbeta + s.to(tl.int64) * count_rows + row + ic * heads
+        tl.store(to_beta, tl.sum(bw * written, 1), mask=inside)
+    change = written * strength[:, None]
+    if BEFORE:
+        tl.store(de + row * K + at, -found if TWO else found, mask=ok)
+        tl.store(dw + row * K + at, change, mask=ok)
+    else:
+        tl.store(dw + row * K + at, change + found, mask=ok)
+    if TWO:
+        tl.store(dk + row * K + at, added, mask=ok)
+    if GATES:
+        later = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32) * asked
+        kept = bw * change
         be = bw
         if BEFORE:
-            be = tl.load(e + row * K + at, mask=ok, other=0.0)
+            be = tl.load(e + row * K + at, mask=ok, other=0.0).to(tl.float32)
         if TWO:
             be = -be
-            bk = tl.load(k + row * K + at, mask=ok, other=0.0)
-        strength = tl.full((C,), 1.0, tl.float32)
-        if BETA:
-            strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        if GATE != 0:
-            reach, find, last, total = fades_of(
-                g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT
-            )
-            asked, found, written = asked * reach, found * find, written * last
-            begun = begun * total
-            if TWO:
-                added = added * last
-        strong = strength[:, None] * bw.to(tl.float32)
-        kept = strong * written
-        if TWO:
-            kept += bk.to(tl.float32) * added
-        pairs, more = written, written
-        if EXACT:
-            pairs = tl.zeros((C, BK), tl.float32)
-        if TWO:
-            more = added
-            if EXACT:
-                more = pairs
-
-        across = row * C + here + other * (heads * C)
-        along = row * C + here * (heads * C) + other
-        ok_along, ok_across = inside[:, None], inside[None, :]
-        decay, decay_before, turned_decay, turned_before = 1.0, 1.0, 1.0, 1.0
-        if GATE == 2:
-            gates = gates_of(g, row + ic * heads, inside)
-            decay = decays_between(gates, ic, False, False, EXACT)
-            decay_before = decays_between(gates, ic, BEFORE, False, EXACT)
-            turned_decay = decays_between(gates, ic, False, True, EXACT)
-            turned_before = decays_between(gates, ic, BEFORE, True, EXACT)
-        own = tl.load(seen + row * C + ic * (heads * C + 1), mask=inside, other=0.0).to(tl.float32)[:, None]
-        A, B = scores_at(seen, erased, along, ok_along, decay, decay_before, here > other, GATE)
-        A = (A.to(tl.float32) * strength[None, :]).to(bq.dtype)
-        B = (-B.to(tl.float32) * strength[None, :]).to(bq.dtype)
-        At, Bt = scores_at(seen, erased, across, ok_across, turned_decay, turned_before, here < other, GATE)
-        Bt = -Bt
-        if TWO:
-            own_v = tl.load(seen_v + row * C + ic * (heads * C + 1), mask=inside, other=0.0).to(tl.float32)[:, None]
-            Av, Bv = scores_at(seen_v, erased_v, along, ok_along, decay, decay_before, here > other, GATE)
-            Bv = -Bv
-            Avt, Bvt = scores_at(seen_v, erased_v, across, ok_across, turned_decay, turned_before, here < other, GATE)
-            Bvt = -Bvt
-        found = -found
+            kept += tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32) * added
         if GATE == 3:
-            hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
-            if BEFORE:
-                before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
-            for level in tl.static_range(LEVELS + 4):
-                meet = meeting(ic, 1 << level)
-                middle = middle_of(ic, 1 << level)
-                at_middle = row * K + middle[:, None] * (heads * K) + ik[None, :]
-                ok_middle = (middle < count)[:, None] & in_k[None, :]
-                to, to_lo = sums_at(sums, rest, at_middle, ok_middle, EXACT)
-                fade = fading(hi, lo, to, to_lo, EXACT)
-                find = fade
-                if BEFORE:
-                    find = fading(before, before_lo, to, to_lo, EXACT)
-                keys = (bw.to(tl.float32) * fade).to(bq.dtype)
-                queries = (bq.to(tl.float32) * fade).to(bq.dtype)
-                finders = keys
-                if BEFORE:
-                    finders = (be.to(tl.float32) * find).to(bq.dtype)
-                change = tl.dot(tl.where(meet, A, 0.0), keys, input_precision=PRECISION)
-                change_found = tl.dot(tl.where(meet, B, 0.0), keys, input_precision=PRECISION)
-                if TWO:
-                    keys = (bk.to(tl.float32) * fade).to(bq.dtype)
-                    change = tl.dot(tl.where(meet, Av, 0.0), keys, change, input_precision=PRECISION)
-                    change_found = tl.dot(tl.where(meet, Bv, 0.0), keys, change_found, input_precision=PRECISION)
-                asked += fade * change
-                found += find * change_found
-                change = tl.dot(tl.where(meet, At, 0.0), queries, input_precision=PRECISION)
-                change = tl.dot(tl.where(meet, Bt, 0.0), finders, change, input_precision=PRECISION)
-                pairs += fade * change
-                if TWO:
-                    change = tl.dot(tl.where(meet, Avt, 0.0), queries, input_precision=PRECISION)
-                    change = tl.dot(tl.where(meet, Bvt, 0.0), finders, change, input_precision=PRECISION)
-                    more += fade * change
+            value = gate_sums(begun, later, kept, be * found, ic, BEFORE, EXACT)
+            tl.store(dg + row * K + at, value, mask=ok)
         else:
-            asked = tl.dot(A, bw, asked, input_precision=PRECISION)
-            found = tl.dot(B, bw, found, input_precision=PRECISION)
-            pairs = tl.dot(At, bq, pairs, input_precision=PRECISION)
-            pairs = tl.dot(Bt, be, pairs, input_precision=PRECISION)
-            if TWO:
-                asked = tl.dot(Av, bk, asked, input_precision=PRECISION)
-                found = tl.dot(Bv, bk, found, input_precision=PRECISION)
-                more = tl.dot(Avt, bq, more, input_precision=PRECISION)
-                more = tl.dot(Bvt, be, more, input_precision=PRECISION)
+            value = tl.sum(begun, 0) + sums_behind(later, be * found, ic, BEFORE)
+            value += tl.sum(tl.where(other < here, tl.sum(kept, 1)[None, :], 0.0), 1)
+            tl.store(dg + s.to(tl.int64) * count_rows + row + ic * heads, value, mask=inside)
 
-        later = bq.to(tl.float32) * asked - strong * pairs
+
+@triton.jit
+def scores_at(seen, erased, at, ok, decay, decay_before, which, GATE: tl.constexpr):
+    """A chunk's do rᵀ and -y rᵀ off the diagonal, with the decays of a gate of one number a token."""
+    a, b = tl.load(seen + at, mask=ok, other=0.0), tl.load(erased + at, mask=ok, other=0.0)
+    if GATE == 2:
+        a, b = (a.to(tl.float32) * decay).to(a.dtype), (b.to(tl.float32) * decay_before).to(b.dtype)
+    return tl.where(which, a, 0.0).to(a.dtype), tl.where(which, -b, 0.0).to(b.dtype)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
+def rank_one_pairs(
+    q, e, w, k, beta, g, sums, rest, borders, seen, erased, seen_v, erased_v, dq, de, dw, dk, dbeta, dg,
+    tokens, heads, sequences, count_rows,
+    K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr,
+    GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to what `rank_one_gradients` left what comes from other tokens of the chunk, and from a token itself."""
+    pid = tl.program_id(0)
+    s = pid % SLICES
+    ik = s * BK + tl.arange(0, BK)
+    h = (pid // SLICES) % heads
+    _, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
+    ic = tl.arange(0, C)
+    here, other = ic[:, None], ic[None, :]
+    in_k, inside = ik < K, ic < count
+    row = (start + begin) * heads + h
+    at = here * (heads * K) + ik[None, :]
+    ok = inside[:, None] & in_k[None, :]
+    bq = tl.load(q + row * K + at, mask=ok, other=0.0)
+    bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+    be = bw
+    if BEFORE:
+        be = tl.load(e + row * K + at, mask=ok, other=0.0)
+    if TWO:
+        be = -be
+        bk = tl.load(k + row * K + at, mask=ok, other=0.0)
+    strength = tl.full((C,), 1.0, tl.float32)
+    if BETA:
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+    decay, decay_before, turned_decay, turned_before = 1.0, 1.0, 1.0, 1.0
+    if GATE == 2:
+        gates = gates_of(g, row + ic * heads, inside)
+        decay = decays_between(gates, ic, False, False, EXACT)
+        decay_before = decays_between(gates, ic, BEFORE, False, EXACT)
+        turned_decay = decays_between(gates, ic, False, True, EXACT)
+        turned_before = decays_between(gates, ic, BEFORE, True, EXACT)
+    along = row * C + here * (heads * C) + other
+    across = row * C + here + other * (heads * C)
+    A, B = scores_at(seen, erased, along, inside[:, None], decay, decay_before, here > other, GATE)
+    A = (A.to(tl.float32) * strength[None, :]).to(bq.dtype)
+    B = (B.to(tl.float32) * strength[None, :]).to(bq.dtype)
+    At, Bt = scores_at(seen, erased, across, inside[None, :], turned_decay, turned_before, here < other, GATE)
+    if TWO:
+        Av, Bv = scores_at(seen_v, erased_v, along, inside[:, None], decay, decay_before, here > other, GATE)
+        Avt, Bvt = scores_at(seen_v, erased_v, across, inside[None, :], turned_decay, turned_before, here < other, GATE)
+    if GATE == 3:
+        asked = tl.zeros((C, BK), tl.float32)
+        found = tl.zeros((C, BK), tl.float32)
+        pairs = tl.zeros((C, BK), tl.float32)
+        if TWO:
+            more = tl.zeros((C, BK), tl.float32)
+        hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
+        if BEFORE:
+            before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
+        for level in range(0, LEVELS + 4):
+            meet = meeting(ic, 1 << level)
+            middle = middle_of(ic, 1 << level)
+            at_middle = row * K + middle[:, None] * (heads * K) + ik[None, :]
+            ok_middle = (middle < count)[:, None] & in_k[None, :]
+            to, to_lo = sums_at(sums, rest, at_middle, ok_middle, EXACT)
+            fade = fading(hi, lo, to, to_lo, EXACT)
+            find = fade
+            if BEFORE:
+                find = fading(before, before_lo, to, to_lo, EXACT)
+            keys = faded(bw, fade)
+            queries = faded(bq, fade)
+            finders = keys
+            if BEFORE:
+                finders = faded(be, find)
+            change = tl.dot(tl.where(meet, A, 0.0), keys, input_precision=PRECISION)
+            change_found = tl.dot(tl.where(meet, B, 0.0), keys, input_precision=PRECISION)
+            if TWO:
+                keys = faded(bk, fade)
+                change = tl.dot(tl.where(meet, Av, 0.0), keys, change, input_precision=PRECISION)
+                change_found = tl.dot(tl.where(meet, Bv, 0.0), keys, change_found, input_precision=PRECISION)
+            asked += fade * change
+            found += find * change_found
+            change = tl.dot(tl.where(meet, At, 0.0), queries, input_precision=PRECISION)
+            change = tl.dot(tl.where(meet, Bt, 0.0), finders, change, input_precision=PRECISION)
+            pairs += fade * change
+            if TWO:
+                change = tl.dot(tl.where(meet, Avt, 0.0), queries, input_precision=PRECISION)
+                change = tl.dot(tl.where(meet, Bvt, 0.0), finders, change, input_precision=PRECISION)
+                more += fade * change
+    else:
+        asked = tl.dot(A, bw, input_precision=PRECISION)
+        found = tl.dot(B, bw, input_precision=PRECISION)
+        pairs = tl.dot(At, bq, input_precision=PRECISION)
+        pairs = tl.dot(Bt, be, pairs, input_precision=PRECISION)
+        if TWO:
+            asked = tl.dot(Av, bk, asked, input_precision=PRECISION)
+            found = tl.dot(Bv, bk, found, input_precision=PRECISION)
+            more = tl.dot(Avt, bq, input_precision=PRECISION)
+            more = tl.dot(Bvt, be, more, input_precision=PRECISION)
+
+    own = tl.load(seen + row * C + ic * (heads * C + 1), mask=inside, other=0.0).to(tl.float32)[:, None]
+    wide, strong = bq.to(tl.float32), bw.to(tl.float32) * strength[:, None]
+    if GATES:
+        later = wide * asked - strong * pairs
         erasing = be.to(tl.float32) * found
-        itself = own * strong
         if TWO:
             later -= bk.to(tl.float32) * more
-            itself += own_v * bk.to(tl.float32)
-        tl.store(dq + row * K + at, asked + itself, mask=ok)
-        if BEFORE:
-            tl.store(de + row * K + at, -found if TWO else found, mask=ok)
-        if EXACT:
-            pairs += written
-        change = pairs + own * bq.to(tl.float32)
-        if BETA:
-            to_beta = dbeta + s.to(tl.int64) * count_rows + row + ic * heads
-            tl.store(to_beta, tl.sum(bw.to(tl.float32) * change, 1), mask=inside)
-            change = change * strength[:, None]
-        if not BEFORE:
-            change += found
-        tl.store(dw + row * K + at, change, mask=ok)
+        if GATE == 3:
+            value = sums_behind_of_channels(later, erasing, ic, BEFORE, EXACT)
+            value += tl.load(dg + row * K + at, mask=ok, other=0.0)
+            gates = tl.load(g + row * K + at, mask=ok, other=0.0) * LOG2_E
+            tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
+        else:
+            to_gates = dg + s.to(tl.int64) * count_rows + row + ic * heads
+            value = tl.load(to_gates, mask=inside, other=0.0) + sums_behind(later, erasing, ic, BEFORE)
+            tl.store(to_gates, tl.where(gates < NOTHING, 0.0, value), mask=inside)
+    asked += own * strong
+    if TWO:
+        own_v = tl.load(seen_v + row * C + ic * (heads * C + 1), mask=inside, other=0.0).to(tl.float32)[:, None]
+        asked += own_v * bk.to(tl.float32)
+        more += own_v * wide + tl.load(dk + row * K + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(dk + row * K + at, more, mask=ok)
+    asked += tl.load(dq + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dq + row * K + at, asked, mask=ok)
+    pairs += own * wide
+    if BETA:
+        to_beta = dbeta + s.to(tl.int64) * count_rows + row + ic * heads
+        change = tl.sum(bw.to(tl.float32) * pairs, 1) + tl.load(to_beta, mask=inside, other=0.0)
+        tl.store(to_beta, change, mask=inside)
+        pairs = pairs * strength[:, None]
+    if BEFORE:
         if TWO:
-            if EXACT:
-                more += added
-            tl.store(dk + row * K + at, more + own_v * bq.to(tl.float32), mask=ok)
-        if GATES:
-            if GATE == 3:
-                value = gate_sums(begun, later, kept, erasing, ic, BEFORE, EXACT)
-                gates = tl.load(g + row * K + at, mask=ok, other=0.0) * LOG2_E
-                tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
-            else:
-                if not EXACT:
-                    later += kept
-                until = (other > here) if BEFORE else (other >= here)
-                value = tl.sum(begun, 0) + tl.sum(tl.where(other >= here, tl.sum(later, 1)[None, :], 0.0), 1)
-                value += tl.sum(tl.where(other < here, tl.sum(kept, 1)[None, :], 0.0), 1)
-                value += tl.sum(tl.where(until, tl.sum(erasing, 1)[None, :], 0.0), 1)
-                to = dg + s.to(tl.int64) * count_rows + row + ic * heads
-                tl.store(to, tl.where(gates < NOTHING, 0.0, value), mask=inside)
+            found = -found
+        found += tl.load(de + row * K + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(de + row * K + at, found, mask=ok)
+    else:
+        pairs += found
+    pairs += tl.load(dw + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dw + row * K + at, pairs, mask=ok)
 
 
 @triton.jit
@@ -839,12 +897,15 @@ def slots_of(q: Tensor, borders: Tensor | None) -> int:
 
 
 def in_chunks(q: Tensor, borders: Tensor | None) -> tuple[dict, int]:
-    """The sizes of a kernel that goes through chunks in any order, and the parts of a sequence."""
-    K = q.shape[-1]
+    """The sizes of a kernel that takes chunks in any order, a program each, and the chunks of all sequences and heads.
+
+    Where documents share a row there are places for as many as there can be.
+    """
+    K, C = q.shape[-1], chunk_for(q)
     block = min(32 if q.element_size() == 4 else 64, padded(K))
     kind = {"PACKED": borders is not None, "EXACT": q.element_size() == 4, "PRECISION": "ieee"}
-    parts = decay.parts_of(q, borders)
-    return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": chunk_for(q), **kind}, parts
+    chunks = q.shape[0] * triton.cdiv(q.shape[1], C) if borders is None else slots_of(q, borders)
+    return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": C, **kind}, chunks * q.shape[2]
 
 
 def levels_of(q: Tensor) -> int:
@@ -855,13 +916,13 @@ def sums_in_chunks(q: Tensor, g: Tensor | None, borders: Tensor | None) -> tuple
     """`rank_one_sums`: running sums of a gate a channel (b t h K), for float32 tokens also what they leave over."""
     if g is None or g.ndim == 3:
         return None, None
-    shape, parts = in_chunks(q, borders)
+    shape, programs = in_chunks(q, borders)
     block = min(128, padded(shape["K"]))
     slices, exact = triton.cdiv(shape["K"], block), shape["EXACT"]
     sums, rest = torch.empty_like(g), torch.empty_like(g) if exact else None
     decay.launch(
-        rank_one_sums, sequences_of(q, borders) * q.shape[2] * parts * slices,
-        g, borders, sums, rest, q.shape[1], q.shape[2], parts,
+        rank_one_sums, programs * slices,
+        g, borders, sums, rest, q.shape[1], q.shape[2], sequences_of(q, borders),
         K=shape["K"], BK=block, SLICES=slices, C=shape["C"], PACKED=shape["PACKED"], EXACT=exact, num_warps=1,
     )  # fmt: skip
     return sums, rest
@@ -878,14 +939,14 @@ def solved(q: Tensor, g: Tensor | None, b: Tensor | None, borders: Tensor | None
 
 def prepare(q, k, beta, g, a, b, borders) -> tuple[list[Tensor], list[Tensor | None]]:
     """`rank_one_prepare`: what `solved` has room for, and [-W, q e^b - P W, w', k' or None]."""
-    shape, parts = in_chunks(q, borders)
+    shape, programs = in_chunks(q, borders)
     found = solved(q, g, b, borders)
     rows = [torch.empty_like(q) if b is not None or i < 3 else None for i in range(4)]
     exact = shape["EXACT"]
     decay.launch(
-        rank_one_prepare, sequences_of(q, borders) * q.shape[2] * parts,
+        rank_one_prepare, programs,
         q, *vectors_of(k, a, b), beta, g, *sums_in_chunks(q, g, borders), borders, *found[:4], *rows, found[4],
-        q.shape[1], q.shape[2], parts,
+        q.shape[1], q.shape[2], sequences_of(q, borders),
         **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), SOLVING="ieee" if exact else "tf32",
         num_warps=2 if exact else 4, num_stages=1 if exact else 2,
     )  # fmt: skip
@@ -894,11 +955,12 @@ def prepare(q, k, beta, g, a, b, borders) -> tuple[list[Tensor], list[Tensor | N
 
 def reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed) -> list:
     """`rank_one_reverse`: [-e e^c, q e^b, Tᵀ w', k' - (T N)ᵀ w' or None]."""
-    shape, parts = in_chunks(q, borders)
+    shape, programs = in_chunks(q, borders)
     rows = [torch.empty_like(q) if b is not None or i < 3 else None for i in range(4)]
     decay.launch(
-        rank_one_reverse, sequences_of(q, borders) * q.shape[2] * parts * shape["SLICES"],
-        q, *vectors_of(k, a, b), beta, g, *sums, borders, inverse, mixed, *rows, q.shape[1], q.shape[2], parts,
+        rank_one_reverse, programs * shape["SLICES"],
+        q, *vectors_of(k, a, b), beta, g, *sums, borders, inverse, mixed, *rows,
+        q.shape[1], q.shape[2], sequences_of(q, borders),
         **shape, **kind_of(q, beta, g, a, b), num_warps=4, num_stages=1 if shape["EXACT"] else 2,
     )  # fmt: skip
     return rows
@@ -957,37 +1019,26 @@ def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, found: li
     return dq, dk, answers if dv is None else dv, dbeta, dg, da, db, dmemory
 
 
-def pairs(do, answers, news, v, b, borders, C: int) -> list[Tensor]:
-    """`rank_one_pairs`: tril(do rᵀ), stril(y rᵀ) and, with two writes, the same with v for r: b t h C each."""
-    V, two = v.shape[-1], b is not None
-    found = [v.new_empty(*v.shape[:3], C) if two or i < 2 else None for i in range(4)]
-    parts, exact = decay.parts_of(v, borders), v.element_size() == 4
-    decay.launch(
-        rank_one_pairs, sequences_of(v, borders) * v.shape[2] * parts,
-        do, answers, news, v, borders, *found, v.shape[1], v.shape[2], parts,
-        V=V, BV=padded(V), C=C, TWO=two, PACKED=borders is not None, PRECISION="ieee",
-        num_warps=2 if exact else 4, num_stages=1 if exact else 2,
-    )  # fmt: skip
-    return found
-
-
 def gradients(do, answers, news, v, q, k, beta, g, a, b, sums, borders, states, cotangents, want_g: bool) -> tuple:
-    """`rank_one_pairs`, `rank_one_gradients`: (dq, dk, dβ, dg, da, db), None for what is not."""
-    shape, parts = in_chunks(q, borders)
-    kind, exact, slices = kind_of(q, beta, g, a, b), shape["EXACT"], shape["SLICES"]
-    scores = pairs(do, answers, news, v, b, borders, shape["C"])
+    """`rank_one_gradients`, `rank_one_pairs`: (dq, dk, dβ, dg, da, db), None for what is not."""
+    shape, programs = in_chunks(q, borders)
+    kind, exact, slices = kind_of(q, beta, g, a, b) | {"GATES": want_g}, shape["EXACT"], shape["SLICES"]
+    scores = [q.new_empty(*q.shape[:3], shape["C"]) if b is not None or i < 2 else None for i in range(4)]
     dq, dw, de, dk = (torch.empty_like(q) if there else None for there in (True, True, a is not None, b is not None))
     dbeta = None if beta is None else beta.new_empty(slices, *beta.shape)
     dg = None
     if want_g:
         dg = torch.empty_like(g) if kind["GATE"] == CHANNEL else g.new_empty(slices, *g.shape)
+    given = (q, *vectors_of(k, a, b), beta, g, *sums, borders)
+    to = (dq, de, dw, dk, dbeta, dg, q.shape[1], q.shape[2], sequences_of(q, borders), decay.rows_of(q))
+    options = {"num_warps": 4, "num_stages": 1 if exact else 2}
     decay.launch(
-        rank_one_gradients, sequences_of(q, borders) * q.shape[2] * parts * slices,
-        do, answers, news, v, q, *vectors_of(k, a, b), beta, g, *sums, borders, *scores, states, cotangents,
-        dq, de, dw, dk, dbeta, dg, q.shape[1], q.shape[2], parts, q.shape[0] * q.shape[1] * q.shape[2],
-        V=v.shape[-1], BV=min(32 if exact else 64, padded(v.shape[-1])), LEVELS=levels_of(q), GATES=want_g,
-        **shape, **kind, num_warps=4, num_stages=1 if exact else 2,
+        rank_one_gradients, programs * slices, do, answers, news, v, *given, states, cotangents, *scores, *to,
+        V=v.shape[-1], BV=min(32 if exact else 64, padded(v.shape[-1])), **shape, **kind, **options,
     )  # fmt: skip
+    decay.launch(
+        rank_one_pairs, programs * slices, *given, *scores, *to, LEVELS=levels_of(q), **shape, **kind, **options
+    )
     if want_g and kind["GATE"] == TOKEN:
         dg = dg.sum(0)
     dk, db = (dw, None) if b is None else (dk, dw)
