@@ -85,6 +85,7 @@ from torch import Tensor
 from fast.kernels import decay
 from fast.kernels.channel import NOTHING, gates_of
 from fast.kernels.decay import LOG2_E, padded, place_of, places, run_of, sequences_of
+from fast.kernels.delta import SOLVING, solved_by_halves
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
 COMPILED = tl.constexpr(not decay.INTERPRETED)
@@ -195,16 +196,21 @@ def fades_of(
 
 
 @triton.jit
-def faded(x, fade):
-    """x · fade in x's dtype, for dots, found once.
+def pinned(x):
+    """x, which the compiler may not find anew in another layout, nor before its turn.
 
-    The compiler would find it anew, exponentials included, in the layout of every dot that it goes into. It moves dots'
-    layouts through whatever is element by element and without effects: an empty instruction "with effects" stops it.
+    It would move the layout of every dot through whatever is element by element and without effects, exponentials
+    included, and out of loops what does not change there: an empty instruction "with effects" stops it.
     """
-    y = (x.to(tl.float32) * fade).to(x.dtype)
     if COMPILED and x.dtype != tl.float32:
-        y = tl.inline_asm_elementwise("", "=r,0", [y], x.dtype, is_pure=False, pack=2)
-    return y
+        x = tl.inline_asm_elementwise("", "=r,0", [x], x.dtype, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
+def faded(x, fade):
+    """x · fade in x's dtype, for dots."""
+    return pinned((pinned(x).to(tl.float32) * fade).to(x.dtype))
 
 
 @triton.jit
@@ -236,6 +242,14 @@ def meeting(ic, half):
     return (differ >= half) & (differ < 2 * half)
 
 
+@triton.jit
+def middle_at(sums, rest, row, ic, ik, level, count, heads, K: tl.constexpr, EXACT: tl.constexpr):
+    """`sums_at` the middle of each token's block of 2^(level + 1): C × K."""
+    middle = middle_of(ic, 1 << level)
+    at = row * K + middle[:, None] * (heads * K) + ik[None, :]
+    return sums_at(sums, rest, at, (middle < count)[:, None] & (ik < K)[None, :], EXACT)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def rank_one_sums(
     g, borders, sums, rest, tokens, heads, sequences,
@@ -261,27 +275,6 @@ def rank_one_sums(
     else:
         hi = tl.cumsum(gates, 0)
     tl.store(sums + at, hi, mask=ok)
-
-
-@triton.jit
-def inverse_of(L, here, other, LEVELS: tl.constexpr, SOLVING: tl.constexpr):
-    """(I + L)⁻¹, L strictly lower triangular: C × C, C = 16·2^LEVELS.
-
-    In blocks of 16 by elimination, column j of all blocks at once: what a token changes is taken from those after it.
-    By halves above: [[A, 0], [B, D]]⁻¹ has -D⁻¹ B A⁻¹ in its corner.
-    """
-    same = here // 16 == other // 16
-    inside = tl.where(same, L, 0.0)
-    X = tl.where(here == other, 1.0, 0.0)
-    for j in range(0, 15):
-        column = tl.sum(tl.where(other % 16 == j, inside, 0.0), 1)
-        row = tl.sum(tl.where(here % 16 == j, X, 0.0), 0)
-        X -= tl.where(same, column[:, None] * row[None, :], 0.0)
-    for level in tl.static_range(LEVELS):
-        half = 16 << level
-        corner = tl.where((here ^ other >= half) & (here ^ other < 2 * half), L, 0.0)
-        X -= tl.dot(tl.dot(X, corner, input_precision=SOLVING), X, input_precision=SOLVING)
-    return X
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
@@ -335,10 +328,7 @@ def rank_one_prepare(
                 before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
             for level in tl.static_range(LEVELS + 4):
                 meet = meeting(ic, 1 << level) & (here > other)
-                middle = middle_of(ic, 1 << level)
-                at_middle = middle[:, None] * (heads * K) + ik[None, :]
-                ok_middle = (middle < count)[:, None] & (ik < K)[None, :]
-                to, to_lo = sums_at(sums, rest, row * K + at_middle, ok_middle, EXACT)
+                to, to_lo = middle_at(sums, rest, row, ic, ik, level, count, heads, K, EXACT)
                 fade = fading(hi, lo, to, to_lo, EXACT)
                 asked = faded(bq, fade)
                 keys = faded(bw, fade)
@@ -366,9 +356,10 @@ def rank_one_prepare(
         P = P * between
         if TWO:
             Q = Q * between
-    L = tl.where(here > other, L, 0.0) * strength[None, :]
+    L = tl.where(here > other, L, 0.0)
     P = tl.where(here > other, P, tl.where(here == other, own[:, None], 0.0)) * strength[None, :]
-    X = inverse_of(L, here, other, LEVELS, SOLVING)
+    Y = solved_by_halves(L, strength, here, other, LEVELS + 4, SOLVING)
+    X = tl.where(here == other, 1.0, -Y * strength[None, :])
     R = tl.dot(P, X, input_precision=SOLVING)
     to = here * (heads * C) + other
     tl.store(inverse + row * C + to, X, mask=inside[:, None])
@@ -758,10 +749,7 @@ def rank_one_pairs(
             before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
         for level in range(0, LEVELS + 4):
             meet = meeting(ic, 1 << level)
-            middle = middle_of(ic, 1 << level)
-            at_middle = row * K + middle[:, None] * (heads * K) + ik[None, :]
-            ok_middle = (middle < count)[:, None] & in_k[None, :]
-            to, to_lo = sums_at(sums, rest, at_middle, ok_middle, EXACT)
+            to, to_lo = middle_at(sums, rest, row, ic, ik, level, count, heads, K, EXACT)
             fade = fading(hi, lo, to, to_lo, EXACT)
             find = fade
             if BEFORE:
@@ -771,20 +759,22 @@ def rank_one_pairs(
             finders = keys
             if BEFORE:
                 finders = faded(be, find)
-            change = tl.dot(tl.where(meet, A, 0.0), keys, input_precision=PRECISION)
-            change_found = tl.dot(tl.where(meet, B, 0.0), keys, input_precision=PRECISION)
+            change = tl.dot(pinned(tl.where(meet, pinned(A), 0.0)), keys, input_precision=PRECISION)
+            change_found = tl.dot(pinned(tl.where(meet, pinned(B), 0.0)), keys, input_precision=PRECISION)
             if TWO:
                 keys = faded(bk, fade)
-                change = tl.dot(tl.where(meet, Av, 0.0), keys, change, input_precision=PRECISION)
-                change_found = tl.dot(tl.where(meet, Bv, 0.0), keys, change_found, input_precision=PRECISION)
+                change = tl.dot(pinned(tl.where(meet, pinned(Av), 0.0)), keys, change, input_precision=PRECISION)
+                change_found = tl.dot(
+                    pinned(tl.where(meet, pinned(Bv), 0.0)), keys, change_found, input_precision=PRECISION
+                )
             asked += fade * change
             found += find * change_found
-            change = tl.dot(tl.where(meet, At, 0.0), queries, input_precision=PRECISION)
-            change = tl.dot(tl.where(meet, Bt, 0.0), finders, change, input_precision=PRECISION)
+            change = tl.dot(pinned(tl.where(meet, pinned(At), 0.0)), queries, input_precision=PRECISION)
+            change = tl.dot(pinned(tl.where(meet, pinned(Bt), 0.0)), finders, change, input_precision=PRECISION)
             pairs += fade * change
             if TWO:
-                change = tl.dot(tl.where(meet, Avt, 0.0), queries, input_precision=PRECISION)
-                change = tl.dot(tl.where(meet, Bvt, 0.0), finders, change, input_precision=PRECISION)
+                change = tl.dot(pinned(tl.where(meet, pinned(Avt), 0.0)), queries, input_precision=PRECISION)
+                change = tl.dot(pinned(tl.where(meet, pinned(Bvt), 0.0)), finders, change, input_precision=PRECISION)
                 more += fade * change
     else:
         asked = tl.dot(A, bw, input_precision=PRECISION)
@@ -954,7 +944,7 @@ def prepare(q, k, beta, g, a, b, borders) -> tuple[list[Tensor], list[Tensor | N
         rank_one_prepare, programs,
         q, *vectors_of(k, a, b), beta, g, *sums_in_chunks(q, g, borders), borders, *found[:4], *rows, found[4],
         q.shape[1], q.shape[2], sequences_of(q, borders),
-        **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), SOLVING="ieee" if exact else "tf32",
+        **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), SOLVING=SOLVING[q.dtype],
         num_warps=2 if exact else 4, num_stages=1 if exact else 2,
     )  # fmt: skip
     return found, rows
