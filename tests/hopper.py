@@ -27,7 +27,7 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 
 def compiled(kernel, programs, *args, **meta):
     """In place of `decay.launch`: tensors may lie anywhere, and are never read."""
-    options = {name: meta.pop(name) for name in ("num_warps", "num_stages") if name in meta}
+    options = {name: meta.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in meta}
     names, signature, constants, attributes = kernel.arg_names, {}, {}, {}
     for i, (name, x) in enumerate(zip(names, args, strict=False)):
         signature[name] = TYPES[x.dtype] if isinstance(x, torch.Tensor) else "constexpr" if x is None else "i32"

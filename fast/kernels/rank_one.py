@@ -106,6 +106,11 @@ CONFIG = {
     (128, 4): (16, 8, 1),
     (256, 4): (16, 8, 1),
 }
+# the kernels of chunks, by bytes of a number: (channels of K a program, warps, registers a thread may have)
+CHUNKS = {
+    2: {"prepare": (64, 4, None), "reverse": (64, 4, None), "gradients": (64, 4, None), "pairs": (64, 8, 128)},
+    4: {"prepare": (32, 2, None), "reverse": (32, 4, None), "gradients": (32, 4, None), "pairs": (32, 4, None)},
+}  # the last two share parts of sums: their channels are the same
 
 
 @triton.jit
@@ -893,16 +898,20 @@ def slots_of(q: Tensor, borders: Tensor | None) -> int:
     return places(q, borders, chunk_for(q))
 
 
-def in_chunks(q: Tensor, borders: Tensor | None) -> tuple[dict, int]:
+def in_chunks(q: Tensor, borders: Tensor | None, kernel: str) -> tuple[dict, int]:
     """The sizes of a kernel that takes chunks in any order, a program each, and the chunks of all sequences and heads.
 
     Where documents share a row there are places for as many as there can be.
     """
     K, C = q.shape[-1], chunk_for(q)
-    block = min(32 if q.element_size() == 4 else 64, padded(K))
+    columns, warps, registers = CHUNKS[q.element_size()][kernel]
+    block = min(columns, padded(K))
     kind = {"PACKED": borders is not None, "EXACT": q.element_size() == 4, "PRECISION": "ieee"}
+    options = {"num_warps": warps, "num_stages": 1 if q.element_size() == 4 else 2}
+    if registers is not None and not decay.INTERPRETED:
+        options["maxnreg"] = registers
     chunks = q.shape[0] * triton.cdiv(q.shape[1], C) if borders is None else slots_of(q, borders)
-    return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": C, **kind}, chunks * q.shape[2]
+    return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": C, **kind, **options}, chunks * q.shape[2]
 
 
 def levels_of(q: Tensor) -> int:
@@ -913,8 +922,8 @@ def sums_in_chunks(q: Tensor, g: Tensor | None, borders: Tensor | None) -> tuple
     """`rank_one_sums`: running sums of a gate a channel (b t h K), for float32 tokens also what they leave over."""
     if g is None or g.ndim == 3:
         return None, None
-    shape, programs = in_chunks(q, borders)
-    block = min(128, padded(shape["K"]))
+    shape, programs = in_chunks(q, borders, "prepare")
+    block = min(128, padded(shape["K"]))  # with one warp a thread has all tokens of its channels, and a scan is sums
     slices, exact = triton.cdiv(shape["K"], block), shape["EXACT"]
     sums, rest = torch.empty_like(g), torch.empty_like(g) if exact else None
     decay.launch(
@@ -936,29 +945,27 @@ def solved(q: Tensor, g: Tensor | None, b: Tensor | None, borders: Tensor | None
 
 def prepare(q, k, beta, g, a, b, borders) -> tuple[list[Tensor], list[Tensor | None]]:
     """`rank_one_prepare`: what `solved` has room for, and [-W, q e^b - P W, w', k' or None]."""
-    shape, programs = in_chunks(q, borders)
+    shape, programs = in_chunks(q, borders, "prepare")
     found = solved(q, g, b, borders)
     rows = [torch.empty_like(q) if b is not None or i < 3 else None for i in range(4)]
-    exact = shape["EXACT"]
     decay.launch(
         rank_one_prepare, programs,
         q, *vectors_of(k, a, b), beta, g, *sums_in_chunks(q, g, borders), borders, *found[:4], *rows, found[4],
         q.shape[1], q.shape[2], sequences_of(q, borders),
         **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), SOLVING=SOLVING[q.dtype],
-        num_warps=2 if exact else 4, num_stages=1 if exact else 2,
     )  # fmt: skip
     return found, rows
 
 
 def reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed) -> list:
     """`rank_one_reverse`: [-e e^c, q e^b, Tᵀ w', k' - (T N)ᵀ w' or None]."""
-    shape, programs = in_chunks(q, borders)
+    shape, programs = in_chunks(q, borders, "reverse")
     rows = [torch.empty_like(q) if b is not None or i < 3 else None for i in range(4)]
     decay.launch(
         rank_one_reverse, programs * shape["SLICES"],
         q, *vectors_of(k, a, b), beta, g, *sums, borders, inverse, mixed, *rows,
         q.shape[1], q.shape[2], sequences_of(q, borders),
-        **shape, **kind_of(q, beta, g, a, b), num_warps=4, num_stages=1 if shape["EXACT"] else 2,
+        **shape, **kind_of(q, beta, g, a, b),
     )  # fmt: skip
     return rows
 
@@ -1018,7 +1025,7 @@ def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, found: li
 
 def gradients(do, answers, news, v, q, k, beta, g, a, b, sums, borders, states, cotangents, want_g: bool) -> tuple:
     """`rank_one_gradients`, `rank_one_pairs`: (dq, dk, dβ, dg, da, db), None for what is not."""
-    shape, programs = in_chunks(q, borders)
+    shape, programs = in_chunks(q, borders, "gradients")
     kind, exact, slices = kind_of(q, beta, g, a, b) | {"GATES": want_g}, shape["EXACT"], shape["SLICES"]
     scores = [q.new_empty(*q.shape[:3], shape["C"]) if b is not None or i < 2 else None for i in range(4)]
     dq, dw, de, dk = (torch.empty_like(q) if there else None for there in (True, True, a is not None, b is not None))
@@ -1028,14 +1035,12 @@ def gradients(do, answers, news, v, q, k, beta, g, a, b, sums, borders, states, 
         dg = torch.empty_like(g) if kind["GATE"] == CHANNEL else g.new_empty(slices, *g.shape)
     given = (q, *vectors_of(k, a, b), beta, g, *sums, borders)
     to = (dq, de, dw, dk, dbeta, dg, q.shape[1], q.shape[2], sequences_of(q, borders), decay.rows_of(q))
-    options = {"num_warps": 4, "num_stages": 1 if exact else 2}
     decay.launch(
         rank_one_gradients, programs * slices, do, answers, news, v, *given, states, cotangents, *scores, *to,
-        V=v.shape[-1], BV=min(32 if exact else 64, padded(v.shape[-1])), **shape, **kind, **options,
+        V=v.shape[-1], BV=min(32 if exact else 64, padded(v.shape[-1])), **shape, **kind,
     )  # fmt: skip
-    decay.launch(
-        rank_one_pairs, programs * slices, *given, *scores, *to, LEVELS=levels_of(q), **shape, **kind, **options
-    )
+    shape, programs = in_chunks(q, borders, "pairs")
+    decay.launch(rank_one_pairs, programs * slices, *given, *scores, *to, LEVELS=levels_of(q), **shape, **kind)
     if want_g and kind["GATE"] == TOKEN:
         dg = dg.sum(0)
     dk, db = (dw, None) if b is None else (dk, dw)
