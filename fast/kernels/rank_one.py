@@ -46,35 +46,41 @@ through S or E and '' for what came from other tokens of the chunk (a token's ow
 by row of the memory (the last over s > t where e^c is without a token's own gate; with two writes k dk beside w dw).
 The pairs on both sides of t, or behind it, cancel; nothing is summed over more than a chunk, and no rounding error is.
 
-Five kernels. `rank_one_prepare`: T, R and what the sweep forwards takes. `rank_one_sweep`: as in `delta.py` a program
-owns a slice of V and streams through time. `rank_one_reverse`: what the sweep backwards takes. `rank_one_gradients`:
-the rest. `rank_one_step`: one token.
+Seven kernels. `rank_one_sums`: running sums of gates. `rank_one_prepare`: T, R and what the sweep forwards takes.
+`rank_one_sweep`: as in `delta.py` a program owns a slice of V and streams through time. `rank_one_reverse`: what the
+sweep backwards takes. `rank_one_gradients`: ' above, and the scores do rᵀ, y rᵀ. `rank_one_pairs`: '' above, added to
+it. `rank_one_step`: one token. All but the sweep take a chunk a program.
 
-Gates. No exponent is positive and, where gates differ by channel, none is a difference of sums: any g in [-inf, 0] is
-right and finite; as in `decay.py` a gate is raised to FLOOR first. Pairs of tokens meet by halves, as in
+Gates. As in `decay.py` a gate is raised to FLOOR first, and every decay is a difference of two running sums from the
+chunk's start, for float32 tokens taken in float64 and kept as two float32, for 16-bit tokens as one: off by 1e-3 at
+worst, behind gates of FLOOR. Where the gate is a number a channel pairs of tokens meet by halves, as in
 `reference/chunked.py`: queries of the later half meet keys of the earlier at the middle, both decayed towards it, at
-log C levels. The sums are products of the gates with zeros and ones: in float32 for float32 tokens, else in float16,
-whose error of 2^-12 |g| e^g has no more than 2^-13 at its highest. A gate that is not a number spoils its chunk.
+log C levels. So no exponent is positive and any g in [-inf, 0] is right and finite. The sum at the middle is loaded
+from where `rank_one_sums` left it, since that is one load a number, from the cache, where sums found anew for every
+level and slice were products or scans. A gate that is not a number spoils what follows in its chunk.
 
-Precision. T is found in float32, by elimination in blocks of 16 tokens and by halves above, with products of tf32 for
-16-bit tokens; it is stored as they are. Its diagonal of ones is exact in any dtype, so T v is v and a correction. r is
-what is kept, not w'ᵀ T v and w'ᵀ W S, so that a memory still corrects its own errors. A chunk has at most K tokens:
-more keys than channels depend on each other.
+Precision. T is found as in `delta.py` in float32, by halves from single tokens up; it is stored as the tokens are. Its
+diagonal of ones is exact in any dtype, so T v is v and a correction. r is what is kept, not w'ᵀ T v and w'ᵀ W S, so
+that a memory still corrects its own errors. A chunk has at most K tokens: more keys than channels depend on each other.
+' of dq, dw, de and dk is rounded to the tokens' dtype on its way to where '' is added, and the gates' gradient is not.
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 32, one write, a gate a channel (2 U):
-prepare reads 4 U and writes 3.5; the sweep reads 4.5 and writes 1, and 5 for r and states where there is a gradient;
-reverse reads 4.25 and writes 3; the sweep backwards reads 4.25 and writes 5; gradients read 15 and write 4. So 13 U
-forward where the floor is 6, and 53.5 U with the gradient where it is 17. Two writes: 17.5 U of 8, and 68.5 of 23. Kept
-for the gradient: T, R, r and states, 5.5 U. Chunks of 64 tokens would halve the states, 4 U each.
-Multiply-adds a token and head: prepare 2·C·d and 3·C², and for each of log C levels 4·C·d (two writes: 7·C·d); the
-sweep 3·d² + 2·C·d (two writes: 4·d²); gradients 3·d² + 4·slices·C·d, and for each level 6·C·d (two writes: 16·C·d).
+sums read 2 U and write 2, once each way; prepare reads 4 and writes 3.5; the sweep reads 4.5 and writes 1, and 5 for r
+and states where there is a gradient; reverse reads 4.25 and writes 3; the sweep backwards reads 4.25 and writes 5;
+gradients read 15 and write 4.5; pairs read 8.5 and write 4. So 17 U forward where the floor is 6, and 74.5 U with the
+gradient where it is 17. Two writes: 21.5 U of 8, and 94.5 of 23. Kept for the gradient: T, R, r and states, 5.5 U; on
+the way back at most 12 U more. Chunks of 64 tokens would halve the states, 4 U each.
+Multiply-adds a token and head: prepare 2·C·d and 9·C², and for each of log C levels 2·C·d (two writes: 4·C·d); the
+sweep 3·d² + 2·C·d (two writes: 4·d²); gradients 3·d² + 2·slices·C·d, pairs 2·C·d and for each level 4·C·d (two writes:
+8·C·d).
 
-Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot: keys that meet queries are
-loaded K × C, as their gates are; no 16-bit line has one stage. Levels are a loop that is not unrolled: unrolled, all
-their gates were in registers at once. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128) chunks of 32
-tokens, not of 64: with 64 a sweep takes 127 KB of shared memory, so that one program fits a multiprocessor, with 32 it
-takes 49 to 66; prepare spills 150 numbers a thread, with 32 two (42 with two writes); gradients spill 86 to 134 of
-them all the same. None of this was timed.
+Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot; no 16-bit line has one
+stage. What goes into several dots is `pinned`. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128)
+chunks of 32 tokens, not of 64: with 64 a sweep takes 127 KB of shared memory, so that one program fits a
+multiprocessor, with 32 it takes 49 to 66. A program's instructions, times warps and slices, for a chunk of KDA (RWKV7):
+prepare 19 (32) thousand, reverse 5 (7), gradients 22 (28), pairs 33 (53); bytes of stack 160 (616), 0, 16 (128) and 0
+(168). Gradients and pairs in one kernel took 255 registers and 1,800 bytes of stack; pairs with their levels unrolled
+1,350. Not timed.
 """
 
 import torch
@@ -84,7 +90,7 @@ from torch import Tensor
 
 from fast.kernels import decay
 from fast.kernels.channel import NOTHING, gates_of
-from fast.kernels.decay import LOG2_E, padded, place_of, places, run_of, sequences_of
+from fast.kernels.decay import padded, place_of, places, run_of, sequences_of
 from fast.kernels.delta import SOLVING, solved_by_halves
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
@@ -802,7 +808,8 @@ def rank_one_pairs(
         if GATE == 3:
             value = sums_behind_of_channels(later, erasing, ic, BEFORE, EXACT)
             value += tl.load(dg + row * K + at, mask=ok, other=0.0)
-            gates = tl.load(g + row * K + at, mask=ok, other=0.0) * LOG2_E
+            before, _ = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
+            gates = sums_at(sums, rest, row * K + at, ok, EXACT)[0] - before
             tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
         else:
             to_gates = dg + s.to(tl.int64) * count_rows + row + ic * heads
