@@ -33,7 +33,7 @@ TYPES = {
 
 def compiled(kernel, programs, *args, **meta):
     """In place of `decay.launch`: tensors may lie anywhere, and are never read."""
-    options = {name: meta.pop(name) for name in ("num_warps", "num_stages") if name in meta}
+    options = {name: meta.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in meta}
     names, signature, constants, attributes = kernel.arg_names, {}, {}, {}
     for i, (name, x) in enumerate(zip(names, args, strict=False)):
         signature[name] = TYPES[x.dtype] if isinstance(x, torch.Tensor) else "constexpr" if x is None else "i32"
