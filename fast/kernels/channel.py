@@ -45,8 +45,8 @@ what `decay.py` keeps; needed on the way: b, q' and k' (4 U), where dg, dq and d
 Multiply-adds a chunk: a sweep 2·C·K·V and C·C·V, gates 2·C·C·K for b and C·C·K a level, gradients 2·C·K·V, 2·C·C·V a
 slice of channels and 2·C·C·K a level.
 
-Compilers: what `decay.py` says, and no 16-bit line of CONFIG has one stage. Levels are unrolled and a program has one
-chunk: Triton 3.6.0 has been seen to give wrong rows for products in loops within loops. b is stored, awaited and loaded
+Compilers: what `decay.py` says, and no 16-bit line of CONFIG has one stage. A program has one chunk, so that levels are
+no loop within a loop (unrolled they take five times the code and are no faster). b is stored, awaited and loaded
 again rather than used, since a dot's result must not be transposed into another dot. In `channel_gradients` on Hopper
 that compiler gives wrong rows from the 17th on, or an illegal access, where a program has fewer channels of K than 64
 and fewer than of V: 16-bit tiles are never narrower than 64. The lines of CONFIG for K = 128 in 16 bits are chosen by
@@ -79,6 +79,8 @@ CONFIG = {
     (128, 4): (32, 8, 1),
     (256, 4): (16, 8, 1),
 }
+# where sequences are cut in segments: `channel_span` then costs almost as much as a sweep, less in fewer, wider slices
+CUT = {(128, 2): (64, 4, 2)}
 # bytes of a number -> (channels of K at a time, warps)
 FOLDING = {2: (64, 4), 4: (32, 4)}
 FINISHING = {2: (64, 4), 4: (32, 4)}
@@ -191,15 +193,15 @@ def channel_gates(
                 own += tl.sum(query * weight[None, :] * key, 1)
             else:
                 own += tl.sum(query * key, 1)
-            for level in tl.static_range(LEVELS - 1, -1, -1):
-                if (level == LEVELS - 1) | (steepest * (2 << level) <= -MILD):
-                    tl.debug_barrier()
-                    mild = steepest * (1 << level) > -MILD
-                    asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
-                    queries = (tl.load(q + at, mask=ok, other=0.0).to(tl.float32) * asking).to(q.dtype.element_ty)
-                    keys = (tl.load(k + at, mask=ok, other=0.0).to(tl.float32) * writing).to(q.dtype.element_ty)
-                    meet = ((here ^ other) >> level < 2) & (here > other)
-                    A += tl.where(meet, tl.dot(queries, tl.trans(keys), input_precision="ieee"), 0.0)
+            level = LEVELS - 1
+            while level >= 0:
+                mild = steepest * (1 << level) > -MILD
+                asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
+                queries = (tl.load(q + at, mask=ok, other=0.0).to(tl.float32) * asking).to(q.dtype.element_ty)
+                keys = (tl.load(k + at, mask=ok, other=0.0).to(tl.float32) * writing).to(q.dtype.element_ty)
+                meet = ((here ^ other) >> level < 2) & (here > other)
+                A += tl.where(meet, tl.dot(queries, tl.trans(keys), input_precision="ieee"), 0.0)
+                level -= 1 + mild.to(tl.int32) * LEVELS
     if SCORES:
         A = tl.where(here == other, own[:, None], A)
         tl.store(scores + row * C + here * (heads * C) + other, A, mask=inside[:, None])
@@ -315,14 +317,14 @@ def channel_gradients(
     P = tl.dot(answer, tl.trans(value), input_precision="ieee")
     own = tl.sum(tl.where(here == other, P, 0.0), 1)
     P = P.to(kind)
-    for level in tl.static_range(LEVELS - 1, -1, -1):
-        if (level == LEVELS - 1) | (steepest * (2 << level) <= -MILD):
-            tl.debug_barrier()
-            mild = steepest * (1 << level) > -MILD
-            asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
-            keys = (tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * writing).to(kind)
-            asked = tl.where(((here ^ other) >> level < 2) & (here > other), P, 0.0).to(kind)
-            queried += asking * tl.dot(asked, keys, input_precision="ieee")
+    level = LEVELS - 1
+    while level >= 0:
+        mild = steepest * (1 << level) > -MILD
+        asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
+        keys = (tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * writing).to(kind)
+        asked = tl.where(((here ^ other) >> level < 2) & (here > other), P, 0.0).to(kind)
+        queried += asking * tl.dot(asked, keys, input_precision="ieee")
+        level -= 1 + mild.to(tl.int32) * LEVELS
     query = tl.load(q + at_k, mask=ok_k, other=0.0).to(tl.float32)
     key = tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32)
     change = query * queried
@@ -340,14 +342,14 @@ def channel_gradients(
         end = tl.exp2(total.to(tl.float32)) * tl.sum(M.to(tl.float32) * D.to(tl.float32), 1)
         end += tl.sum(tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * keyed, 0)
     turned = tl.dot(value, tl.trans(answer), input_precision="ieee").to(kind)
-    for level in tl.static_range(LEVELS - 1, -1, -1):
-        if (level == LEVELS - 1) | (steepest * (2 << level) <= -MILD):
-            tl.debug_barrier()
-            mild = steepest * (1 << level) > -MILD
-            asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
-            queries = (tl.load(q + at_k, mask=ok_k, other=0.0).to(tl.float32) * asking).to(kind)
-            answered = tl.where(((here ^ other) >> level < 2) & (here < other), turned, 0.0).to(kind)
-            keyed += writing * tl.dot(answered, queries, input_precision="ieee")
+    level = LEVELS - 1
+    while level >= 0:
+        mild = steepest * (1 << level) > -MILD
+        asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
+        queries = (tl.load(q + at_k, mask=ok_k, other=0.0).to(tl.float32) * asking).to(kind)
+        answered = tl.where(((here ^ other) >> level < 2) & (here < other), turned, 0.0).to(kind)
+        keyed += writing * tl.dot(answered, queries, input_precision="ieee")
+        level -= 1 + mild.to(tl.int32) * LEVELS
     tl.debug_barrier()
     if GATES:
         later = change - tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * keyed
@@ -473,16 +475,24 @@ def channel_step(
 
 def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
     """In how many segments to cut each sequence: two programs a multiprocessor, and at least 512 tokens a segment."""
-    columns = min(CONFIG[padded(q.shape[-1]), q.element_size()][0], padded(v.shape[-1]))
-    programs = sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns)
-    wanted = 2 * decay.multiprocessors(q.device) // max(programs, 1)
+
+    def fit(cut: bool) -> int:
+        columns = min(line_of(padded(q.shape[-1]), q.element_size(), cut)[0], padded(v.shape[-1]))
+        programs = sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns)
+        return 2 * decay.multiprocessors(q.device) // max(programs, 1)
+
+    wanted = fit(cut=True) if fit(cut=False) > 1 else 1
     return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
 
 
-def shape_of(x: Tensor, z: Tensor, borders: Tensor | None) -> dict:
+def line_of(size: int, width: int, cut: bool) -> tuple[int, int, int]:
+    return CUT.get((size, width), CONFIG[size, width]) if cut else CONFIG[size, width]
+
+
+def shape_of(x: Tensor, z: Tensor, borders: Tensor | None, segments: int) -> dict:
     """The compile-time arguments of a sweep or span whose state is x's columns × z's columns."""
     X, Z = x.shape[-1], z.shape[-1]
-    columns, warps, stages = CONFIG[padded(X), x.element_size()]
+    columns, warps, stages = line_of(padded(X), x.element_size(), segments > 1)
     columns = min(columns, padded(Z))
     sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": triton.cdiv(Z, columns)}
     kind = {"C": CHUNK[x.element_size()], "PACKED": borders is not None, "PRECISION": "ieee"}
@@ -520,7 +530,7 @@ def sweep(
     x, y, z, fades, scores, borders, entry, *, out=None, end=None, kept=None, segments=1, slots=1, reverse=False
 ) -> None:
     """`channel_sweep`: fills `out`, `end` with the last state and `kept` with those that meet each chunk."""
-    shape = shape_of(y, z, borders)
+    shape = shape_of(y, z, borders, segments)
     decay.launch(
         channel_sweep, shape["SLICES"] * segments * z.shape[2] * sequences_of(y, borders),
         x, y, z, fades, scores, borders, entry, out, end, kept, y.shape[1], y.shape[2], segments, slots,
@@ -535,7 +545,7 @@ def between(y, z, fades, borders, first, segments, reverse=False) -> tuple[Tenso
     states = y.new_empty(n, h, segments + 1, K, V, dtype=torch.float32)
     totals = y.new_empty(n, h, segments, K, dtype=torch.float32)
     last = torch.empty_like(states[:, :, 0])
-    shape = shape_of(y, z, borders)
+    shape = shape_of(y, z, borders, segments)
     decay.launch(
         channel_span, shape["SLICES"] * segments * h * n, y, z, fades, borders, states, totals, y.shape[1], h, segments,
         **shape, REVERSE=reverse,
