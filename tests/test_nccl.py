@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 import test_experts
 import test_lasp
 import test_pipeline
