@@ -6,7 +6,7 @@
     python bench.py kernels --commit $(git rev-parse --short HEAD) --out FILE  needs a GPU
     python bench.py kernels --rows mamba2 --peer fla --commit HASH --out FILE  beside flash-linear-attention
     python bench.py local --commit HASH --out FILE                             norms and short convolutions
-    torchrun --nproc-per-node 2 bench.py parallel --commit HASH --out FILE     a sequence cut over ranks
+    torchrun --nproc-per-node 2 bench.py parallel --commit HASH --out FILE     steps, experts and sequences over ranks
 
 `reference` times the chunk form, the token loop and a decode step in plain PyTorch, and measures their peak memory as
 `reference/peak.py` does. `--budget` bounds the seconds of one run and of its repetitions; a length at which one run
@@ -23,14 +23,19 @@ their layer: at 8x2048x8x128 Mamba has 2048 channels of 16 keys.
 Before anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
 Peers that cannot run are listed as unavailable, with the reason.
 
-`parallel`: one layer's core, forward and backward, on a sequence of T tokens cut over all ranks, beside T / W tokens on
-every rank by itself (`alone`). Rows of the table by the gather of spans and by the chain, softmax attention by gather,
-ring and ulysses, the latter up to `--softmax-tokens`. A time is the slowest rank's, of the median run; `share` is that
-of `alone` over it: 1 where the others cost nothing. Bytes are those that a rank receives.
+`parallel`: what W ranks do together beside one alone, in W processes at once. A time is the slowest rank's, of the median
+run; all measurements but the first ones of each kind are left out where `--seconds` would pass, and lines say so. `steps`:
+whole training steps of a preset, of as many tokens on each rank, parameters cut over all ranks: of different samples
+(`data`), or of one sequence cut over them (`sequence`); `share` is tokens a second over W times those of one alone.
+`experts`: one layer of experts, whose parameters are gathered, or to which tokens travel. `layers`: a mixer's core on a
+sequence of T tokens cut over all ranks, beside T / W tokens on every rank by itself: rows of the table by the gather of
+spans and by the chain, softmax attention by gather, ring and ulysses, the latter up to `--softmax-tokens`; here `share` is
+the time of `alone` over that of all. Bytes are those that a rank receives in our own exchanges, without FSDP's.
 """
 
 import argparse
 import datetime
+import gc
 import hashlib
 import json
 import os
@@ -96,9 +101,18 @@ def parser() -> argparse.ArgumentParser:
             sub.set_defaults(device="cuda")
             continue
         if name == "parallel":
-            lengths = [2**n for n in range(14, 22)]
+            lengths, whole = [2**n for n in (14, 16, 18, 20)], ["steps", "experts", "layers"]
             sub.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-            sub.add_argument("--tokens", nargs="+", type=int, default=lengths, help="of the whole sequence")
+            sub.add_argument("--what", nargs="+", choices=whole, default=whole)
+            sub.add_argument("--seconds", type=float, default=1e9, help="in all: what may take longer is left out")
+            sub.add_argument("--preset", default="a0.3b-2b", help="the trainer's, of steps and experts")
+            sub.add_argument("--step-tokens", nargs="+", type=int, default=[2**15, 2**16, 2**17], help="of a rank")
+            sub.add_argument("--steps", type=int, default=3, help="steps that are timed")
+            sub.add_argument(
+                "--recompute", action=argparse.BooleanOptionalAction, default=True, help="blocks, in steps"
+            )
+            sub.add_argument("--expert-tokens", nargs="+", type=int, default=[2**12, 2**14, 2**16], help="of a rank")
+            sub.add_argument("--tokens", nargs="+", type=int, default=lengths, help="of a layer's whole sequence")
             sub.add_argument("--softmax-tokens", type=int, default=2**18, help="longest sequence of softmax attention")
             sub.add_argument("--heads", type=int, default=8)
             sub.add_argument("--size", type=int, default=128, help="of keys and values")
@@ -628,32 +642,250 @@ def special_functions() -> float | None:
 # --------------------------------------------------------------------------------------------------------- parallel
 
 CUT = ("linear_attention", "gla", "mamba2", "gated_delta_net")
+DRAWN = 4096  # tokens that are drawn; longer sequences repeat them
 
 
 def parallel(args) -> Iterable[dict]:
-    """Layers whose sequence is cut over the ranks that torchrun started, each way, beside a rank by itself."""
-    from parallel import comm, lasp
+    """Training steps, layers of experts and token mixers over the ranks that torchrun started, beside one alone."""
+    from parallel import comm
     from parallel import mesh as meshes
 
-    meshes.launch()
-    group = comm.world()
-    device = f"cuda:{meshes.local_rank()}" if args.device == "cuda" else "cpu"
+    meshes.launch(timeout=120.0)
+    ranks = Ranks(args)
+    for lines in (
+        steps(args, ranks, args.step_tokens[:1]) if "steps" in args.what else (),
+        experts(args, ranks) if "experts" in args.what else (),
+        layers(args, ranks) if "layers" in args.what else (),
+        steps(args, ranks, args.step_tokens[1:]) if "steps" in args.what else (),  # the longest last: they may not fit
+    ):
+        for line in lines:
+            if comm.rank(ranks.group) == 0:
+                yield line
+
+
+class Ranks:
+    """The processes, and the time that they have together."""
+
+    def __init__(self, args):
+        from parallel import comm
+        from parallel import mesh as meshes
+
+        self.group, self.end = comm.world(), time.monotonic() + args.seconds
+        self.size, self.name, self.times = comm.size(self.group), args.device, args.times
+        self.device = torch.device("cuda", meshes.local_rank()) if args.device == "cuda" else torch.device("cpu")
+        self.took: dict[str, tuple[float, int]] = {}  # by subject: seconds of the last measurement, and its tokens
+        self.alone: dict[tuple, float] = {}
+
+    def measured(self, subject: str, head: dict, measure: Callable[[], dict], first: float = 15.0) -> dict:
+        """`head` and what `measure` finds; or why there is nothing: no time is left for one that takes as long as the
+        last of its subject (`first`: the first one), by its tokens; no memory; an error. All ranks say the same."""
+        from parallel import comm
+
+        seconds, tokens = self.took.get(subject, (first, head["tokens"]))
+        expected = seconds * max(head["tokens"] / tokens, 1.0)
+        left = comm.objects(self.end - time.monotonic(), self.group)[0]
+        if left < expected:
+            said = f"it may take {expected:.0f} s, and {max(left, 0):.0f} s are left"
+            return {**head, "what": "skipped", "of": head["what"], "reason": said}
+        begin, found, wrong = time.monotonic(), {}, None
+        try:
+            found = measure()
+        except torch.OutOfMemoryError as error:
+            wrong = f"out of memory: {reason(error)}"
+        except Exception as error:
+            if comm.lost(error):
+                raise
+            wrong = reason(error)
+        self.emptied()
+        wrong = next((w for w in comm.objects(wrong, self.group) if w), None)
+        self.took[subject] = time.monotonic() - begin, head["tokens"]
+        if wrong:
+            what = "out of memory" if wrong.startswith("out of memory") else "unavailable"
+            return {**head, "what": what, "of": head["what"], "reason": wrong}
+        return {**head, **found}
+
+    def emptied(self) -> None:
+        gc.collect()  # a sharded model is a ring of references
+        if self.name == "cuda":
+            torch.cuda.empty_cache()
+
+    def beside(self, key: tuple, line: dict, speed: Callable[[dict], float]) -> dict:
+        """The line, with `share`: its speed over that of the rank alone, which came before."""
+        if "eager_ms" not in line:
+            return line
+        if line["side"] == "alone":
+            self.alone[key] = speed(line)
+        return {**line, "share": speed(line) / self.alone[key] if key in self.alone else None}
+
+    def clocked(self, run: Callable, times: int, warm: int = 1) -> dict:
+        """All ranks begin together; the time of a run is that of the last to end."""
+        from parallel import comm
+
+        for _ in range(warm):
+            run()
+        if self.name == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with comm.counted() as seen:
+            run()
+        seconds = []
+        for _ in range(times):
+            comm.barrier(self.group)
+            seconds.append(clock(run, self.name))
+        own = torch.tensor(seconds, device=self.device, dtype=torch.float64)
+        slowest = torch.stack(comm.gather(own, self.group)).amax(0)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.name == "cuda" else float("nan")
+        traffic = {"calls": sum(seen.calls.values()), "received_bytes": sum(seen.received.values())}
+        return {**spread(slowest.tolist()), "peak_mib": peak, **traffic}
+
+
+def steps(args, ranks: Ranks, lengths: list[int]) -> Iterable[dict]:
+    """Whole steps of the trainer: so many tokens on each rank."""
+    from parallel import mesh as meshes
+
+    ways = {"alone": None, "data": meshes.Degrees(), "sequence": meshes.Degrees(sequence=ranks.size)}
+    for n in lengths:
+        for name in args.rows or CUT:
+            for side, degrees in ways.items():
+                head = {"row": name, "side": side, "what": "step", "ranks": ranks.size, "tokens": n}
+                head |= {"preset": args.preset, "recompute": args.recompute}
+                line = ranks.measured("steps", head, lambda: step_of(args, ranks, name, degrees, n), 40.0)  # noqa: B023
+                yield ranks.beside(("step", name, n), line, lambda line: line["tokens_s"] / line["used"])
+
+
+def step_of(args, ranks: Ranks, name: str, degrees, n: int) -> dict:
+    """Milliseconds, and tokens a second of all ranks (those of `alone`: of one)."""
+    from dataclasses import replace
+
+    import train
+    from parallel import lasp
+    from parallel import mesh as meshes
+
+    place = meshes.make(degrees, ranks.device) if degrees else meshes.Mesh()
+    _, config = train.PRESETS[args.preset]
+    config = replace(
+        config,
+        model=replace(config.model, lsm=name),
+        mesh=degrees or meshes.Degrees(),
+        length=n * place.sequence_size,
+        batch=place.data_size,
+        micro=1,
+        recompute=args.recompute,
+        precision="bf16",
+        device=args.device,
+    )
+    ops = train.ops_on(config, place, ranks.device)
+    model, how, matrices = train.built(config, ops, place, ranks.device)
+    filled(model, how)
+    optimizer, said, count = train.optimizer_of(config, model, matrices), [], iter(range(1000))
+
+    def run():
+        step = next(count)
+        whole = document(config.model.vocabulary, config.length, step * place.data_size + place.data_rank)
+        own = lasp.cut(whole, place.sequence_size, place.sequence_rank)
+        batch = type(own)(*(x.to(ranks.device) for x in own))
+        said.append(train.one_step(config, model, ops, optimizer, [batch], step, False).loss)
+
+    found = ranks.clocked(run, args.steps)
+    total = n * place.size
+    return {
+        **found,
+        "used": place.size,
+        "tokens_s": total / found["eager_ms"] * 1e3,
+        "backend": ops.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": [said[0], said[-1]],
+    }
+
+
+def document(vocabulary: int, n: int, seed: int):
+    """One document of n random tokens."""
+    from data.stream import Batch
+
+    tokens = torch.randint(vocabulary, (1, n + 1), generator=torch.Generator().manual_seed(seed))
+    place = torch.arange(n)[None]
+    return Batch(tokens[:, :-1], tokens[:, 1:], place, torch.tensor([0, n], dtype=torch.int32), place)
+
+
+@torch.no_grad()
+def filled(model, how: dict) -> None:
+    """Small parameters as they begin, matrices by the device's own random numbers, which are there sooner."""
+    from parallel import shard
+    from reference.model import initialize
+
+    few = {name: start for name, start in how.items() if start[0].numel() < 2**16}
+    initialize(model, 0, few)
+    for name, weight in model.named_parameters():
+        if name not in few:
+            shard.local(weight).normal_(0.0, 0.02)
+
+
+def experts(args, ranks: Ranks) -> Iterable[dict]:
+    """One layer of experts, forward and backward: tokens go to the experts, or their parameters come."""
+    for n in args.expert_tokens:
+        for side in ("alone", "gather", "pair", "rank"):
+            head = {"row": "experts", "side": side, "what": "forward+backward", "ranks": ranks.size, "tokens": n}
+            head["preset"] = args.preset
+            line = ranks.measured("experts", head, lambda: expert_layer(args, ranks, side, n))  # noqa: B023
+            yield ranks.beside(("experts", n), line, lambda line: 1 / line["eager_ms"])
+
+
+def expert_layer(args, ranks: Ranks, side: str, n: int) -> dict:
+    """`gather`: FSDP's, of all parameters in bfloat16; `pair` and `rank`: what travels of a token."""
+    import train
+    from parallel import mesh as meshes
+    from parallel import shard
+    from reference.model import Side, experts_of, starts
+    from reference.moe import MoE
+
+    degrees = meshes.Degrees() if side == "gather" else meshes.Degrees(expert=ranks.size, dispatch=side)
+    place = meshes.Mesh() if side == "alone" else meshes.make(degrees, ranks.device)
+    config = train.replace(train.PRESETS[args.preset][1], precision="bf16", device=args.device)
+    ops = train.ops_on(config, place, ranks.device)
+    with torch.device("meta"):
+        holder = torch.nn.ModuleDict({"layer": MoE(experts_of(config.model), ops)})
+    holder.forward = lambda x, side: holder["layer"](x, side)[0]
+    how = starts(holder)
+    shard.shard(holder, place, [], torch.bfloat16)
+    filled(holder.to_empty(device=ranks.device), how)
+    x = torch.randn(1, n, config.model.width, device=ranks.device).requires_grad_()
+    dy, side_of = torch.randn_like(x), Side(positions=None)
+
+    def run():
+        with train.precise(config, ranks.device):
+            y = holder(x, side_of)
+        y.backward(dy.to(y))
+        holder.zero_grad()
+        x.grad = None
+
+    found = ranks.clocked(run, args.times)
+    if side == "gather":  # by FSDP, which our counters do not see: twice in bfloat16, and the gradients in float32
+        numbers = sum(w.numel() for w in holder["layer"].own().values())
+        found["received_bytes"] = numbers * (2 + 2 + 4) * (ranks.size - 1) // ranks.size
+    return found
+
+
+def layers(args, ranks: Ranks) -> Iterable[dict]:
+    """One token mixer's core, forward and backward, of a sequence cut over all ranks."""
     ways = [(name, how) for name in args.rows or CUT for how in ("alone", "gather", "ring")]
     ways += [("softmax", how) for how in ("alone", "gather", "ring", "ulysses")]
-    alone: dict[tuple, float] = {}
-    for name, how in ways:
-        for t in args.tokens:
+    for t in args.tokens:
+        for name, how in ways:
             if name == "softmax" and t > args.softmax_tokens:
                 continue
-            ops = operations(args.device)
-            if how != "alone":
-                ops = lasp.over(ops, group, *((how, "gather") if name == "softmax" else ("gather", how)))
-            shape = (1, t // comm.size(group), args.heads, args.size)
-            line = {"row": name, "side": how, "shape": text(shape), "tokens": t, "ranks": comm.size(group)}
-            line |= passed(layer(ops, name, shape, device), args.times, group, args.device)
-            alone[name, t] = line["eager_ms"] if how == "alone" else alone[name, t]
-            if comm.rank(group) == 0:
-                yield {**line, "share": alone[name, t] / line["eager_ms"]}
+            shape = (1, t // ranks.size, args.heads, args.size)
+            head = {"row": name, "side": how, "what": "forward+backward", "shape": text(shape), "tokens": t}
+            head["ranks"] = ranks.size
+            line = ranks.measured(f"layers, {name}, {how}", head, lambda: mixer(ranks, name, how, shape), 5.0)  # noqa: B023
+            yield ranks.beside((name, t), line, lambda line: 1 / line["eager_ms"])
+
+
+def mixer(ranks: Ranks, name: str, how: str, shape: tuple[int, ...]) -> dict:
+    from parallel import lasp
+
+    ops = operations(ranks.name)
+    if how != "alone":
+        ops = lasp.over(ops, ranks.group, *((how, "gather") if name == "softmax" else ("gather", how)))
+    return ranks.clocked(layer(ops, name, shape, ranks.device), ranks.times)
 
 
 def operations(device: str):
@@ -666,10 +898,13 @@ def operations(device: str):
     return plain.ops
 
 
-def layer(ops, name: str, shape: tuple[int, ...], device: str) -> Callable:
+def layer(ops, name: str, shape: tuple[int, ...], device: torch.device) -> Callable:
     """Forward and backward of a row, or of causal softmax attention, on this rank's tokens."""
-    dtype = torch.bfloat16 if "cuda" in device else torch.float32
-    row, tokens, constants = on(device, inputs("linear_attention" if name == "softmax" else name, *shape, dtype))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    b, t, h, d = shape
+    drawn = inputs("linear_attention" if name == "softmax" else name, b, min(t, DRAWN), h, d, dtype)
+    row, tokens, constants = on(device, drawn)
+    tokens = {n: torch.cat([x] * -(-t // DRAWN), 1)[:, :t].contiguous() for n, x in tokens.items()}
     leaves = [x.requires_grad_() for x in tokens.values()]
     do = torch.randn_like(tokens["v"])
 
@@ -681,25 +916,6 @@ def layer(ops, name: str, shape: tuple[int, ...], device: str) -> Callable:
         return torch.autograd.grad(o, leaves, do)
 
     return run
-
-
-def passed(run: Callable, times: int, group, device: str) -> dict:
-    """All ranks begin together; the time of a run is that of the last to end."""
-    from parallel import comm
-
-    run()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with comm.counted() as seen:
-        run()
-    seconds = []
-    for _ in range(times):
-        comm.barrier(group)
-        seconds.append(clock(run, device))
-    slowest = torch.stack(comm.gather(torch.tensor(seconds, device=device, dtype=torch.float64), group)).amax(0)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
-    traffic = {"calls": sum(seen.calls.values()), "received_bytes": sum(seen.received.values())}
-    return {"what": "forward+backward", **spread(slowest.tolist()), "peak_mib": peak, **traffic}
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -791,9 +1007,13 @@ def as_text(line: dict) -> str:
         )
         return f"{head} {line['verdict']}, {line['seconds']:.0f} s: {ratios}"
     place = f"{line.get('shape', ''):20}"
+    if "ranks" in line and "eager_ms" in line:
+        received = f"{line['received_bytes'] / 2**20:9.2f} MiB received, {line['peak_mib']:9.0f} MiB"
+        share = "" if line["share"] is None else f", share {line['share']:.3f}"
+        speed = f"{line['tokens_s']:10.0f} tokens/s" if "tokens_s" in line else ""
+        return f"{head} {line['tokens']:9} tokens {line['eager_ms']:10.3f} ms{share}, {received} {speed}"
     if "ranks" in line:
-        received = f"{line['received_bytes'] / 2**20:9.2f} MiB received"
-        return f"{head} {line['tokens']:9} tokens {line['eager_ms']:10.3f} ms, share {line['share']:.2f}, {received}"
+        return f"{head} {line['tokens']:9} tokens {line['of']:17} {line['what']}: {line['reason']}"
     if line["what"] == "skipped":
         return f"{head} {place} {line['of']:17} skipped: {line['reason']}"
     if "ratio" in line:
