@@ -23,14 +23,14 @@ their layer: at 8x2048x8x128 Mamba has 2048 channels of 16 keys.
 Before anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
 Peers that cannot run are listed as unavailable, with the reason.
 
-`parallel`: what W ranks do together beside one alone, in W processes at once. A time is the slowest rank's, of the median
-run; all measurements but the first ones of each kind are left out where `--seconds` would pass, and lines say so. `steps`:
+`parallel`: what W ranks do together beside one alone, in W processes at once. A time is the slowest rank's, of the
+median run; what would pass `--seconds`, by the time of the measurement before, is skipped, and a line says so. `steps`:
 whole training steps of a preset, of as many tokens on each rank, parameters cut over all ranks: of different samples
-(`data`), or of one sequence cut over them (`sequence`); `share` is tokens a second over W times those of one alone.
+(`data`), or of one sequence cut over them (`sequence`); `share` is tokens a second of one rank over those of one alone.
 `experts`: one layer of experts, whose parameters are gathered, or to which tokens travel. `layers`: a mixer's core on a
 sequence of T tokens cut over all ranks, beside T / W tokens on every rank by itself: rows of the table by the gather of
-spans and by the chain, softmax attention by gather, ring and ulysses, the latter up to `--softmax-tokens`; here `share` is
-the time of `alone` over that of all. Bytes are those that a rank receives in our own exchanges, without FSDP's.
+spans and by the chain, softmax attention by gather, ring and ulysses, the latter up to `--softmax-tokens`; here `share`
+is the time of `alone` over that of all. Bytes are those that a rank receives in our own exchanges, without FSDP's.
 """
 
 import argparse
@@ -675,6 +675,7 @@ class Ranks:
         self.device = torch.device("cuda", meshes.local_rank()) if args.device == "cuda" else torch.device("cpu")
         self.took: dict[str, tuple[float, int]] = {}  # by subject: seconds of the last measurement, and its tokens
         self.alone: dict[tuple, float] = {}
+        self.meshes: dict = {}
 
     def measured(self, subject: str, head: dict, measure: Callable[[], dict], first: float = 15.0) -> dict:
         """`head` and what `measure` finds; or why there is nothing: no time is left for one that takes as long as the
@@ -703,6 +704,14 @@ class Ranks:
             what = "out of memory" if wrong.startswith("out of memory") else "unavailable"
             return {**head, "what": what, "of": head["what"], "reason": wrong}
         return {**head, **found}
+
+    def placed(self, degrees):
+        """A mesh, once: each has communicators of its own, and memory for them."""
+        from parallel import mesh as meshes
+
+        if degrees not in self.meshes:
+            self.meshes[degrees] = meshes.make(degrees, self.device)
+        return self.meshes[degrees]
 
     def emptied(self) -> None:
         gc.collect()  # a sharded model is a ring of references
@@ -760,7 +769,7 @@ def step_of(args, ranks: Ranks, name: str, degrees, n: int) -> dict:
     from parallel import lasp
     from parallel import mesh as meshes
 
-    place = meshes.make(degrees, ranks.device) if degrees else meshes.Mesh()
+    place = ranks.placed(degrees) if degrees else meshes.Mesh()
     _, config = train.PRESETS[args.preset]
     config = replace(
         config,
@@ -838,12 +847,11 @@ def expert_layer(args, ranks: Ranks, side: str, n: int) -> dict:
     from reference.moe import MoE
 
     degrees = meshes.Degrees() if side == "gather" else meshes.Degrees(expert=ranks.size, dispatch=side)
-    place = meshes.Mesh() if side == "alone" else meshes.make(degrees, ranks.device)
+    place = meshes.Mesh() if side == "alone" else ranks.placed(degrees)
     config = train.replace(train.PRESETS[args.preset][1], precision="bf16", device=args.device)
     ops = train.ops_on(config, place, ranks.device)
     with torch.device("meta"):
-        holder = torch.nn.ModuleDict({"layer": MoE(experts_of(config.model), ops)})
-    holder.forward = lambda x, side: holder["layer"](x, side)[0]
+        holder = Holder(MoE(experts_of(config.model), ops))
     how = starts(holder)
     shard.shard(holder, place, [], torch.bfloat16)
     filled(holder.to_empty(device=ranks.device), how)
@@ -852,16 +860,27 @@ def expert_layer(args, ranks: Ranks, side: str, n: int) -> dict:
 
     def run():
         with train.precise(config, ranks.device):
-            y = holder(x, side_of)
+            y, _ = holder(x, side_of)
         y.backward(dy.to(y))
         holder.zero_grad()
         x.grad = None
 
     found = ranks.clocked(run, args.times)
     if side == "gather":  # by FSDP, which our counters do not see: twice in bfloat16, and the gradients in float32
-        numbers = sum(w.numel() for w in holder["layer"].own().values())
+        numbers = sum(w.numel() for w in holder.layer.own().values())
         found["received_bytes"] = numbers * (2 + 2 + 4) * (ranks.size - 1) // ranks.size
     return found
+
+
+class Holder(torch.nn.Module):
+    """What a layer is sharded within."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs):
+        return self.layer(*inputs)
 
 
 def layers(args, ranks: Ranks) -> Iterable[dict]:
@@ -990,6 +1009,13 @@ def as_text(line: dict) -> str:
     if line["what"] == "ceilings":
         return f"ceilings: copy {line['copy_gb_s']:.0f} GB/s, bf16 product {line['matmul_tflop_s']:.0f} TFLOP/s"
     head = f"{line['row']:28} {line['side']:22}"
+    if "ranks" in line and "eager_ms" in line:
+        received = f"{line['received_bytes'] / 2**20:9.2f} MiB received, {line['peak_mib']:9.0f} MiB"
+        share = "" if line["share"] is None else f", share {line['share']:.3f}"
+        speed = f"{line['tokens_s']:10.0f} tokens/s" if "tokens_s" in line else ""
+        return f"{head} {line['tokens']:9} tokens {line['eager_ms']:10.3f} ms{share}, {received} {speed}"
+    if "ranks" in line:
+        return f"{head} {line['tokens']:9} tokens {line['of']:17} {line['what']}: {line['reason']}"
     if line["what"] == "unavailable":
         head += f" {line['shape']:20} {line['of']:17}" if "of" in line else ""
         return f"{head} unavailable: {line['reason']}"
@@ -1007,13 +1033,6 @@ def as_text(line: dict) -> str:
         )
         return f"{head} {line['verdict']}, {line['seconds']:.0f} s: {ratios}"
     place = f"{line.get('shape', ''):20}"
-    if "ranks" in line and "eager_ms" in line:
-        received = f"{line['received_bytes'] / 2**20:9.2f} MiB received, {line['peak_mib']:9.0f} MiB"
-        share = "" if line["share"] is None else f", share {line['share']:.3f}"
-        speed = f"{line['tokens_s']:10.0f} tokens/s" if "tokens_s" in line else ""
-        return f"{head} {line['tokens']:9} tokens {line['eager_ms']:10.3f} ms{share}, {received} {speed}"
-    if "ranks" in line:
-        return f"{head} {line['tokens']:9} tokens {line['of']:17} {line['what']}: {line['reason']}"
     if line["what"] == "skipped":
         return f"{head} {place} {line['of']:17} skipped: {line['reason']}"
     if "ratio" in line:
