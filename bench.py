@@ -35,6 +35,7 @@ is the time of `alone` over that of all. Bytes are those that a rank receives in
 
 import argparse
 import datetime
+import functools
 import gc
 import hashlib
 import json
@@ -642,6 +643,7 @@ def special_functions() -> float | None:
 # --------------------------------------------------------------------------------------------------------- parallel
 
 CUT = ("linear_attention", "gla", "mamba2", "gated_delta_net")
+OUT_OF_MEMORY = "out of memory"
 DRAWN = 4096  # tokens that are drawn; longer sequences repeat them
 
 
@@ -673,37 +675,63 @@ class Ranks:
         self.group, self.end = comm.world(), time.monotonic() + args.seconds
         self.size, self.name, self.times = comm.size(self.group), args.device, args.times
         self.device = torch.device("cuda", meshes.local_rank()) if args.device == "cuda" else torch.device("cpu")
-        self.took: dict[str, tuple[float, int]] = {}  # by subject: seconds of the last measurement, and its tokens
+        self.took: dict[tuple, tuple[float, int]] = {}  # by kind: seconds of the last measurement, and its tokens
+        self.full: dict[tuple, int] = {}  # by kind: tokens for which there was no memory
         self.alone: dict[tuple, float] = {}
         self.meshes: dict = {}
 
-    def measured(self, subject: str, head: dict, measure: Callable[[], dict], first: float = 15.0) -> dict:
-        """`head` and what `measure` finds; or why there is nothing: no time is left for one that takes as long as the
-        last of its subject (`first`: the first one), by its tokens; no memory; an error. All ranks say the same."""
-        from parallel import comm
+    def measured(self, head: dict, build: Callable, times: int, first: float = 15.0, power: int = 1) -> dict:
+        """`head`, and what was found of the run that `build` returns, with what else there is to say.
 
-        seconds, tokens = self.took.get(subject, (first, head["tokens"]))
-        expected = seconds * max(head["tokens"] / tokens, 1.0)
-        left = comm.objects(self.end - time.monotonic(), self.group)[0]
+        Or why there is nothing: no time is left for as much as the last of its kind took, by its tokens (`first`: the
+        first one), no memory, an error. All ranks say the same, if all fail or none of them was waited for.
+        """
+        kind, tokens = tuple(head[n] for n in ("what", "row", "side")), head["tokens"]
+        seconds, before = self.took.get(kind, (first, tokens))
+        expected, left = seconds * (tokens / before) ** power, self.agreed(self.end - time.monotonic())[0]
+        nothing = {**head, "what": "skipped", "of": head["what"]}
         if left < expected:
-            said = f"it may take {expected:.0f} s, and {max(left, 0):.0f} s are left"
-            return {**head, "what": "skipped", "of": head["what"], "reason": said}
-        begin, found, wrong = time.monotonic(), {}, None
+            return {**nothing, "reason": f"it may take {expected:.0f} s, and {max(left, 0):.0f} s are left"}
+        if kind in self.full:
+            return {**nothing, "reason": f"out of memory at {self.full[kind]} tokens"}
+        begin = time.monotonic()
+        run, more, wrong = self.begun(build)
+        wrong = max(self.agreed(wrong))
+        if not wrong:
+            found = self.clocked(run, times)
+            found |= more(found)
+        run = more = None
+        self.emptied()
+        self.took[kind] = time.monotonic() - begin, tokens
+        if not wrong:
+            return {**head, **found}
+        if OUT_OF_MEMORY in wrong:
+            self.full[kind], nothing["what"] = tokens, OUT_OF_MEMORY
+        else:
+            nothing["what"] = "unavailable"
+        return {**nothing, "reason": wrong}
+
+    def begun(self, build: Callable) -> tuple:
+        """The run, after it ran twice; what else is to say; and what went wrong, if anything did."""
         try:
-            found = measure()
+            run, more = build()
+            for _ in range(2):
+                clock(run, self.name)
+            return run, more, ""
         except torch.OutOfMemoryError as error:
-            wrong = f"out of memory: {reason(error)}"
+            return None, None, f"{OUT_OF_MEMORY}: {str(error).partition('. GPU')[0]}"
         except Exception as error:
+            from parallel import comm
+
             if comm.lost(error):
                 raise
-            wrong = reason(error)
-        self.emptied()
-        wrong = next((w for w in comm.objects(wrong, self.group) if w), None)
-        self.took[subject] = time.monotonic() - begin, head["tokens"]
-        if wrong:
-            what = "out of memory" if wrong.startswith("out of memory") else "unavailable"
-            return {**head, "what": what, "of": head["what"], "reason": wrong}
-        return {**head, **found}
+            return None, None, reason(error)
+
+    def agreed(self, x) -> list:
+        """Everybody's x."""
+        from parallel import comm
+
+        return comm.objects(x, self.group)
 
     def placed(self, degrees):
         """A mesh, once: each has communicators of its own, and memory for them."""
@@ -726,12 +754,10 @@ class Ranks:
             self.alone[key] = speed(line)
         return {**line, "share": speed(line) / self.alone[key] if key in self.alone else None}
 
-    def clocked(self, run: Callable, times: int, warm: int = 1) -> dict:
+    def clocked(self, run: Callable, times: int) -> dict:
         """All ranks begin together; the time of a run is that of the last to end."""
         from parallel import comm
 
-        for _ in range(warm):
-            run()
         if self.name == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with comm.counted() as seen:
@@ -757,12 +783,13 @@ def steps(args, ranks: Ranks, lengths: list[int]) -> Iterable[dict]:
             for side, degrees in ways.items():
                 head = {"row": name, "side": side, "what": "step", "ranks": ranks.size, "tokens": n}
                 head |= {"preset": args.preset, "recompute": args.recompute}
-                line = ranks.measured("steps", head, lambda: step_of(args, ranks, name, degrees, n), 40.0)  # noqa: B023
+                build = functools.partial(step_of, args, ranks, name, degrees, n)
+                line = ranks.measured(head, build, args.steps, first=40.0)
                 yield ranks.beside(("step", name, n), line, lambda line: line["tokens_s"] / line["used"])
 
 
-def step_of(args, ranks: Ranks, name: str, degrees, n: int) -> dict:
-    """Milliseconds, and tokens a second of all ranks (those of `alone`: of one)."""
+def step_of(args, ranks: Ranks, name: str, degrees, n: int) -> tuple[Callable, Callable]:
+    """One step; and tokens a second of all ranks (those of `alone`: of one)."""
     from dataclasses import replace
 
     import train
@@ -794,16 +821,16 @@ def step_of(args, ranks: Ranks, name: str, degrees, n: int) -> dict:
         batch = type(own)(*(x.to(ranks.device) for x in own))
         said.append(train.one_step(config, model, ops, optimizer, [batch], step, False).loss)
 
-    found = ranks.clocked(run, args.steps)
-    total = n * place.size
-    return {
-        **found,
+    facts = {
         "used": place.size,
-        "tokens_s": total / found["eager_ms"] * 1e3,
         "backend": ops.name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "loss": [said[0], said[-1]],
     }
+
+    def more(found):
+        return {"tokens_s": n * place.size / found["eager_ms"] * 1e3, "loss": [said[0], said[-1]], **facts}
+
+    return run, more
 
 
 def document(vocabulary: int, n: int, seed: int):
@@ -834,11 +861,11 @@ def experts(args, ranks: Ranks) -> Iterable[dict]:
         for side in ("alone", "gather", "pair", "rank"):
             head = {"row": "experts", "side": side, "what": "forward+backward", "ranks": ranks.size, "tokens": n}
             head["preset"] = args.preset
-            line = ranks.measured("experts", head, lambda: expert_layer(args, ranks, side, n))  # noqa: B023
+            line = ranks.measured(head, functools.partial(expert_layer, args, ranks, side, n), args.times)
             yield ranks.beside(("experts", n), line, lambda line: 1 / line["eager_ms"])
 
 
-def expert_layer(args, ranks: Ranks, side: str, n: int) -> dict:
+def expert_layer(args, ranks: Ranks, side: str, n: int) -> tuple[Callable, Callable]:
     """`gather`: FSDP's, of all parameters in bfloat16; `pair` and `rank`: what travels of a token."""
     import train
     from parallel import mesh as meshes
@@ -865,11 +892,13 @@ def expert_layer(args, ranks: Ranks, side: str, n: int) -> dict:
         holder.zero_grad()
         x.grad = None
 
-    found = ranks.clocked(run, args.times)
-    if side == "gather":  # by FSDP, which our counters do not see: twice in bfloat16, and the gradients in float32
-        numbers = sum(w.numel() for w in holder.layer.own().values())
-        found["received_bytes"] = numbers * (2 + 2 + 4) * (ranks.size - 1) // ranks.size
-    return found
+    numbers = sum(w.numel() for w in holder.layer.own().values())
+
+    def more(found):  # FSDP's bytes our counters do not see: twice in bfloat16, and the gradients in float32
+        moved = numbers * (2 + 2 + 4) * (ranks.size - 1) // ranks.size
+        return {"received_bytes": moved} if side == "gather" else {}
+
+    return run, more
 
 
 class Holder(torch.nn.Module):
@@ -894,17 +923,18 @@ def layers(args, ranks: Ranks) -> Iterable[dict]:
             shape = (1, t // ranks.size, args.heads, args.size)
             head = {"row": name, "side": how, "what": "forward+backward", "shape": text(shape), "tokens": t}
             head["ranks"] = ranks.size
-            line = ranks.measured(f"layers, {name}, {how}", head, lambda: mixer(ranks, name, how, shape), 5.0)  # noqa: B023
+            power = 2 if name == "softmax" else 1
+            line = ranks.measured(head, functools.partial(mixer, ranks, name, how, shape), ranks.times, 5.0, power)
             yield ranks.beside((name, t), line, lambda line: 1 / line["eager_ms"])
 
 
-def mixer(ranks: Ranks, name: str, how: str, shape: tuple[int, ...]) -> dict:
+def mixer(ranks: Ranks, name: str, how: str, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
     from parallel import lasp
 
     ops = operations(ranks.name)
     if how != "alone":
         ops = lasp.over(ops, ranks.group, *((how, "gather") if name == "softmax" else ("gather", how)))
-    return ranks.clocked(layer(ops, name, shape, ranks.device), ranks.times)
+    return layer(ops, name, shape, ranks.device), lambda found: {}
 
 
 def operations(device: str):
