@@ -69,7 +69,7 @@ class Saver:
     def __init__(self, folder: Path | str, keep: int, background: bool = True, timeout: float = 600.0):
         self.folder, self.keep = Path(folder), keep
         self.group = comm.another(timeout) if background else comm.world()
-        self.thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self.thread = ThreadPoolExecutor(1, "checkpoint", *on_my_gpu()) if background else None
         self.copies: dict[tuple, Tensor] = {}  # of the state's tensors, in the CPU's memory, by their place in it
         self.pending: Future | None = None
         with telling(self.folder):
@@ -82,7 +82,7 @@ class Saver:
             write(self.folder, step, stored(state), self.keep, self.group)
         else:
             values = apart(stored(state), self.copies)
-            torch.cuda.synchronize() if torch.cuda.is_available() else None
+            torch.cuda.synchronize() if torch.cuda.is_initialized() else None
             self.pending = self.thread.submit(write, self.folder, step, values, self.keep, self.group)
 
     def failed(self) -> bool:
@@ -99,6 +99,11 @@ class Saver:
         """Until the save under way has ended, whatever became of it: for a rank that has another error to tell."""
         if self.pending is not None:
             self.pending.exception()
+
+
+def on_my_gpu() -> tuple:
+    """How a thread begins, whose GPU is the first one until it says otherwise."""
+    return (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else ()
 
 
 def load(folder: Path | str, state: dict) -> int | None:
