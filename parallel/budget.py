@@ -18,6 +18,7 @@ from torch import nn
 
 from parallel import tracing
 from parallel.tracing import CHUNK, Crossing, Kept
+from reference.head import HELD
 from reference.mixers.softmax import Attention, heads_of
 from reference.model import LanguageModel
 from reference.moe import Dense, Linears, MoE
@@ -380,7 +381,7 @@ def memory(asked: Asked, counted: Counted) -> dict[str, float]:
         "gathered: the rest": root * (wire(given) + (0 if several else 4)) if cut else 0.0,
         "bf16 copies of parameters": copies,
         "saved activations": saved * shape.tokens * flight,
-        "logits": logits(asked.model, run) * shape.tokens / mesh.tensor,
+        "logits": logits(asked.model, run) * min(shape.tokens, HELD // asked.model.vocabulary) / mesh.tensor,
         "memories that travel": travelling(asked, counted),
     }
 

@@ -6,7 +6,7 @@ so no factor of any group's size is anywhere.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -30,52 +30,44 @@ def checkpointing(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def shard(
-    model: nn.Module,
-    mesh: Mesh,
-    blocks: Iterable[nn.Module],
-    param_dtype: torch.dtype | None = None,
-    reduce_dtype: torch.dtype | None = None,
-) -> None:
+def shard(model: nn.Module, mesh: Mesh, blocks: Iterable[nn.Module], narrow: torch.dtype | None = None) -> None:
     """FSDP2, in place: each block, then the rest of the model. One process: nothing.
 
     Parameters are cut over all ranks of a replica and are the same in every replica. Those of experts, where these are
-    shared out, are cut over the ranks that hold the same experts. Parameters travel and compute in `param_dtype`,
-    gradients are summed in `reduce_dtype` (None: as they are). Raises ValueError, one line, if the experts cannot be
-    shared out.
+    shared out, are cut over the ranks that hold the same experts. With `narrow`, experts, which are most of the
+    parameters, travel and compute in that dtype, and their gradients are summed in float32. Raises ValueError, one
+    line, if the experts cannot be shared out.
     """
     if mesh.shards is None:
         return
     experts.place(model, mesh.experts)
     # It warns of outputs that are views, which must not be changed in place. Nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    apart = [layer for layer in model.modules() if isinstance(layer, MoE) and (mesh.experts or narrow)]
+    own = {p for layer in apart for p in layer.own().values()}
     for part in (*blocks, model):
-        fully_shard(part, mesh=mesh.shards, shard_placement_fn=placement(mesh), mp_policy=precision)
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor in it
+        summed(fully_shard(part, mesh=mesh.shards, ignored_params=own))
+    # Torch begins with the innermost module, whose parameters are then all its own. Here those of experts alone are,
+    # on another mesh or in another dtype than the router's beside them, so they come last.
+    policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
+    for layer in apart:
+        others = set(layer.parameters()) - own
+        summed(fully_shard(layer, **over_whom(mesh), mp_policy=policy, ignored_params=others))
 
 
-def placement(mesh: Mesh) -> Callable | None:
-    """Where a parameter is cut, for `fully_shard`: experts that are shared out (they alone are DTensors by now) over
-    the ranks that hold the same ones; None, the default, for all others."""
+def summed(part: FSDPModule) -> None:
+    """Gradients are summed over ranks, with no factor."""
+    part.set_gradient_divide_factor(1.0)
+    part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor in it
+
+
+def over_whom(mesh: Mesh) -> dict:
+    """Where the experts' parameters are cut, for `fully_shard`: over the ranks that hold the same ones."""
     if mesh.experts is None:
-        return None
-    # Parameters of one module on two meshes: not among torch's public names yet, and not in every torch that the rest
-    # runs on, so asked for only where experts are shared out.
-    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
-
+        return {"mesh": mesh.shards}
     own = mesh.experts["expert_shards"]
-    info = FSDPMeshInfo(own, shard_mesh_dim=0)
-    if mesh.replicas > 1:
-        info = HSDPMeshInfo(mesh.experts["replicas", "expert_shards"], shard_mesh_dim=1, replicate_mesh_dim=0)
-
-    def place(weight: Tensor) -> ShardPlacementResult | None:
-        if not isinstance(weight, DTensor):
-            return None
-        return ShardPlacementResult(experts.placement(weight, own.size()), info)
-
-    return place
+    where = mesh.experts["replicas", "expert_shards"] if mesh.replicas > 1 else own
+    return {"mesh": where, "shard_placement_fn": lambda weight: experts.placement(weight, own.size())}
 
 
 def synchronize(model: nn.Module, last: bool) -> None:

@@ -411,8 +411,8 @@ MUTANTS = [
     Mutant(
         "cut: the softmax's sum is not corrected as better scores come",
         "parallel/attention.py",
-        "total = kept * total +",
-        "total = total +",
+        "n.copy_(kept * n +",
+        "n.copy_(n +",
         "tests/test_sequence.py -k softmax",
     ),
     Mutant(
@@ -509,7 +509,7 @@ MUTANTS = [
     Mutant(
         "a checkpoint of the state as it will be",
         "parallel/checkpoint.py",
-        "values = self.stager.stage(stored(state))",
+        "values = apart(stored(state), self.copies)",
         "values = stored(state)",
         "tests/test_checkpoint.py -k background",
     ),
