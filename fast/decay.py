@@ -7,6 +7,8 @@ from fast.kernels import decay as kernels
 from fast.operators import packed, results
 from reference.normal import Normal
 
+WHOLE = 128
+
 
 def takes(x: Normal) -> bool:
     """Whether the family computes this normal form; of gates the number of axes is all that counts."""
@@ -14,9 +16,16 @@ def takes(x: Normal) -> bool:
 
 
 def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
-    segments = kernels.segments_for(x.q, x.v, x.g, sequences)
-    o, last, _ = decay(x.q, x.k, x.v, x.g, memory, cu_seqlens, segments, wide)
-    return o, last
+    """Columns of v beyond WHOLE, such as the count of a normalised row's, on their own: the backward sweeps would hold
+    all of them as 256."""
+    V = x.v.shape[-1]
+    columns = [WHOLE, V - WHOLE] if WHOLE < V < 2 * WHOLE else [V]
+    memories = [None] * len(columns) if memory is None else memory.split(columns, -1)
+    parts = [
+        decay(x.q, x.k, v, x.g, M, cu_seqlens, kernels.segments_for(x.q, v, x.g, sequences), wide)[:2]
+        for v, M in zip(x.v.split(columns, -1), memories, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(y, -1) for y in zip(*parts, strict=True))
 
 
 def step(x: Normal, memory: Tensor) -> Tensor:

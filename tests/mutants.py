@@ -549,6 +549,13 @@ MUTANTS = [
         "tests/test_fast.py",
     ),
     Mutant(
+        "the columns of values beyond the first state begin from its memory",
+        "fast/decay.py",
+        "memory.split(columns, -1)",
+        "[memory[..., :c] for c in columns]",
+        "tests/test_fast.py -k more_columns",
+    ),
+    Mutant(
         "a channel's query fades by its own token's gate where it reads before it",
         "fast/kernels/channel.py",
         "    r = at_token(sums, ic - 1, count, heads, ik, K) if BEFORE else b\n",

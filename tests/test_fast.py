@@ -429,6 +429,13 @@ def test_a_scan_that_kept_nothing_has_no_gradient():
         torch.ops.linear_moe.scan(scans.ERASE.value, q, k, v, None, dt, None, None, None, 1, False)
 
 
+@pytest.mark.parametrize("name, v", [("linear_attention_normalized", 128), ("mamba2", 150)])
+def test_more_columns_of_values_than_one_state_holds(name, v):
+    """The count of a normalised row is one more: 128 and what is beyond are computed apart."""
+    compare(name, b=1, h=1, t=40, k=16, v=v)
+    compare(name, b=1, h=1, t=20, k=16, v=v, cu_seqlens=torch.tensor([0, 9, 20], dtype=torch.int32))
+
+
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("name", ["mamba", "gated_fast_weights", "s4"])
 def test_the_operator_of_scans_keeps_torchs_rules(name, segments):
