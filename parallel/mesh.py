@@ -25,6 +25,9 @@ class Degrees:
     """Ranks that share the tokens of each sample."""
     tensor: int = 1
     """Ranks that share the heads of every mixer and the hidden channels of every expert, and repeat all else."""
+    between: Literal["repeated", "cut"] = "repeated"
+    """What ranks that share heads do between two layers: all of them repeat all tokens, or each keeps its share of them
+    (as many bytes travel, and activations take less memory)."""
     attention: Literal["gather", "ring", "ulysses"] = "gather"
     """How softmax layers see the tokens of other ranks: all keys and values are gathered, or go round; or each rank
     gets all tokens of some heads."""
@@ -61,6 +64,7 @@ class Mesh(NamedTuple):
     shards: DeviceMesh | None = None  # over whom parameters are sharded: all ranks of a replica, in its last dimension
     experts: DeviceMesh | None = None  # the same of the experts' parameters, and behind it the group `expert`
     tensors: DeviceMesh | None = None  # the same of parameters that are cut by heads, and behind it the group `tensor`
+    between: str = "repeated"  # what they do between layers
     attention: str = "gather"  # how softmax layers and memories cross a cut sequence
     states: str = "gather"
 
@@ -123,6 +127,7 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
         shards=shards if replicas > 1 else shards["shards"],
         experts=shared,
         tensors=heads,
+        between=degrees.between,
         attention=degrees.attention,
         states=degrees.states,
     )

@@ -49,7 +49,7 @@ def shard(
     if mesh.shards is None:
         return
     experts.place(model, mesh.experts)
-    tensor.place(model, mesh.tensors)
+    tensor.place(model, mesh.tensors, mesh.between == "cut")
     # It warns of outputs that are views, which must not be changed in place. Nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)

@@ -157,15 +157,16 @@ def part(weight: Tensor, cut: Cut, rank: int, ranks: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the layers
 
 
-def place(model: nn.Module, grid: DeviceMesh | None) -> None:
+def place(model: nn.Module, grid: DeviceMesh | None, sparing: bool = False) -> None:
     """Every mixer, dense layer and expert of a language model computes its part from now on; in place, before sharding.
 
     `grid` ends in the dimensions `tensor_shards` (ranks that hold the same part) and `tensor` (the group). Names of
-    parameters stay. Raises ValueError, one line, for layers that cannot be cut so.
+    parameters stay. If `sparing`, each rank keeps a part of the tokens between layers (`spare`). Raises ValueError, one
+    line, for layers that cannot be cut so.
     """
     if grid is None:
         return
-    group, layer = grid.get_group("tensor"), 0
+    group, layer, end = grid.get_group("tensor"), 0, own_sum if sparing else total
     count = sum(letter in "LN" for letter in model.config.letters)
     for block in model.blocks:
         for sublayer in block.sublayers:
@@ -174,12 +175,15 @@ def place(model: nn.Module, grid: DeviceMesh | None) -> None:
                 if isinstance(module, MoE):
                     place_experts(module, grid)
                 else:
-                    place_layer(module, model.config, layer, count, model.ops, grid, group)
+                    place_layer(module, model.config, layer, count, model.ops, grid, end)
             layer += any(not isinstance(module, MoE | Dense) for module in inner)
+    if sparing:
+        spare(model, group)
 
 
-def place_layer(module: nn.Module, config, layer: int, count: int, ops: Ops, grid: DeviceMesh, group: Group) -> None:
+def place_layer(module: nn.Module, config, layer: int, count: int, ops: Ops, grid: DeviceMesh, end: Callable) -> None:
     """A layer's forward becomes the sum over ranks of the same layer with fewer heads, or hidden channels."""
+    group = grid.get_group("tensor")
     ranks, rank = comm.size(group), comm.rank(group)
     plan = PLAN.get(type(module))
     if plan is None:
@@ -200,7 +204,7 @@ def place_layer(module: nn.Module, config, layer: int, count: int, ops: Ops, gri
         cuts[name] = cut_of(weight, smaller.get_parameter(name), ranks, packed, of)
     for name, cut in cuts.items():
         hold(module, name, cut, grid)
-    module.forward = partial(summed_forward, module, smaller, cuts, plan.common, group)
+    module.forward = partial(summed_forward, module, smaller, cuts, plan.common, end, group)
 
 
 def place_experts(layer: MoE, grid: DeviceMesh) -> None:
@@ -218,7 +222,7 @@ def place_experts(layer: MoE, grid: DeviceMesh) -> None:
         if cut is not None:
             hold(layer, name, cut, grid)
     if layer.shared is not None:
-        place_layer(layer.shared, None, 0, 0, layer.ops, grid, grid.get_group("tensor"))
+        place_layer(layer.shared, None, 0, 0, layer.ops, grid, total)
 
 
 def hold(module: nn.Module, name: str, cut: Cut, grid: DeviceMesh) -> None:
@@ -275,15 +279,18 @@ def fewer(module: nn.Module, config, layer: int, count: int, ops: Ops, ranks: in
     return mixers.build(replace(config, **own), layer, count, ops)
 
 
-def summed_forward(module, smaller, cuts: dict[str, Cut], common: tuple[str, ...], group: Group, x, side=None, *state):
+def summed_forward(
+    module, smaller, cuts: dict[str, Cut], common: tuple[str, ...], end: Callable, group: Group, x, side=None, *state
+):
     """The sum over ranks of what each rank's heads give; the state, if there is one, is that of its own heads."""
     rank, ranks = comm.rank(group), comm.size(group)
     own = {name: part(weight, cuts[name], rank, ranks) for name, weight in module.named_parameters()}
     if common:
         mine = {name: side.common[name].chunk(ranks, -1)[rank] for name in common}
         side = side._replace(common={**side.common, **mine})
+    x = x if side is None else x[:, : side.positions.shape[1]]
     y = functional_call(smaller, own, (x, side, *state))
-    return total(y, group) if isinstance(y, Tensor) else (total(y[0], group), *y[1:])
+    return end(y, group) if isinstance(y, Tensor) else (end(y[0], group), *y[1:])
 
 
 def over(ops: Ops, group: Group) -> Ops:
@@ -341,6 +348,63 @@ def norm_across(
     return (y if gate is None else y * ACTIVATION[activation](gate.to(y.dtype))).to(x.dtype)
 
 
+# ------------------------------------------------------------------------------------------- tokens between layers
+# A sum of which each rank keeps its own tokens, and after the norm a gather, are as many bytes as the sum alone. Tokens
+# that W does not divide are filled up with zeros, whose norm is zero.
+
+
+def spare(model: nn.Module, group: Group) -> None:
+    """Between the layers of a model that is placed, each rank has a W-th of the tokens; in place.
+
+    ValueError, one line, if there is dropout, which is drawn for all tokens at once.
+    """
+    if model.config.dropout:
+        raise ValueError(
+            f"dropout ({model.config.dropout}) is drawn for all tokens at once, and each rank keeps a part of them; "
+            "use --model.dropout 0 or --mesh.between repeated"
+        )
+    for block in model.blocks:
+        for sublayer in block.sublayers:
+            sublayer.ops = sublayer.ops._replace(norm=gathering(sublayer.ops.norm, group))
+            for module in (sublayer.inner, *sublayer.beside):
+                if isinstance(module, MoE):
+                    module.forward = partial(of_all_tokens, module.forward, group)
+    first, last = model.blocks[0], model.blocks[-1]
+    first.forward = partial(from_here, first.forward, group)
+    last.forward = partial(up_to_here, last.forward, group)
+
+
+def gathering(norm: Callable, group: Group) -> Callable:
+    return lambda *args: _gathered(norm(*args), group.group_name)
+
+
+def of_all_tokens(forward: Callable, group: Group, x: Float[Tensor, "b t d"], side, *state):
+    """A layer that has all tokens' outputs, of which this rank's go on."""
+    y, *more = forward(x[:, : side.positions.shape[1]], side, *state)
+    return own_tokens(y, group), *more
+
+
+def from_here(forward: Callable, group: Group, x: Float[Tensor, "b t d"], side, *state):
+    return forward(own_tokens(x, group), side, *state)
+
+
+def up_to_here(forward: Callable, group: Group, x: Float[Tensor, "b s d"], side, *state):
+    x, *more = forward(x, side, *state)
+    return _gathered(x, group.group_name)[:, : side.positions.shape[1]], *more
+
+
+def own_tokens(x: Float[Tensor, "b t d"], group: Group) -> Float[Tensor, "b s d"]:
+    return filled(x, group).chunk(comm.size(group), 1)[comm.rank(group)]
+
+
+def own_sum(y: Float[Tensor, "b t d"], group: Group) -> Float[Tensor, "b s d"]:
+    return _scattered(filled(y, group), group.group_name)
+
+
+def filled(x: Float[Tensor, "b t d"], group: Group) -> Float[Tensor, "b ws d"]:
+    return F.pad(x, (0, 0, 0, -x.shape[1] % comm.size(group)))
+
+
 # ---------------------------------------------------------------------------------------------------- known to torch
 
 
@@ -360,3 +424,28 @@ _total = known(
     lambda x, group: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 differentiable("total", lambda ctx, D: (_total(D, ctx.group), None), _keep)
+
+
+def _gather(x: Tensor, group: str) -> Tensor:
+    """Everybody's tokens, one rank's behind the other's."""
+    return torch.cat(comm.gather(x, comm.named(group)), 1)
+
+
+def _scatter(y: Tensor, group: str) -> Tensor:
+    """My tokens of the sum over ranks: the adjoint."""
+    group = comm.named(group)
+    return comm.scatter(torch.stack(y.chunk(comm.size(group), 1)), group)
+
+
+def _more_tokens(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] * comm.size(comm.named(group)), *x.shape[2:])
+
+
+def _fewer_tokens(y: Tensor, group: str) -> Tensor:
+    return y.new_empty(y.shape[0], y.shape[1] // comm.size(comm.named(group)), *y.shape[2:])
+
+
+_gathered = known("all_tokens", "(Tensor x, str group) -> Tensor", _gather, _more_tokens)
+_scattered = known("own_tokens", "(Tensor y, str group) -> Tensor", _scatter, _fewer_tokens)
+differentiable("all_tokens", lambda ctx, D: (_scattered(D, ctx.group), None), _keep)
+differentiable("own_tokens", lambda ctx, D: (_gathered(D, ctx.group), None), _keep)

@@ -528,6 +528,13 @@ MUTANTS = [
         "tests/test_tensor.py -k over_all",
     ),
     Mutant(
+        "the gradient of own tokens is one rank's",
+        "parallel/tensor.py",
+        "(_scattered(D, ctx.group), None)",
+        "(own_tokens(D, comm.named(ctx.group)).clone(), None)",
+        "tests/test_tensor.py -k between_the_layers",
+    ),
+    Mutant(
         "the newest checkpoint pruned",
         "parallel/checkpoint.py",
         "[s for s in newest(folder) if s <= step][:keep]",

@@ -21,7 +21,7 @@ from test_experts import config_of, prepared, run, same, steps, values
 
 CPU = torch.device("cpu")
 SMALL = {"width": 8, "heads": 2, "experts": 4, "expert_width": 6, "router": "linear_moe"}
-ALONE, TWO = mesh.Degrees(), mesh.Degrees(tensor=2)
+ALONE, TWO, SPARING = mesh.Degrees(), mesh.Degrees(tensor=2), mesh.Degrees(tensor=2, between="cut")
 CUT = [name for name in LSM if mixers.kind(name) in tensor.PLAN]
 
 
@@ -53,6 +53,11 @@ ROUTED = {
     "room": {"router": "switch", "pad": True, "capacity_factor": 0.7, "balance": {"switch": 0.1, "z": 0.1}},
     "choice": {"router": "expert_choice"},
 }
+CUT_BETWEEN = {
+    "odd tokens": {"pattern": "LN", "lsm": "mamba2", "key_size": 3, "micro": 3, "shared_width": 4},
+    "dense": {"pattern": "L+DL+E", "dense_width": 6, "lsm": "hgrn2", "recompute": True},
+}
+CUT_BETWEEN = {name: SMALL | how for name, how in CUT_BETWEEN.items()}
 MODELS = {name: SMALL | how for name, how in MODELS.items()}
 MODELS |= {name: SMALL | {"lsm": "retention"} | how for name, how in ROUTED.items()}
 
@@ -60,9 +65,9 @@ MODELS |= {name: SMALL | {"lsm": "retention"} | how for name, how in ROUTED.item
 def configured(how, degrees=ALONE) -> trainer.Train:
     """Plain steps: Adam divides by the gradient's size, which makes a rounding of a small gradient a large one."""
     how = dict(how)
-    optimizer = how.pop("optimizer", "sgd")
+    optimizer, micro = how.pop("optimizer", "sgd"), how.pop("micro", None)
     config = config_of(**how, degrees=degrees)
-    return replace(config, optimizer=replace(config.optimizer, name=optimizer, eps=1e-2))
+    return replace(config, micro=micro, optimizer=replace(config.optimizer, name=optimizer, eps=1e-2))
 
 
 def configs(models, degrees=ALONE):
@@ -71,12 +76,12 @@ def configs(models, degrees=ALONE):
 
 @pytest.fixture(scope="module")
 def alone() -> dict:
-    return runs(configs(ROWS | MODELS))
+    return runs(configs(ROWS | MODELS | CUT_BETWEEN))
 
 
 @pytest.fixture(scope="module")
 def shared(alone) -> list:
-    return testing.run(2, runs, configs(ROWS | MODELS, TWO))
+    return testing.run(2, runs, configs(ROWS | MODELS, TWO) | configs(CUT_BETWEEN, SPARING))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -87,6 +92,12 @@ def test_three_steps_of_every_mixer_with_shared_heads_are_those_of_one_process(n
 
 @pytest.mark.parametrize("name", MODELS)
 def test_so_are_those_of_attention_and_experts(name, alone, shared):
+    for rank in shared:
+        same(rank[name], alone[name])
+
+
+@pytest.mark.parametrize("name", CUT_BETWEEN)
+def test_so_are_those_with_tokens_cut_between_the_layers(name, alone, shared):
     for rank in shared:
         same(rank[name], alone[name])
 
@@ -102,7 +113,10 @@ WHOLE = {
 }
 WHOLE = {name: SMALL | how for name, how in WHOLE.items()}
 ON_FOUR = [("hybrid", mesh.Degrees(tensor=2)), ("hybrid", mesh.Degrees(tensor=2, sequence=2, attention="ulysses"))]
-ON_FOUR += [("decays", mesh.Degrees(tensor=2, sequence=2)), ("decays", mesh.Degrees(tensor=2, replicas=2))]
+ON_FOUR += [
+    ("decays", mesh.Degrees(tensor=2, sequence=2, between="cut")),
+    ("decays", mesh.Degrees(tensor=2, replicas=2)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +168,29 @@ def travelled():
         with comm.counted() as backward:
             y.sum().backward()
         said[name] = forward, backward
+    said["cut between"] = cut_between(place, over)
     x, head = (torch.ones(n, 8, dtype=torch.float64, requires_grad=True) for n in (6, 5))
     with comm.counted() as forward:
         losses = over.token_losses(x, head, torch.arange(6) % 5)
     with comm.counted() as backward:
         losses.sum().backward()
     return {**said, "loss": (forward, backward)}
+
+
+def cut_between(place, over):
+    """The calls and bytes of one layer with tokens cut before and behind it: the same as of one sum, in two halves."""
+    model = LanguageModel(Model(**SMALL | {"bare": True, "pattern": "L", "lsm": "gla"}), over).double()
+    tensor.place(model, place.tensors, sparing=True)
+    for weight in model.parameters():
+        torch.nn.init.normal_(shard.local(weight.data))
+    x = torch.ones(B, T_ + 1, SMALL["width"], dtype=torch.float64, requires_grad=True)
+    side = model.side(torch.zeros(B, T_ + 1, dtype=torch.int64), None, None, None, None, None)
+    sublayer = model.blocks[0].sublayers[0]
+    with comm.counted() as forward:
+        y = sublayer(tensor.own_tokens(x, place.tensor), side)[0]
+    with comm.counted() as backward:
+        y.sum().backward()
+    return y.shape, forward, backward
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +205,16 @@ def test_one_sum_a_layer_and_direction(name, traffic):
         for direction in said[name]:
             assert dict(direction.calls) == {"total": len(sums)}
             assert dict(direction.received) == {"total": sum(BYTES[what] for what in sums)}
+
+
+def test_a_gather_and_a_sum_of_own_tokens_where_they_are_cut_between(traffic):
+    half = 8 * B * (T_ + 1) // 2 * SMALL["width"]
+    for said in traffic:
+        shape, *directions = said["cut between"]
+        assert shape == (B, (T_ + 1) // 2, SMALL["width"])
+        for direction in directions:
+            assert dict(direction.calls) == {"gather": 1, "scatter": 1}
+            assert dict(direction.received) == {"gather": half, "scatter": half}
 
 
 def test_three_numbers_a_token_for_the_loss(traffic):
@@ -283,6 +324,7 @@ REFUSED = {
     "key heads": ({"pattern": "N", "heads": 6, "width": 12, "key_heads": 3}, "^3 key heads cannot be shared"),
     "experts": ({"expert_width": 5}, "^5 hidden channels of an expert cannot be shared over 2 ranks; let .* of 1, 5$"),
     "dense": ({"pattern": "D", "dense_width": 3}, "^3 hidden channels cannot be shared over 2 ranks"),
+    "dropped": ({"dropout": 0.1}, "^dropout .0.1. is drawn .* use --model.dropout 0 or --mesh.between repeated$"),
     "dropout": ({"expert_dropout": 0.1}, "^dropout inside experts .* use --model.expert-dropout 0 or --mesh.tensor 1$"),
 }
 WRONG = {
@@ -312,7 +354,7 @@ def refusals():
         with torch.device("meta"):
             model = LanguageModel(Model(**SMALL | {"lsm": "retention", "pattern": "L"} | how), ops)
         with pytest.raises(ValueError) as caught:
-            shard.shard(model, place, model.blocks)
+            shard.shard(model, place._replace(between="cut"), model.blocks)
         said[name] = str(caught.value)
     for degrees in WRONG:
         with pytest.raises(ValueError) as caught:
