@@ -290,15 +290,16 @@ def refuse_to_cut(config: Train, mesh) -> None:
     letters, ranks = config.model.letters, mesh.sequence_size
     if ranks == 1:
         return
+    own = heads_of(config.model) // mesh.tensor_size  # attention heads of a rank
     if "L" in letters and mesh.states == "gather" and transition(lsm_row(config.model.lsm)) is None:
         raise ValueError(
             f"the memory of {config.model.lsm!r} is not affine, so its segments cannot be gathered over {ranks} ranks; "
             "use --mesh.states ring (slow) or --mesh.sequence 1"
         )
-    if "N" in letters and mesh.attention == "ulysses" and heads_of(config.model) % ranks:
+    if "N" in letters and mesh.attention == "ulysses" and own % ranks:
         raise ValueError(
             f"ulysses gives each of {ranks} ranks an equal share of the attention heads, and there are "
-            f"{heads_of(config.model)}; use a multiple of {ranks}, or --mesh.attention gather or ring"
+            f"{own}; use a multiple of {ranks}, or --mesh.attention gather or ring"
         )
     if "E" not in letters:
         return
@@ -358,7 +359,8 @@ def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int
     out = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens, batch.indices, key)
     total = out.losses.sum()
     beside, load = aside(config, ops, times, out.loads, out.inside, model)
-    (total / tokens + beside).backward()
+    loss = total / tokens + beside
+    (loss / config.mesh.tensor).backward()  # so many ranks repeat each token: each has its share
     return Sums(total.detach(), load)
 
 

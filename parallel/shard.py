@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
-from parallel import comm, experts
+from parallel import comm, experts, tensor
 from parallel.mesh import Mesh
 from reference.moe import MoE
 
@@ -40,13 +40,14 @@ def shard(
     """FSDP2, in place: each block, then the rest of the model. One process: nothing.
 
     Parameters are cut over all ranks of a replica and are the same in every replica. Those of experts, where these are
-    shared out, are cut over the ranks that hold the same experts. Parameters travel and compute in `param_dtype`,
-    gradients are summed in `reduce_dtype` (None: as they are). Raises ValueError, one line, if the experts cannot be
-    shared out.
+    shared out, are cut over the ranks that hold the same experts, and parts of mixers, where ranks share heads, over
+    those that hold the same part. Parameters travel and compute in `param_dtype`, gradients are summed in
+    `reduce_dtype` (None: as they are). Raises ValueError, one line, if experts or heads cannot be shared out.
     """
     if mesh.shards is None:
         return
     experts.place(model, mesh.experts)
+    tensor.place(model, mesh.tensors, mesh.between == "cut")
     # It warns of outputs that are views, which must not be changed in place. Nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
@@ -57,23 +58,26 @@ def shard(
 
 
 def placement(mesh: Mesh) -> Callable | None:
-    """Where a parameter is cut, for `fully_shard`: experts that are shared out (they alone are DTensors by now) over
-    the ranks that hold the same ones; None, the default, for all others."""
-    if mesh.experts is None:
+    """Where a parameter is cut, for `fully_shard`: experts and heads that are shared out (they alone are DTensors by
+    now) over the ranks that hold the same ones; None, the default, for all others."""
+    if mesh.experts is None and mesh.tensors is None:
         return None
+    grid, dim, choose = mesh.experts, "expert_shards", experts.placement
+    if mesh.tensors is not None:
+        grid, dim, choose = mesh.tensors, "tensor_shards", tensor.placement
     # Parameters of one module on two meshes: not among torch's public names yet, and not in every torch that the rest
-    # runs on, so asked for only where experts are shared out.
+    # runs on, so asked for only where something is shared out.
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
-    own = mesh.experts["expert_shards"]
+    own = grid[dim]
     info = FSDPMeshInfo(own, shard_mesh_dim=0)
     if mesh.replicas > 1:
-        info = HSDPMeshInfo(mesh.experts["replicas", "expert_shards"], shard_mesh_dim=1, replicate_mesh_dim=0)
+        info = HSDPMeshInfo(grid["replicas", dim], shard_mesh_dim=1, replicate_mesh_dim=0)
 
     def place(weight: Tensor) -> ShardPlacementResult | None:
         if not isinstance(weight, DTensor):
             return None
-        return ShardPlacementResult(experts.placement(weight, own.size()), info)
+        return ShardPlacementResult(choose(weight, own.size()), info)
 
     return place
 

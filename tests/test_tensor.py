@@ -1,0 +1,370 @@
+"""Heads shared by ranks are the same layers: losses, every gradient, whole training steps; and what travels.
+
+Each world of two or four processes starts once and runs all of its cases; the tests look up their verdicts.
+"""
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train as trainer
+from parallel import checkpoint, comm, mesh, shard, tensor, testing
+from reference import mixers
+from reference.lsm import LSM
+from reference.model import LanguageModel
+from reference.ops import ops
+from reference.presets import Model
+from test_experts import config_of, prepared, run, same, steps, values
+
+CPU = torch.device("cpu")
+SMALL = {"width": 8, "heads": 2, "experts": 4, "expert_width": 6, "router": "linear_moe"}
+ALONE, TWO, SPARING = mesh.Degrees(), mesh.Degrees(tensor=2), mesh.Degrees(tensor=2, between="cut")
+CUT = [name for name in LSM if mixers.kind(name) in tensor.PLAN]
+
+
+def runs(configs):
+    return {name: run(config) for name, config in configs.items()}
+
+
+# ------------------------------------------------------------------------------------------------- every mixer
+
+# Sizes of a head are given where the published ones are large; odd ones show that no size is taken for another.
+SIZES = {"mamba2": {"key_size": 3}, "log_linear_mamba2": {"key_size": 3, "levels": 3}, "mamba3": {"key_size": 4}}
+SIZES |= {name: {"key_size": 3, "value_size": 5} for name in ("gla", "lightning", "linear_attention", "mesa", "comba")}
+ROWS = {name: SMALL | {"lsm": name, "pattern": "L"} | SIZES.get(name, {}) for name in CUT}
+ROWS["hgrn2"] |= {"repeat": 2}  # a single layer has no bound to learn
+MODELS = {
+    "two groups": {"lsm": "mamba2", "key_size": 3, "heads": 4, "state_groups": 2},
+    "four value heads": {"lsm": "kda", "value_heads": 4, "key_size": 4},
+    "grouped": {"pattern": "N", "heads": 4, "key_heads": 2, "qkv_bias": True, "qk_norm": True, "attention_gate": True},
+    "one key head": {"pattern": "N", "heads": 4, "key_heads": 1, "window": 3, "head_size": 4},
+    "latent": {"pattern": "N", "attention": "latent", "query_rank": 3, "attention_gate": True},
+    "features": {"lsm": "linear_attention", "feature_map": "hedgehog", "gate": False},
+    "one kind beside another": {"pattern": "L+EN+DE", "lsm": "retention", "tied": True, "dense_width": 6},
+}
+ROUTED = {
+    "bias": {"router": "deepseek_v3", "balance": {"switch": 0.1}, "shared_width": 4, "shared_gate": True},
+    "penalty": {"router": "remoe", "balance": {"penalty": 1e6}, "dropout": 0.1, "expert_kind": "relu"},
+    "biases": {"expert_biases": True, "expert_kind": "clamped_swish", "identity": 3, "router": "longcat", "latent": 4},
+    "slots": {"router": "soft", "expert_slots": 2},
+    "room": {"router": "switch", "pad": True, "capacity_factor": 0.7, "balance": {"switch": 0.1, "z": 0.1}},
+    "choice": {"router": "expert_choice"},
+}
+CUT_BETWEEN = {
+    "odd tokens": {"pattern": "LN", "lsm": "mamba2", "key_size": 3, "micro": 3, "shared_width": 4},
+    "dense": {"pattern": "L+DL+E", "dense_width": 6, "lsm": "hgrn2", "recompute": True},
+}
+CUT_BETWEEN = {name: SMALL | how for name, how in CUT_BETWEEN.items()}
+MODELS = {name: SMALL | how for name, how in MODELS.items()}
+MODELS |= {name: SMALL | {"lsm": "retention"} | how for name, how in ROUTED.items()}
+
+
+def configured(how, degrees=ALONE) -> trainer.Train:
+    """Plain steps: Adam divides by the gradient's size, which makes a rounding of a small gradient a large one."""
+    how = dict(how)
+    optimizer, micro = how.pop("optimizer", "sgd"), how.pop("micro", None)
+    config = config_of(**how, degrees=degrees)
+    return replace(config, micro=micro, optimizer=replace(config.optimizer, name=optimizer, eps=1e-2))
+
+
+def configs(models, degrees=ALONE):
+    return {name: configured(how, degrees) for name, how in models.items()}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    return runs(configs(ROWS | MODELS | CUT_BETWEEN))
+
+
+@pytest.fixture(scope="module")
+def shared(alone) -> list:
+    return testing.run(2, runs, configs(ROWS | MODELS, TWO) | configs(CUT_BETWEEN, SPARING))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_three_steps_of_every_mixer_with_shared_heads_are_those_of_one_process(name, alone, shared):
+    for rank in shared:
+        same(rank[name], alone[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_so_are_those_of_attention_and_experts(name, alone, shared):
+    for rank in shared:
+        same(rank[name], alone[name])
+
+
+@pytest.mark.parametrize("name", CUT_BETWEEN)
+def test_so_are_those_with_tokens_cut_between_the_layers(name, alone, shared):
+    for rank in shared:
+        same(rank[name], alone[name])
+
+
+# ------------------------------------------------------------------------------------------------- every mesh
+
+WHOLE = {
+    "hybrid": {
+        **{"pattern": "LN", "lsm": "gated_delta_net", "key_size": 2, "heads": 4, "key_heads": 1, "shared_width": 4},
+        **{"recompute": True, "optimizer": "adamw", "balance": {"switch": 0.1}, "dropout": 0.1},
+    },
+    "decays": {"pattern": "LDE", "repeat": 2, "lsm": "hgrn2", "heads": 4, "dense_width": 8},
+}
+WHOLE = {name: SMALL | how for name, how in WHOLE.items()}
+ON_FOUR = [("hybrid", mesh.Degrees(tensor=2)), ("hybrid", mesh.Degrees(tensor=2, sequence=2, attention="ulysses"))]
+ON_FOUR += [
+    ("decays", mesh.Degrees(tensor=2, sequence=2, between="cut")),
+    ("decays", mesh.Degrees(tensor=2, replicas=2)),
+]
+
+
+@pytest.fixture(scope="module")
+def whole_alone() -> dict:
+    return runs(configs(WHOLE))
+
+
+@pytest.fixture(scope="module")
+def on_four(whole_alone) -> list:
+    return testing.run(4, runs, {(name, degrees): configured(WHOLE[name], degrees) for name, degrees in ON_FOUR})
+
+
+@pytest.mark.parametrize("case", ON_FOUR, ids=lambda case: f"{case[0]}, {case[1].sequence} {case[1].replicas}")
+def test_every_mesh_trains_as_one_process(case, whole_alone, on_four):
+    for rank in on_four:
+        same(rank[case], whole_alone[case[0]])
+
+
+# ------------------------------------------------------------------------------------------------ what travels
+
+B, T_ = 2, 3
+LAYERS = {
+    "mixer": ({"lsm": "gla"}, ["sum"]),
+    "mixer with one norm over all heads": ({"lsm": "lightning"}, ["norm", "sum"]),
+    "mixer with one state group": ({"lsm": "mamba2", "key_size": 3}, ["norm", "sum"]),
+    "two state groups": ({"lsm": "mamba2", "key_size": 3, "heads": 4, "state_groups": 2}, ["sum"]),
+    "attention": ({"pattern": "N"}, ["sum"]),
+    "latent attention": ({"pattern": "N", "attention": "latent"}, ["sum"]),
+    "dense": ({"pattern": "D"}, ["sum"]),
+    "experts": ({"pattern": "E", "expert_biases": True}, ["sum"]),
+    "experts and a shared one": ({"pattern": "E", "shared_width": 4}, ["sum", "sum"]),
+}
+BYTES = {"sum": 8 * B * T_ * SMALL["width"], "norm": 8 * B * T_}  # on two ranks a total receives as many as it has
+
+
+def travelled():
+    """Of each layer's forward and backward pass: the calls, the bytes. Then those of the loss."""
+    place, said = mesh.make(TWO, CPU), {}
+    over = mesh.over(ops, place)
+    for name, (how, _) in LAYERS.items():
+        model = LanguageModel(Model(**SMALL | {"bare": True, "pattern": "L"} | how), over).double()
+        tensor.place(model, place.tensors)
+        for weight in model.parameters():
+            torch.nn.init.normal_(shard.local(weight.data))
+        x = torch.ones(B, T_, SMALL["width"], dtype=torch.float64, requires_grad=True)
+        side = model.side(torch.zeros(B, T_, dtype=torch.int64), None, None, None, None, None)
+        with comm.counted() as forward:
+            y = model.blocks[0](x, side)[0]
+        with comm.counted() as backward:
+            y.sum().backward()
+        said[name] = forward, backward
+    said["cut between"] = cut_between(place, over)
+    x, head = (torch.ones(n, 8, dtype=torch.float64, requires_grad=True) for n in (6, 5))
+    with comm.counted() as forward:
+        losses = over.token_losses(x, head, torch.arange(6) % 5)
+    with comm.counted() as backward:
+        losses.sum().backward()
+    return {**said, "loss": (forward, backward)}
+
+
+def cut_between(place, over):
+    """The calls and bytes of one layer with tokens cut before and behind it: the same as of one sum, in two halves."""
+    model = LanguageModel(Model(**SMALL | {"bare": True, "pattern": "L", "lsm": "gla"}), over).double()
+    tensor.place(model, place.tensors, sparing=True)
+    for weight in model.parameters():
+        torch.nn.init.normal_(shard.local(weight.data))
+    x = torch.ones(B, T_ + 1, SMALL["width"], dtype=torch.float64, requires_grad=True)
+    side = model.side(torch.zeros(B, T_ + 1, dtype=torch.int64), None, None, None, None, None)
+    sublayer = model.blocks[0].sublayers[0]
+    with comm.counted() as forward:
+        y = sublayer(tensor.own_tokens(x, place.tensor), side)[0]
+    with comm.counted() as backward:
+        y.sum().backward()
+    return y.shape, forward, backward
+
+
+@pytest.fixture(scope="module")
+def traffic() -> list:
+    return testing.run(2, travelled)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_sum_a_layer_and_direction(name, traffic):
+    sums = LAYERS[name][1]
+    for said in traffic:
+        for direction in said[name]:
+            assert dict(direction.calls) == {"total": len(sums)}
+            assert dict(direction.received) == {"total": sum(BYTES[what] for what in sums)}
+
+
+def test_a_gather_and_a_sum_of_own_tokens_where_they_are_cut_between(traffic):
+    half = 8 * B * (T_ + 1) // 2 * SMALL["width"]
+    for said in traffic:
+        shape, *directions = said["cut between"]
+        assert shape == (B, (T_ + 1) // 2, SMALL["width"])
+        for direction in directions:
+            assert dict(direction.calls) == {"gather": 1, "scatter": 1}
+            assert dict(direction.received) == {"gather": half, "scatter": half}
+
+
+def test_three_numbers_a_token_for_the_loss(traffic):
+    for said in traffic:
+        forward, backward = said["loss"]
+        assert dict(forward.received) == {"gather": 8 * 6, "total": 8 * 2 * 6} and forward.calls["total"] == 1
+        assert dict(backward.received) == {"total": 8 * 2 * 6}
+
+
+# ----------------------------------------------------------------------------------------------- the loss itself
+
+
+def lost(words, ignored):
+    """(losses and gradients, what they should be), with labels on every border of a part."""
+    group, n = comm.world(), 7
+    x, head = (torch.randn(k, 4, generator=torch.Generator().manual_seed(k)).double() for k in (n, words))
+    x, head = 30 * x.requires_grad_(), head.requires_grad_()  # without a maximum, exponentials would overflow
+    labels = torch.arange(n) * 3 % words
+    labels[ignored] = -100
+    cotangent = torch.arange(1.0, n + 1).double()
+    want = ops.token_losses(x, head, labels)
+    exact = torch.autograd.grad((want * cotangent).sum(), (x, head))
+    got = tensor.token_losses(group, x, head, labels)
+    mine = torch.autograd.grad((got * cotangent).sum() / comm.size(group), (x, head))
+    pairs = [(got, want), *((comm.total(a, group), b) for a, b in zip(mine, exact, strict=True))]
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def losses():
+    return [lost(words, ignored) for words, ignored in itertools.product((2, 5, 8), ([], [0, 6], list(range(7))))]
+
+
+def test_a_loss_over_parts_of_the_words_is_that_over_all():
+    for rank in testing.run(2, losses):
+        assert max(rank) < 1e-12, rank
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+SAVED = SMALL | {"lsm": "gated_delta_net", "pattern": "LN", "key_size": 2, "optimizer": "adamw"}
+
+
+def save(folder, degrees, first, last):
+    """Steps from the newest checkpoint, if any, and a checkpoint; what is then there."""
+    config = configured(SAVED, degrees)
+    place, model, over, optimizer = prepared(config)
+    state = {"model": model, "optimizer": optimizer, "step": 0}
+    checkpoint.load(folder, state)
+    assert state["step"] == first
+    at_load = values(model)
+    steps(config, place, model, over, optimizer, first, last)
+    checkpoint.save(folder, last, {**state, "step": last}, 1)
+    return at_load, values(model)
+
+
+def test_checkpoints_go_from_shared_heads_to_other_meshes_and_back(tmp_path):
+    config, said = configured(SAVED), []
+    model = prepared(config)
+    for step in range(3):
+        steps(config, *model, step, step + 1)
+        said.append(values(model[1]))
+    for step, (ranks, degrees) in enumerate([(2, TWO), (1, ALONE), (4, TWO)]):
+        ask = (tmp_path, degrees, step, step + 1)
+        for at_load, after in testing.run(ranks, save, *ask) if ranks > 1 else [save(*ask)]:
+            if step:
+                torch.testing.assert_close(at_load, said[step - 1], rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(after, said[step], rtol=1e-11, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------- the mesh, and what is refused
+
+
+def places():
+    place = mesh.make(mesh.Degrees(tensor=2, sequence=2), CPU)
+    me = torch.tensor([float(place.rank)])
+    model = prepared(configured(SAVED, TWO))[1]
+    return {
+        "place": (place.data_rank, place.sequence_rank, place.tensor_rank),
+        "heads": [x.item() for x in comm.gather(me, place.tensor)],
+        "sequence": [x.item() for x in comm.gather(me, place.sequence)],
+        "said": str(place),
+        "real": sum(shard.local(p).numel() for p in model.parameters()),
+        "cut": {n for n, p in model.named_parameters() if "tensor" in p.device_mesh.mesh_dim_names},
+    }
+
+
+def test_neighbours_share_heads_and_every_number_is_on_one_rank():
+    ranks, model = testing.run(4, places), prepared(configured(SAVED))[1]
+    for r, said in enumerate(ranks):
+        assert said["place"] == (0, r // 2, r % 2)
+        assert said["heads"] == [r - r % 2, r - r % 2 + 1] and said["sequence"] == [r % 2, r % 2 + 2]
+        assert said["said"] == "4 ranks = 1 data x 2 sequence x 2 tensor, parameters sharded over all"
+        first, second = "blocks.0.sublayers.0.inner", "blocks.1.sublayers.0.inner"
+        want = {f"{first}.{n}.weight" for n in ("q", "k", "v", "beta", "a", "gate", "o")}
+        want |= {f"{second}.{n}.weight" for n in "qkvo"} | {f"blocks.{i}.sublayers.1.inner.w2" for i in (0, 1)}
+        assert said["cut"] == want
+    assert sum(said["real"] for said in ranks) == sum(p.numel() for p in model.parameters())
+
+
+UNCUT = {name: {"lsm": name} for name in LSM if name not in CUT} | {"mixture": {"pattern": "N", "attention": "mixture"}}
+REFUSED = {
+    **{name: (how, r"is not cut by heads \(--mesh.tensor 2\).*use --mesh.tensor 1$") for name, how in UNCUT.items()},
+    "heads": ({"heads": 1}, "^1 heads of .* cannot be shared over 2 ranks; let --mesh.tensor be one of 1$"),
+    "value heads": ({"lsm": "kda", "heads": 1, "value_heads": 2}, "^1 heads of "),
+    "groups": ({"lsm": "mamba2", "heads": 6, "width": 12, "state_groups": 3}, "^3 state_groups of .* let .* of 1, 3$"),
+    "attention": ({"pattern": "N", "attention_heads": 1}, "^1 attention heads cannot be shared over 2 ranks"),
+    "key heads": ({"pattern": "N", "heads": 6, "width": 12, "key_heads": 3}, "^3 key heads cannot be shared"),
+    "experts": ({"expert_width": 5}, "^5 hidden channels of an expert cannot be shared over 2 ranks; let .* of 1, 5$"),
+    "dense": ({"pattern": "D", "dense_width": 3}, "^3 hidden channels cannot be shared over 2 ranks"),
+    "dropped": ({"dropout": 0.1}, "^dropout .0.1. is drawn .* use --model.dropout 0 or --mesh.between repeated$"),
+    "dropout": ({"expert_dropout": 0.1}, "^dropout inside experts .* use --model.expert-dropout 0 or --mesh.tensor 1$"),
+}
+WRONG = {
+    mesh.Degrees(tensor=3): (
+        "groups of 3 ranks that share heads do not fit into 2 ranks; let --mesh.tensor be one of 1, 2"
+    ),
+    mesh.Degrees(tensor=2, expert=2): (
+        "experts are cut over 2 ranks (--mesh.tensor) or shared out to 2 (--mesh.expert), not both: let one of them "
+        "be 1"
+    ),
+    mesh.Degrees(tensor=2, replicas=2): (
+        "groups of 2 ranks that share heads do not fit into each of 2 replicas, 1 rank; let --mesh.replicas be 1"
+    ),
+    mesh.Degrees(tensor=2, sequence=2): (
+        "a mesh of 1 data x 2 sequence x 2 tensor needs 4 ranks, found 2: start as many (torchrun --nproc-per-node 4), "
+        "or let sequence be 1"
+    ),
+    mesh.Degrees(tensor=0): (
+        "mesh degrees must be at least 1 (data: or -1), got data -1, sequence 1, expert 1, replicas 1, tensor 0"
+    ),
+}
+
+
+def refusals():
+    place, said = mesh.make(TWO, CPU), {}
+    for name, (how, _) in REFUSED.items():
+        with torch.device("meta"):
+            model = LanguageModel(Model(**SMALL | {"lsm": "retention", "pattern": "L"} | how), ops)
+        with pytest.raises(ValueError) as caught:
+            shard.shard(model, place._replace(between="cut"), model.blocks)
+        said[name] = str(caught.value)
+    for degrees in WRONG:
+        with pytest.raises(ValueError) as caught:
+            mesh.make(degrees, CPU)
+        said[degrees] = str(caught.value)
+    return said
+
+
+def test_what_cannot_be_cut_is_refused_in_one_line():
+    for said in testing.run(2, refusals):
+        for name, (_, words) in REFUSED.items():
+            assert re.search(words, said[name]) and "\n" not in said[name], said[name]
+        assert {degrees: said[degrees] for degrees in WRONG} == WRONG
