@@ -290,16 +290,16 @@ def refuse_to_cut(config: Train, mesh) -> None:
     letters, ranks = config.model.letters, mesh.sequence_size
     if ranks == 1:
         return
-    own = heads_of(config.model) // mesh.tensor_size  # attention heads of a rank
     if "L" in letters and mesh.states == "gather" and transition(lsm_row(config.model.lsm)) is None:
         raise ValueError(
             f"the memory of {config.model.lsm!r} is not affine, so its segments cannot be gathered over {ranks} ranks; "
             "use --mesh.states ring (slow) or --mesh.sequence 1"
         )
-    if "N" in letters and mesh.attention == "ulysses" and own % ranks:
+    heads, shares = heads_of(config.model), ranks * mesh.tensor_size
+    if "N" in letters and mesh.attention == "ulysses" and heads % shares:
         raise ValueError(
-            f"ulysses gives each of {ranks} ranks an equal share of the attention heads, and there are "
-            f"{own}; use a multiple of {ranks}, or --mesh.attention gather or ring"
+            f"ulysses gives each of {shares} ranks an equal share of the attention heads, and there are {heads}; use a "
+            f"multiple of {shares}, or --mesh.attention gather or ring"
         )
     if "E" not in letters:
         return

@@ -16,8 +16,8 @@ from reference.ops import Ops
 
 @dataclass(frozen=True)
 class Degrees:
-    """How the ranks are used. The product of data, sequence and tensor is the number of ranks; replicas and expert
-    divide it, another way to see the same ranks."""
+    """How the ranks are used. The product of data, sequence, tensor and pipeline is the number of ranks; replicas and
+    expert divide that of data and sequence, another way to see the same ranks."""
 
     data: int = -1
     """Groups of ranks that take different samples (-1: as many as there are ranks for)."""
@@ -27,7 +27,7 @@ class Degrees:
     """Ranks that share the heads of every mixer and the hidden channels of every expert, and repeat all else."""
     between: Literal["repeated", "cut"] = "repeated"
     """What ranks that share heads do between two layers: all of them repeat all tokens, or each keeps its share of them
-    (as many bytes travel, and activations take less memory)."""
+    (for activations that take less memory)."""
     attention: Literal["gather", "ring", "ulysses"] = "gather"
     """How softmax layers see the tokens of other ranks: all keys and values are gathered, or go round; or each rank
     gets all tokens of some heads."""
@@ -171,7 +171,7 @@ def piped(degrees: Degrees, data: int, group: comm.Group, device: torch.device) 
 
 def check_pipeline(degrees: Degrees, world: int) -> int:
     """The degree of data beside a pipeline; ValueError, one line, for what does not go with it."""
-    others = {name: getattr(degrees, name) for name in ("sequence", "expert", "replicas")}
+    others = {name: getattr(degrees, name) for name in ("sequence", "tensor", "expert", "replicas")}
     wrong = [f"--mesh.{name} {n}" for name, n in others.items() if n != 1]
     if wrong:
         raise ValueError(f"--mesh.pipeline {degrees.pipeline} goes with data alone, not with {', '.join(wrong)}")
@@ -251,18 +251,16 @@ def one_of(whole: int) -> str:
 
 
 def over(ops: Ops, mesh: Mesh) -> Ops:
-    """The same ops on this mesh: sequences cut over their group, experts and heads shared by theirs, totals
-    over everyone."""
+    """The same ops on this mesh: sequences cut over their group, experts and heads shared by theirs, totals over
+    everyone, of which ranks that share heads have the same tokens."""
     if mesh.size == 1:
         return ops
     cut = lasp.over(ops, mesh.sequence, mesh.attention, mesh.states)
     shared = tensor.over(experts.over(cut, mesh.expert, mesh.dispatch), mesh.tensor)
 
     def total(x: Tensor) -> Tensor:
-        everyone = comm.total(x, mesh.everyone)
-        return (
-            everyone if mesh.tensor_size == 1 else everyone / mesh.tensor_size
-        )  # who shares heads has the same tokens
+        summed = comm.total(x, mesh.everyone)
+        return summed if mesh.tensor_size == 1 else summed / mesh.tensor_size
 
     return shared._replace(total=total)
 

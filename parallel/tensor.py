@@ -44,6 +44,24 @@ from reference.mixers.parts import Mixer, wide
 from reference.moe import Dense, MoE
 from reference.ops import Ops
 
+# ------------------------------------------------------------------------------------------------------- who shares
+
+
+class Team(NamedTuple):
+    """The ranks that share heads, as one of them, and what they exchange."""
+
+    rank: int
+    ranks: int
+    total: Callable[[Tensor], Tensor]  # the sum over ranks, the same on all of them; its gradient is the sum of theirs
+    gathered: Callable[[Tensor], Tensor]  # b s d -> b ws d: everybody's tokens, one rank's behind the other's
+    scattered: Callable[[Tensor], Tensor]  # b ws d -> b s d: my tokens of the sum over ranks; the adjoint
+
+
+def team_of(group: Group) -> Team:
+    ops = (partial(op, group=group.group_name) for op in (_total, _gathered, _scattered))
+    return Team(comm.rank(group), comm.size(group), *ops)
+
+
 # ------------------------------------------------------------------------------------------------ what is cut, and how
 
 Blocks = list[tuple[int, bool]]  # sizes along a dimension, one behind the other, and whether each is cut
@@ -143,98 +161,117 @@ def cut_of(weight: Tensor, smaller: Tensor, ranks: int, blocks: Blocks | None, n
     return Cut(differing[0], blocks)
 
 
-def part(weight: Tensor, cut: Cut, rank: int, ranks: int) -> Tensor:
+def part(weight: Tensor, cut: Cut, team: Team) -> Tensor:
     """This rank's part of a parameter, that it holds alone or cuts out here; differentiable."""
     if isinstance(weight, DTensor):
         return weight.to_local()
     if cut.dim is None:
         return weight
     pieces = weight.split([size for size, _ in cut.blocks], cut.dim)
-    own = [x.chunk(ranks, cut.dim)[rank] if apart else x for x, (_, apart) in zip(pieces, cut.blocks, strict=True)]
+    own = [
+        x.chunk(team.ranks, cut.dim)[team.rank] if is_cut else x
+        for x, (_, is_cut) in zip(pieces, cut.blocks, strict=True)
+    ]
     return own[0] if len(own) == 1 else torch.cat(own, cut.dim)
 
 
 # ------------------------------------------------------------------------------------------------------- the layers
 
 
+class Shared(NamedTuple):
+    """A parameter, and how it is cut."""
+
+    module: nn.Module
+    name: str
+    cut: Cut
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.get_parameter(self.name)
+
+    def apart(self, over: int) -> bool:
+        """Whether each rank holds its part alone: of a matrix that is cut in one piece, and whose other side the `over`
+        ranks that hold the same part can share."""
+        sides = [size for i, size in enumerate(self.weight.shape) if i != self.cut.dim]
+        return self.cut.dim is not None and len(self.cut.blocks) == 1 and any(size % over == 0 for size in sides)
+
+
 def place(model: nn.Module, grid: DeviceMesh | None, sparing: bool = False) -> None:
-    """Every mixer, dense layer and expert of a language model computes its part from now on; in place, before sharding.
+    """`share`, and each rank holds alone what it can of its parts; in place, before sharding.
 
     `grid` ends in the dimensions `tensor_shards` (ranks that hold the same part) and `tensor` (the group). Names of
-    parameters stay. If `sparing`, each rank keeps a part of the tokens between layers (`spare`). Raises ValueError, one
-    line, for layers that cannot be cut so.
+    parameters stay.
     """
     if grid is None:
         return
-    group, layer, end = grid.get_group("tensor"), 0, own_sum if sparing else total
+    team, over = team_of(grid.get_group("tensor")), grid["tensor_shards"].size()
+    for shared in share(model, team, sparing):
+        if shared.apart(over):
+            hold(shared, team, grid["tensor"])
+
+
+def share(model: nn.Module, team: Team, sparing: bool = False) -> list[Shared]:
+    """Every mixer, dense layer and expert of a language model computes its part from now on, in place; returns their
+    parameters.
+
+    If `sparing`, each rank keeps a part of the tokens between layers (`spare`). Raises ValueError, one line, for layers
+    that cannot be cut so.
+    """
+    layer, end = 0, partial(own_sum, team) if sparing else team.total
     count = sum(letter in "LN" for letter in model.config.letters)
-    for block in model.blocks:
-        for sublayer in block.sublayers:
-            inner = [sublayer.inner, *sublayer.beside]
-            for module in inner:
-                if isinstance(module, MoE):
-                    place_experts(module, grid)
-                else:
-                    place_layer(module, model.config, layer, count, model.ops, grid, end)
-            layer += any(not isinstance(module, MoE | Dense) for module in inner)
+    parameters = []
+    for sublayer in (sublayer for block in model.blocks for sublayer in block.sublayers):
+        inner = [sublayer.inner, *sublayer.beside]
+        for module in inner:
+            if isinstance(module, MoE):
+                parameters += share_experts(module, team)
+            else:
+                smaller = part_of(module, model.config, layer, count, model.ops, team)
+                parameters += share_layer(module, smaller, team, end)
+        layer += any(not isinstance(module, MoE | Dense) for module in inner)
     if sparing:
-        spare(model, group)
+        spare(model, team)
+    return parameters
 
 
-def place_layer(module: nn.Module, config, layer: int, count: int, ops: Ops, grid: DeviceMesh, end: Callable) -> None:
+def share_layer(module: nn.Module, smaller: nn.Module, team: Team, end: Callable) -> list[Shared]:
     """A layer's forward becomes the sum over ranks of the same layer with fewer heads, or hidden channels."""
-    group = grid.get_group("tensor")
-    ranks, rank = comm.size(group), comm.rank(group)
-    plan = PLAN.get(type(module))
-    if plan is None:
-        raise ValueError(
-            f"{title(module)} is not cut by heads (--mesh.tensor {ranks}): its channels meet inside the layer; use "
-            "--mesh.tensor 1"
-        )
-    with torch.device("meta"):
-        smaller = fewer(module, config, layer, count, ops, ranks)
-    if isinstance(module, Mixer):
-        smaller.first, smaller.all_heads = rank * smaller.heads, module.heads
-    if plan.across(module):
-        smaller.ops = ops._replace(norm=partial(norm_across, group))
-    cuts = {}
-    for name, weight in list(module.named_parameters()):
+    plan, cuts = PLAN[type(module)], {}
+    for name, weight in module.named_parameters():
         packed = plan.packed[name](module) if name in plan.packed else None
-        of = f"{name} of {title(module)}"
-        cuts[name] = cut_of(weight, smaller.get_parameter(name), ranks, packed, of)
-    for name, cut in cuts.items():
-        hold(module, name, cut, grid)
-    module.forward = partial(summed_forward, module, smaller, cuts, plan.common, end, group)
+        cuts[name] = cut_of(weight, smaller.get_parameter(name), team.ranks, packed, f"{name} of {title(module)}")
+    module.forward = partial(summed_forward, module, smaller, cuts, team, end)
+    return [Shared(module, name, cut) for name, cut in cuts.items()]
 
 
-def place_experts(layer: MoE, grid: DeviceMesh) -> None:
-    """The weights of experts; what they compute is `over`'s. The shared expert is a layer like any other."""
-    ranks, c = grid["tensor"].size(), layer.config
+def share_experts(layer: MoE, team: Team) -> list[Shared]:
+    """The weights of experts; what they compute is `sharing`'s. The shared expert is a layer like any other."""
+    c = layer.config
     if c.dropout:
         raise ValueError(
             f"dropout inside experts ({c.dropout}) is drawn for all hidden channels at once, and they are cut over "
-            f"{ranks} ranks; use --model.expert-dropout 0 or --mesh.tensor 1"
+            f"{team.ranks} ranks; use --model.expert-dropout 0 or --mesh.tensor 1"
         )
-    divided(c.hidden, "hidden channels of an expert", ranks)
-    rows = layer.kind.rows
-    for name in layer.own():
-        cut = {"w13": Cut(1, each(rows * [c.hidden])), "w2": Cut(2, each([c.hidden]))}.get(name)
-        if cut is not None:
-            hold(layer, name, cut, grid)
+    divided(c.hidden, "hidden channels of an expert", team.ranks)
+    cuts = cuts_of_experts(layer.kind.rows, c.hidden)
+    parameters = [Shared(layer, name, cuts[name]) for name in layer.own()]
     if layer.shared is not None:
-        place_layer(layer.shared, None, 0, 0, layer.ops, grid, total)
+        smaller = part_of(layer.shared, None, 0, 0, layer.ops, team)
+        parameters += share_layer(layer.shared, smaller, team, team.total)
+    return parameters
 
 
-def hold(module: nn.Module, name: str, cut: Cut, grid: DeviceMesh) -> None:
-    """Keep this rank's part alone of a matrix that is cut in one piece, and whose other side its holders can share."""
-    weight, over = module.get_parameter(name), grid["tensor_shards"].size()
-    sides = [size for i, size in enumerate(weight.shape) if i != cut.dim]
-    if cut.dim is None or len(cut.blocks) > 1 or not any(size % over == 0 for size in sides):
-        return
-    own = part(weight.detach(), cut, grid.get_local_rank("tensor"), grid["tensor"].size()).contiguous()
-    shared = DTensor.from_local(own, grid["tensor"], [Shard(cut.dim)], run_check=False)
-    owner, _, last = name.rpartition(".")
-    module.get_submodule(owner).register_parameter(last, nn.Parameter(shared))
+def cuts_of_experts(rows: int, hidden: int) -> dict[str, Cut]:
+    inner = Cut(1, each(rows * [hidden]))
+    return {"w13": inner, "b13": inner, "w2": Cut(2, each([hidden])), "b2": Cut(None, [])}
+
+
+def hold(shared: Shared, team: Team, mesh: DeviceMesh) -> None:
+    """Keep this rank's part alone."""
+    own = part(shared.weight.detach(), shared.cut, team).contiguous()
+    weight = DTensor.from_local(own, mesh, [Shard(shared.cut.dim)], run_check=False)
+    owner, _, last = shared.name.rpartition(".")
+    shared.module.get_submodule(owner).register_parameter(last, nn.Parameter(weight))
 
 
 def placement(weight: DTensor, over: int) -> Shard:
@@ -253,6 +290,24 @@ def divided(whole: int, what: str, ranks: int) -> int:
         fits = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
         raise ValueError(f"{whole} {what} cannot be shared over {ranks} ranks; let --mesh.tensor be one of {fits}")
     return whole // ranks
+
+
+def part_of(module: nn.Module, config, layer: int, count: int, ops: Ops, team: Team) -> nn.Module:
+    """The layer that this rank computes, whose parameters come from the whole one. ValueError, one line, if the whole
+    one cannot be cut."""
+    plan = PLAN.get(type(module))
+    if plan is None:
+        raise ValueError(
+            f"{title(module)} is not cut by heads (--mesh.tensor {team.ranks}): its channels meet inside the layer; "
+            "use --mesh.tensor 1"
+        )
+    with torch.device("meta"):
+        smaller = fewer(module, config, layer, count, ops, team.ranks)
+    if isinstance(module, Mixer):
+        smaller.first, smaller.all_heads = team.rank * smaller.heads, module.heads
+    if plan.across(module):
+        smaller.ops = ops._replace(norm=partial(norm_across, team))
+    return smaller
 
 
 def fewer(module: nn.Module, config, layer: int, count: int, ops: Ops, ranks: int) -> nn.Module:
@@ -279,38 +334,38 @@ def fewer(module: nn.Module, config, layer: int, count: int, ops: Ops, ranks: in
     return mixers.build(replace(config, **own), layer, count, ops)
 
 
-def summed_forward(
-    module, smaller, cuts: dict[str, Cut], common: tuple[str, ...], end: Callable, group: Group, x, side=None, *state
-):
+def summed_forward(module, smaller, cuts: dict[str, Cut], team: Team, end: Callable, x, side=None, *state):
     """The sum over ranks of what each rank's heads give; the state, if there is one, is that of its own heads."""
-    rank, ranks = comm.rank(group), comm.size(group)
-    own = {name: part(weight, cuts[name], rank, ranks) for name, weight in module.named_parameters()}
-    if common:
-        mine = {name: side.common[name].chunk(ranks, -1)[rank] for name in common}
+    own = {name: part(weight, cuts[name], team) for name, weight in module.named_parameters()}
+    if common := PLAN[type(module)].common:
+        mine = {name: side.common[name].chunk(team.ranks, -1)[team.rank] for name in common}
         side = side._replace(common={**side.common, **mine})
     x = x if side is None else x[:, : side.positions.shape[1]]
     y = functional_call(smaller, own, (x, side, *state))
-    return end(y, group) if isinstance(y, Tensor) else (end(y[0], group), *y[1:])
+    return end(y) if isinstance(y, Tensor) else (end(y[0]), *y[1:])
 
 
 def over(ops: Ops, group: Group) -> Ops:
-    """The same ops for a model whose layers are placed: of every expert each rank computes its hidden channels.
-
-    Routing is the same on all ranks. The second bias is added by the first rank alone.
-    """
+    """The same ops for a model whose layers are placed, whose loss goes over parts of the words, too."""
     if comm.size(group) == 1:
         return ops
+    name = f"{ops.name}, heads over {comm.size(group)} ranks"
+    return sharing(ops, team_of(group))._replace(name=name, token_losses=partial(token_losses, group))
+
+
+def sharing(ops: Ops, team: Team) -> Ops:
+    """Of every expert each rank computes its hidden channels. Routing is the same on all ranks; the second bias is
+    added by the first rank alone."""
 
     def experts(x, routing, w13, w2, b13=None, b2=None, **how):
-        rank, ranks, f = comm.rank(group), comm.size(group), w2.shape[2]
-        inner = Cut(1, each(w13.shape[1] // f * [f]))
-        w13, w2 = part(w13, inner, rank, ranks), part(w2, Cut(2, each([f])), rank, ranks)
-        b13 = None if b13 is None else part(b13, inner, rank, ranks)
-        b2 = None if b2 is None else b2 * (rank == 0)
-        return total(ops.experts(x, routing, w13, w2, b13, b2, **how), group)
+        hidden = w2.shape[2]
+        cuts = cuts_of_experts(w13.shape[1] // hidden, hidden)
+        w13, w2 = part(w13, cuts["w13"], team), part(w2, cuts["w2"], team)
+        b13 = None if b13 is None else part(b13, cuts["b13"], team)
+        b2 = None if b2 is None else b2 * (team.rank == 0)
+        return team.total(ops.experts(x, routing, w13, w2, b13, b2, **how))
 
-    name = f"{ops.name}, heads over {comm.size(group)} ranks"
-    return ops._replace(name=name, experts=experts, token_losses=partial(token_losses, group))
+    return ops._replace(experts=experts)
 
 
 def token_losses(
@@ -328,12 +383,12 @@ def token_losses(
     logits = logits - highest[:, None]
     mine = (start <= labels) & (labels < stop)
     own = logits.gather(1, torch.where(mine, labels - start, 0)[:, None])[:, 0]
-    summed, own = total(torch.stack([logits.exp().sum(-1), own * mine]), group)
+    summed, own = _total(torch.stack([logits.exp().sum(-1), own * mine]), group.group_name)
     return torch.where(labels == IGNORED, 0, summed.log() - own)
 
 
 def norm_across(
-    group: Group,
+    team: Team,
     x: Float[Tensor, "... hv"],
     weight: Float[Tensor, " hv"] | None,
     eps: float = 1e-5,
@@ -342,7 +397,7 @@ def norm_across(
 ) -> Float[Tensor, "... hv"]:
     """`reference.local.norm` over the channels of all ranks: of each token one sum of squares is exchanged."""
     y = wide(x)
-    square = total(y.square().sum(-1, keepdim=True), group) / (x.shape[-1] * comm.size(group))
+    square = team.total(y.square().sum(-1, keepdim=True)) / (x.shape[-1] * team.ranks)
     y = y * torch.rsqrt(square + eps)
     y = y if weight is None else y * weight.to(y.dtype)
     return (y if gate is None else y * ACTIVATION[activation](gate.to(y.dtype))).to(x.dtype)
@@ -353,7 +408,7 @@ def norm_across(
 # that W does not divide are filled up with zeros, whose norm is zero.
 
 
-def spare(model: nn.Module, group: Group) -> None:
+def spare(model: nn.Module, team: Team) -> None:
     """Between the layers of a model that is placed, each rank has a W-th of the tokens; in place.
 
     ValueError, one line, if there is dropout, which is drawn for all tokens at once.
@@ -365,52 +420,47 @@ def spare(model: nn.Module, group: Group) -> None:
         )
     for block in model.blocks:
         for sublayer in block.sublayers:
-            sublayer.ops = sublayer.ops._replace(norm=gathering(sublayer.ops.norm, group))
+            sublayer.ops = sublayer.ops._replace(norm=gathering(sublayer.ops.norm, team))
             for module in (sublayer.inner, *sublayer.beside):
                 if isinstance(module, MoE):
-                    module.forward = partial(of_all_tokens, module.forward, group)
+                    module.forward = partial(of_all_tokens, module.forward, team)
     first, last = model.blocks[0], model.blocks[-1]
-    first.forward = partial(from_here, first.forward, group)
-    last.forward = partial(up_to_here, last.forward, group)
+    first.forward = partial(from_here, first.forward, team)
+    last.forward = partial(up_to_here, last.forward, team)
 
 
-def gathering(norm: Callable, group: Group) -> Callable:
-    return lambda *args: _gathered(norm(*args), group.group_name)
+def gathering(norm: Callable, team: Team) -> Callable:
+    return lambda *args: team.gathered(norm(*args))
 
 
-def of_all_tokens(forward: Callable, group: Group, x: Float[Tensor, "b t d"], side, *state):
+def of_all_tokens(forward: Callable, team: Team, x: Float[Tensor, "b t d"], side, *state):
     """A layer that has all tokens' outputs, of which this rank's go on."""
     y, *more = forward(x[:, : side.positions.shape[1]], side, *state)
-    return own_tokens(y, group), *more
+    return own_tokens(y, team), *more
 
 
-def from_here(forward: Callable, group: Group, x: Float[Tensor, "b t d"], side, *state):
-    return forward(own_tokens(x, group), side, *state)
+def from_here(forward: Callable, team: Team, x: Float[Tensor, "b t d"], side, *state):
+    return forward(own_tokens(x, team), side, *state)
 
 
-def up_to_here(forward: Callable, group: Group, x: Float[Tensor, "b s d"], side, *state):
+def up_to_here(forward: Callable, team: Team, x: Float[Tensor, "b s d"], side, *state):
     x, *more = forward(x, side, *state)
-    return _gathered(x, group.group_name)[:, : side.positions.shape[1]], *more
+    return team.gathered(x)[:, : side.positions.shape[1]], *more
 
 
-def own_tokens(x: Float[Tensor, "b t d"], group: Group) -> Float[Tensor, "b s d"]:
-    return filled(x, group).chunk(comm.size(group), 1)[comm.rank(group)]
+def own_tokens(x: Float[Tensor, "b t d"], team: Team) -> Float[Tensor, "b s d"]:
+    return filled(x, team).chunk(team.ranks, 1)[team.rank]
 
 
-def own_sum(y: Float[Tensor, "b t d"], group: Group) -> Float[Tensor, "b s d"]:
-    return _scattered(filled(y, group), group.group_name)
+def own_sum(team: Team, y: Float[Tensor, "b t d"]) -> Float[Tensor, "b s d"]:
+    return team.scattered(filled(y, team))
 
 
-def filled(x: Float[Tensor, "b t d"], group: Group) -> Float[Tensor, "b ws d"]:
-    return F.pad(x, (0, 0, 0, -x.shape[1] % comm.size(group)))
+def filled(x: Float[Tensor, "b t d"], team: Team) -> Float[Tensor, "b ws d"]:
+    return F.pad(x, (0, 0, 0, -x.shape[1] % team.ranks))
 
 
 # ---------------------------------------------------------------------------------------------------- known to torch
-
-
-def total(x: Tensor, group: Group) -> Tensor:
-    """The sum over the ranks, the same on all of them; its gradient is the sum of theirs."""
-    return _total(x, group.group_name)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:

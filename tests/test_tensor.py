@@ -6,20 +6,22 @@ Each world of two or four processes starts once and runs all of its cases; the t
 import itertools
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import train as trainer
+from inputs import refused
 from parallel import checkpoint, comm, mesh, shard, tensor, testing
+from ranks import CPU, made_once, prepared
 from reference import mixers
 from reference.lsm import LSM
 from reference.model import LanguageModel
 from reference.ops import ops
 from reference.presets import Model
-from test_experts import config_of, prepared, run, same, steps, values
+from test_experts import config_of, run, same, steps, values
 
-CPU = torch.device("cpu")
 SMALL = {"width": 8, "heads": 2, "experts": 4, "expert_width": 6, "router": "linear_moe"}
 ALONE, TWO, SPARING = mesh.Degrees(), mesh.Degrees(tensor=2), mesh.Degrees(tensor=2, between="cut")
 CUT = [name for name in LSM if mixers.kind(name) in tensor.PLAN]
@@ -152,45 +154,40 @@ LAYERS = {
 BYTES = {"sum": 8 * B * T_ * SMALL["width"], "norm": 8 * B * T_}  # on two ranks a total receives as many as it has
 
 
-def travelled():
-    """Of each layer's forward and backward pass: the calls, the bytes. Then those of the loss."""
-    place, said = mesh.make(TWO, CPU), {}
-    over = mesh.over(ops, place)
-    for name, (how, _) in LAYERS.items():
-        model = LanguageModel(Model(**SMALL | {"bare": True, "pattern": "L"} | how), over).double()
-        tensor.place(model, place.tensors)
-        for weight in model.parameters():
-            torch.nn.init.normal_(shard.local(weight.data))
-        x = torch.ones(B, T_, SMALL["width"], dtype=torch.float64, requires_grad=True)
-        side = model.side(torch.zeros(B, T_, dtype=torch.int64), None, None, None, None, None)
-        with comm.counted() as forward:
-            y = model.blocks[0](x, side)[0]
-        with comm.counted() as backward:
-            y.sum().backward()
-        said[name] = forward, backward
-    said["cut between"] = cut_between(place, over)
-    x, head = (torch.ones(n, 8, dtype=torch.float64, requires_grad=True) for n in (6, 5))
+def counted(function, *args):
+    """(the first that it returns, whose sum then goes backward; what travels forward; backward)"""
     with comm.counted() as forward:
-        losses = over.token_losses(x, head, torch.arange(6) % 5)
-    with comm.counted() as backward:
-        losses.sum().backward()
-    return {**said, "loss": (forward, backward)}
-
-
-def cut_between(place, over):
-    """The calls and bytes of one layer with tokens cut before and behind it: the same as of one sum, in two halves."""
-    model = LanguageModel(Model(**SMALL | {"bare": True, "pattern": "L", "lsm": "gla"}), over).double()
-    tensor.place(model, place.tensors, sparing=True)
-    for weight in model.parameters():
-        torch.nn.init.normal_(shard.local(weight.data))
-    x = torch.ones(B, T_ + 1, SMALL["width"], dtype=torch.float64, requires_grad=True)
-    side = model.side(torch.zeros(B, T_ + 1, dtype=torch.int64), None, None, None, None, None)
-    sublayer = model.blocks[0].sublayers[0]
-    with comm.counted() as forward:
-        y = sublayer(tensor.own_tokens(x, place.tensor), side)[0]
+        y = function(*args)[0]
     with comm.counted() as backward:
         y.sum().backward()
-    return y.shape, forward, backward
+    return y, forward, backward
+
+
+def layer(how, place, tokens, sparing=False):
+    """A model of one bare layer whose heads are shared, an input and its side."""
+    model = LanguageModel(Model(**SMALL | {"bare": True, "pattern": "L"} | how), mesh.over(ops, place)).double()
+    tensor.place(model, place.tensors, sparing)
+    for weight in model.parameters():
+        torch.nn.init.normal_(shard.local(weight.data))
+    x = torch.ones(B, tokens, SMALL["width"], dtype=torch.float64, requires_grad=True)
+    return model, x, model.side(torch.zeros(B, tokens, dtype=torch.int64), None, None, None, None, None)
+
+
+def travelled():
+    """Of each layer: the calls and bytes forward and backward. Then those of one with tokens cut before and behind it,
+    and of the loss."""
+    place, said = mesh.make(TWO, CPU), {}
+    for name, (how, _) in LAYERS.items():
+        model, x, side = layer(how, place, T_)
+        _, *said[name] = counted(model.blocks[0], x, side)
+    model, x, side = layer({"lsm": "gla"}, place, T_ + 1, sparing=True)
+    mine = tensor.own_tokens(x, tensor.team_of(place.tensor))
+    y, *said["cut between"] = counted(model.blocks[0].sublayers[0], mine, side)
+    x, head = (torch.ones(n, 8, dtype=torch.float64, requires_grad=True) for n in (6, 5))
+    _, *said["loss"] = counted(
+        lambda *given: [mesh.over(ops, place).token_losses(*given)], x, head, torch.arange(6) % 5
+    )
+    return {**said, "shape": y.shape}
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +207,8 @@ def test_one_sum_a_layer_and_direction(name, traffic):
 def test_a_gather_and_a_sum_of_own_tokens_where_they_are_cut_between(traffic):
     half = 8 * B * (T_ + 1) // 2 * SMALL["width"]
     for said in traffic:
-        shape, *directions = said["cut between"]
-        assert shape == (B, (T_ + 1) // 2, SMALL["width"])
-        for direction in directions:
+        assert said["shape"] == (B, (T_ + 1) // 2, SMALL["width"])
+        for direction in said["cut between"]:
             assert dict(direction.calls) == {"gather": 1, "scatter": 1}
             assert dict(direction.received) == {"gather": half, "scatter": half}
 
@@ -342,29 +338,41 @@ WRONG = {
         "a mesh of 1 data x 2 sequence x 2 tensor needs 4 ranks, found 2: start as many (torchrun --nproc-per-node 4), "
         "or let sequence be 1"
     ),
+    mesh.Degrees(tensor=2, pipeline=2): "--mesh.pipeline 2 goes with data alone, not with --mesh.tensor 2",
     mesh.Degrees(tensor=0): (
         "mesh degrees must be at least 1 (data: or -1), got data -1, sequence 1, expert 1, replicas 1, tensor 0"
     ),
 }
 
 
+ULYSSES = (
+    "ulysses gives each of 4 ranks an equal share of the attention heads, and there are 2; use a multiple of 4, or "
+    "--mesh.attention gather or ring"
+)
+
+
+def cut(how):
+    with torch.device("meta"):
+        model = LanguageModel(Model(**SMALL | {"lsm": "retention", "pattern": "L"} | how), ops)
+    shard.shard(model, made_once(SPARING), model.blocks)
+
+
 def refusals():
-    place, said = mesh.make(TWO, CPU), {}
-    for name, (how, _) in REFUSED.items():
-        with torch.device("meta"):
-            model = LanguageModel(Model(**SMALL | {"lsm": "retention", "pattern": "L"} | how), ops)
-        with pytest.raises(ValueError) as caught:
-            shard.shard(model, place._replace(between="cut"), model.blocks)
-        said[name] = str(caught.value)
-    for degrees in WRONG:
-        with pytest.raises(ValueError) as caught:
-            mesh.make(degrees, CPU)
-        said[degrees] = str(caught.value)
-    return said
+    return refused(
+        [
+            *(partial(cut, how) for how, _ in REFUSED.values()),
+            *(partial(mesh.make, degrees, CPU) for degrees in WRONG),
+        ]
+    )
 
 
 def test_what_cannot_be_cut_is_refused_in_one_line():
     for said in testing.run(2, refusals):
-        for name, (_, words) in REFUSED.items():
-            assert re.search(words, said[name]) and "\n" not in said[name], said[name]
-        assert {degrees: said[degrees] for degrees in WRONG} == WRONG
+        for line, (_, words) in zip(said, REFUSED.values(), strict=False):
+            assert re.search(words, line) and "\n" not in line, line
+        assert said[len(REFUSED) :] == list(WRONG.values())
+
+
+def test_ulysses_shares_the_heads_of_a_rank():
+    config, place = configured({"pattern": "N"} | SMALL), mesh.Mesh(attention="ulysses", sequence_size=2, tensor_size=2)
+    assert refused([lambda: trainer.refuse_to_cut(config, place)]) == [ULYSSES]
