@@ -221,11 +221,7 @@ def check(degrees: Degrees, world: int) -> int:
 
 def with_tensor(degrees: Degrees, world: int) -> int:
     """How many groups that share heads there are; ValueError, one line, if they cannot be made."""
-    if degrees.tensor > 1 and degrees.expert > 1:
-        raise ValueError(
-            f"experts are cut over {degrees.tensor} ranks (--mesh.tensor) or shared out to {degrees.expert} "
-            "(--mesh.expert), not both: let one of them be 1"
-        )
+    not_both(degrees.tensor, degrees.expert)
     if world % degrees.tensor:
         raise ValueError(
             f"groups of {degrees.tensor} ranks that share heads do not fit into {ranks(world)}; let --mesh.tensor be "
@@ -238,6 +234,15 @@ def with_tensor(degrees: Degrees, world: int) -> int:
             f"{ranks(size)}; let --mesh.replicas be {one_of(world // degrees.tensor)}"
         )
     return world // degrees.tensor
+
+
+def not_both(tensor: int, expert: int) -> None:
+    """ValueError, one line, for experts that would be cut and shared out."""
+    if tensor > 1 and expert > 1:
+        raise ValueError(
+            f"experts are cut over {tensor} ranks (--mesh.tensor) or shared out to {expert} (--mesh.expert), not both: "
+            "let one of them be 1"
+        )
 
 
 def ranks(n: int) -> str:

@@ -144,6 +144,11 @@ class Cut(NamedTuple):
     dim: int | None
     blocks: Blocks
 
+    def share(self, ranks: int) -> float:
+        """Of the parameter's numbers, in one part."""
+        sizes = [(size, size // ranks if is_cut else size) for size, is_cut in self.blocks or [(1, False)]]
+        return sum(own for _, own in sizes) / sum(whole for whole, _ in sizes)
+
 
 def cut_of(weight: Tensor, smaller: Tensor, ranks: int, blocks: Blocks | None, name: str) -> Cut:
     """How a parameter is cut whose part has the shape of `smaller`. ValueError, one line, if the two do not fit."""
