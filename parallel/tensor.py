@@ -273,7 +273,7 @@ def cuts_of_experts(rows: int, hidden: int) -> dict[str, Cut]:
 
 def hold(shared: Shared, team: Team, mesh: DeviceMesh) -> None:
     """Keep this rank's part alone."""
-    own = part(shared.weight.detach(), shared.cut, team).contiguous()
+    own = part(shared.weight.detach(), shared.cut, team).clone(memory_format=torch.contiguous_format)
     weight = DTensor.from_local(own, mesh, [Shard(shared.cut.dim)], run_check=False)
     owner, _, last = shared.name.rpartition(".")
     shared.module.get_submodule(owner).register_parameter(last, nn.Parameter(weight))

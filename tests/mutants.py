@@ -509,7 +509,7 @@ MUTANTS = [
     Mutant(
         "every rank has the decays of the first heads",
         "parallel/tensor.py",
-        "smaller.first, smaller.all_heads = rank * smaller.heads, module.heads",
+        "smaller.first, smaller.all_heads = team.rank * smaller.heads, module.heads",
         "pass",
         "tests/test_tensor.py -k every_mixer",
     ),
@@ -530,7 +530,7 @@ MUTANTS = [
     Mutant(
         "the second bias of experts once a rank",
         "parallel/tensor.py",
-        "b2 * (rank == 0)",
+        "b2 * (team.rank == 0)",
         "b2",
         "tests/test_tensor.py -k attention_and_experts",
     ),
@@ -552,7 +552,7 @@ MUTANTS = [
         "the gradient of own tokens is one rank's",
         "parallel/tensor.py",
         "(_scattered(D, ctx.group), None)",
-        "(own_tokens(D, comm.named(ctx.group)).clone(), None)",
+        "(own_tokens(D, team_of(comm.named(ctx.group))).clone(), None)",
         "tests/test_tensor.py -k between_the_layers",
     ),
     Mutant(

@@ -176,7 +176,7 @@ def kept(model: Model, own, t: int, bf16: bool, then=lambda built: None) -> int:
     place = torch.arange(t)[None]
     side = built.side(torch.zeros(1, t, dtype=torch.int64), place, None, place, 0, None)
     x = torch.randn(1, t, model.width, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    tensors, parameters = [], {p.data_ptr() for p in built.parameters()}
+    tensors, parameters = [], {shard.local(p).data_ptr() for p in built.parameters()}
     with (
         tracing.autocast(bf16),
         torch.autograd.graph.saved_tensors_hooks(lambda y: tensors.append(y) or y, lambda y: y),
@@ -229,10 +229,22 @@ def kept_by_one_of_two(model: Model, degrees: trainers.Degrees, bf16: bool) -> l
 @pytest.mark.parametrize("between", ["repeated", "cut"])
 @pytest.mark.parametrize("name", SHARED)
 def test_so_it_does_where_heads_are_shared(name, between):
-    model = replace(SMALL, **SHARED[name])
+    model, degrees = replace(SMALL, **SHARED[name]), trainers.Degrees(tensor=2, between=between)
     traced = tracing.trace(model, True, False, 2, between == "cut")
-    for less, more in testing.run(2, kept_by_one_of_two, model, trainers.Degrees(tensor=2, between=between), True):
+    for less, more in testing.run(2, kept_by_one_of_two, model, degrees, True):
         assert sum(k.a_token for k in traced) == pytest.approx((more - less) / LENGTHS[0], rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_parts_of_whole_parameters_are_copies(precision):
+    """In float32 those that are put together, in bf16 all that are cast."""
+    model, bf16 = replace(SMALL, pattern="L", lsm="delta_net"), precision == "bf16"
+    p = planned(model, 2, Run(batch=1, recompute=False, precision=precision), Assumptions(), tensor=2)
+    copied = 4 * budget.places(p.asked).inside.copied
+    assert p.memory["cut out of what was gathered"] == copied > 0
+    cast = p.memory["bf16 copies of parameters"] - 2 * p.counted.root / 2
+    for less, more in testing.run(2, kept_by_one_of_two, model, trainers.Degrees(tensor=2), bf16):
+        assert 2 * less - more == pytest.approx(cast if bf16 else copied, rel=0.05)
 
 
 def test_autocast_keeps_a_copy_of_every_matrix():
