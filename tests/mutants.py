@@ -507,6 +507,20 @@ MUTANTS = [
         "tests/test_tensor.py -k every_mixer",
     ),
     Mutant(
+        "ranks that share heads add their tokens up",
+        "parallel/mesh.py",
+        "summed / mesh.tensor_size",
+        "summed",
+        "tests/test_tensor.py -k every_mixer",
+    ),
+    Mutant(
+        "heads shared beside a pipeline",
+        "parallel/mesh.py",
+        '("sequence", "tensor", "expert", "replicas")',
+        '("sequence", "expert", "replicas")',
+        "tests/test_tensor.py -k refused_in_one_line",
+    ),
+    Mutant(
         "every rank has the decays of the first heads",
         "parallel/tensor.py",
         "smaller.first, smaller.all_heads = team.rank * smaller.heads, module.heads",
@@ -1100,6 +1114,34 @@ MUTANTS = [
         "left -= hides",
         "left -= 0",
         "tests/test_plan.py -k hiding_ends",
+    ),
+    Mutant(
+        "a plan sums heads on the way there alone",
+        "parallel/budget.py",
+        "note(EXCHANGES[one.kind].adjoint, size, 1)",
+        "note(EXCHANGES[one.kind].adjoint, size, 0)",
+        "tests/test_plan.py -k share_heads_receive",
+    ),
+    Mutant(
+        "a plan's recomputing gathers the last tokens once more",
+        "parallel/tracing.py",
+        "i < done[-1]",
+        "True",
+        "tests/test_plan.py -k share_heads_receive",
+    ),
+    Mutant(
+        "a plan's parts of heads travel with all else",
+        "parallel/budget.py",
+        "apart=mesh.alike > 1",
+        "apart=False",
+        "tests/test_plan.py -k fsdp_gathers",
+    ),
+    Mutant(
+        "a plan takes one rank's heads for all",
+        "parallel/budget.py",
+        "forward = each * counted.tensor",
+        "forward = each",
+        "tests/test_plan.py -k so_do_ranks",
     ),
 ]
 
