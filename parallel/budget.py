@@ -156,7 +156,6 @@ class Counted(NamedTuple):
 
     parts: dict[str, Part]
     routed: int  # parameters of experts
-    root: int  # parameters outside the blocks
     blocks: int
     kept: list[Kept]  # of each block, on a GPU
     expert_layers: int
@@ -169,12 +168,10 @@ class Counted(NamedTuple):
 def counted(model: Model, run: Run, given: Assumptions, mesh: Degrees) -> Counted:
     """Of the model on torch's meta device, and of two traced runs."""
     built = on_meta(model)
-    blocks = sum(p.numel() for block in built.blocks for p in block.parameters())
-    how = (run.precision == "bf16", given.kernels == "fused", mesh.tensor, mesh.tensor > 1 and mesh.between == "cut")
+    how = (run.precision == "bf16", given.kernels == "fused", mesh.tensor, mesh.between == "cut")
     return Counted(
         parts_of(built),
         sum(p.numel() for p in routed(built)),
-        sum(p.numel() for p in built.parameters()) - blocks,
         len(built.blocks),
         tracing.trace(model, *how),
         sum(isinstance(m, MoE) for m in built.modules()),
@@ -414,13 +411,13 @@ def placed(model: Model, expert: int, ranks: int, alike: int) -> Places:
             return Placed(n, used=n, again=(n - n / ranks) * (p.ndim >= 2))
         cut = heads[id(p)].cut
         mine = n * cut.share(ranks)
-        if heads[id(p)].apart(alike):
+        if heads[id(p)].alone(alike):
             return Placed(own=mine, used=mine)
         return Placed(n, 0, mine, mine * (len(cut.blocks) > 1), (mine - n / ranks) * (p.ndim >= 2))
 
-    blocks = [functools.reduce(Placed.plus, map(of, block.parameters())) for block in built.blocks]
-    rest = sum(p.numel() for p in built.parameters()) - sum(p.numel() for b in built.blocks for p in b.parameters())
-    return Places(tuple(blocks), Placed(rest, used=rest / ranks))
+    blocks = tuple(functools.reduce(Placed.plus, map(of, block.parameters())) for block in built.blocks)
+    rest = sum(p.numel() for name, p in built.named_parameters() if not name.startswith("blocks."))
+    return Places(blocks, Placed(rest, used=rest / ranks))
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
@@ -515,7 +512,7 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
     def numbers(times: int) -> float:
         return received(times * inside.whole + root.whole, mesh.shards) + received(times * inside.own, mesh.alike)
 
-    calls = groups(asked, shape.blocks, apart=mesh.alike > 1)
+    calls = groups(asked, shape.blocks, shared_out=mesh.alike > 1)
     yield Traffic(
         "shards",
         "gather parameters",
@@ -527,10 +524,10 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
     yield Traffic("shards", "reduce-scatter gradients", calls + 1, numbers(1) * 4, mesh.shards, hidden="weights")
 
 
-def groups(asked: Asked, blocks: int, apart: bool) -> int:
-    """Collectives for the parameters of so many blocks: one each, and, if `apart`, one more for what is shared out."""
+def groups(asked: Asked, blocks: int, shared_out: bool) -> int:
+    """Collectives for the parameters of so many blocks: one each, and, if asked, one more for what is shared out."""
     own = [placed.own > 0 for placed in places(asked).blocks]
-    return blocks + apart * round(sum(own) * blocks / len(own))
+    return blocks + shared_out * round(sum(own) * blocks / len(own))
 
 
 def received(numbers: float, ranks: int) -> float:
@@ -544,7 +541,7 @@ def replicating(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
     if mesh.replicas > 1:
         held = memory(asked, counted)["parameters"]
         where = {"ranks": mesh.replicas, "stride": mesh.shards, "hidden": "weights"}
-        calls = groups(asked, shape.blocks, apart=True) + 1
+        calls = groups(asked, shape.blocks, shared_out=True) + 1
         yield Traffic("replicas", "all-reduce gradients", calls, 2 * received(held, mesh.replicas), **where)
 
 

@@ -62,17 +62,17 @@ def placement(mesh: Mesh) -> Callable | None:
     now) over the ranks that hold the same ones; None, the default, for all others."""
     if mesh.experts is None and mesh.tensors is None:
         return None
-    grid, dim, choose = mesh.experts, "expert_shards", experts.placement
+    grid, alike, choose = mesh.experts, "expert_shards", experts.placement
     if mesh.tensors is not None:
-        grid, dim, choose = mesh.tensors, "tensor_shards", tensor.placement
+        grid, alike, choose = mesh.tensors, "tensor_shards", tensor.placement
     # Parameters of one module on two meshes: not among torch's public names yet, and not in every torch that the rest
     # runs on, so asked for only where something is shared out.
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
-    own = grid[dim]
+    own = grid[alike]
     info = FSDPMeshInfo(own, shard_mesh_dim=0)
     if mesh.replicas > 1:
-        info = HSDPMeshInfo(grid["replicas", dim], shard_mesh_dim=1, replicate_mesh_dim=0)
+        info = HSDPMeshInfo(grid["replicas", alike], shard_mesh_dim=1, replicate_mesh_dim=0)
 
     def place(weight: Tensor) -> ShardPlacementResult | None:
         if not isinstance(weight, DTensor):

@@ -194,11 +194,11 @@ class Shared(NamedTuple):
     def weight(self) -> Tensor:
         return self.module.get_parameter(self.name)
 
-    def apart(self, over: int) -> bool:
-        """Whether each rank holds its part alone: of a matrix that is cut in one piece, and whose other side the `over`
-        ranks that hold the same part can share."""
+    def alone(self, alike: int) -> bool:
+        """Whether each rank holds its part alone: of a matrix that is cut in one piece, and whose other side the ranks
+        with the same part, so many, can share."""
         sides = [size for i, size in enumerate(self.weight.shape) if i != self.cut.dim]
-        return self.cut.dim is not None and len(self.cut.blocks) == 1 and any(size % over == 0 for size in sides)
+        return self.cut.dim is not None and len(self.cut.blocks) == 1 and any(size % alike == 0 for size in sides)
 
 
 def place(model: nn.Module, grid: DeviceMesh | None, sparing: bool = False) -> None:
@@ -209,9 +209,9 @@ def place(model: nn.Module, grid: DeviceMesh | None, sparing: bool = False) -> N
     """
     if grid is None:
         return
-    team, over = team_of(grid.get_group("tensor")), grid["tensor_shards"].size()
+    team, alike = team_of(grid.get_group("tensor")), grid["tensor_shards"].size()
     for shared in share(model, team, sparing):
-        if shared.apart(over):
+        if shared.alone(alike):
             hold(shared, team, grid["tensor"])
 
 
@@ -279,10 +279,10 @@ def hold(shared: Shared, team: Team, mesh: DeviceMesh) -> None:
     shared.module.get_submodule(owner).register_parameter(last, nn.Parameter(weight))
 
 
-def placement(weight: DTensor, over: int) -> Shard:
+def placement(weight: DTensor, alike: int) -> Shard:
     """Along which dimension a part is sharded over its holders: the first that they divide, but for its own."""
     (own,) = weight.placements
-    return Shard(next(i for i, size in enumerate(weight.shape) if i != own.dim and size % over == 0))
+    return Shard(next(i for i, size in enumerate(weight.shape) if i != own.dim and size % alike == 0))
 
 
 def title(module: nn.Module) -> str:

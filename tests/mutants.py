@@ -1132,8 +1132,8 @@ MUTANTS = [
     Mutant(
         "a plan's parts of heads travel with all else",
         "parallel/budget.py",
-        "apart=mesh.alike > 1",
-        "apart=False",
+        "shared_out=mesh.alike > 1",
+        "shared_out=False",
         "tests/test_plan.py -k fsdp_gathers",
     ),
     Mutant(

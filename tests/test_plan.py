@@ -52,6 +52,11 @@ def planned(model: Model, gpus: int = 1, run: Run = RUN, given: Assumptions = BF
     return program.plan("it", Asked(model, gpus, degrees, run, given), own)
 
 
+def root(p: program.Plan) -> float:
+    """Parameters outside the blocks."""
+    return budget.places(p.asked).root.here
+
+
 def bytes_of(p: program.Plan, what: str) -> float:
     return sum(t.bytes for t in p.traffic if t.what == what)
 
@@ -242,7 +247,7 @@ def test_parts_of_whole_parameters_are_copies(precision):
     p = planned(model, 2, Run(batch=1, recompute=False, precision=precision), Assumptions(), tensor=2)
     copied = 4 * budget.places(p.asked).inside.copied
     assert p.memory["cut out of what was gathered"] == copied > 0
-    cast = p.memory["bf16 copies of parameters"] - 2 * p.counted.root / 2
+    cast = p.memory["bf16 copies of parameters"] - root(p)
     for less, more in testing.run(2, kept_by_one_of_two, model, trainers.Degrees(tensor=2), bf16):
         assert 2 * less - more == pytest.approx(cast if bf16 else copied, rel=0.05)
 
@@ -250,10 +255,9 @@ def test_parts_of_whole_parameters_are_copies(precision):
 def test_autocast_keeps_a_copy_of_every_matrix():
     model = replace(SMALL, pattern="N")
     less, more = (kept(model, ops, t, True) for t in LENGTHS)
-    known = counted(model)
-    inside = sum(part.total for name, part in known.parts.items() if name not in ("embedding", "head", "norms"))
     p = planned(model, 1, Run(recompute=False), Assumptions())
-    copies = p.memory["bf16 copies of parameters"] - 2 * known.root
+    inside = sum(part.total for name, part in p.counted.parts.items() if name not in ("embedding", "head", "norms"))
+    copies = p.memory["bf16 copies of parameters"] - 2 * root(p)
     assert 2 * less - more == pytest.approx(copies, rel=0.02)
     assert copies == pytest.approx(2 * inside, rel=0.01)
 
@@ -261,7 +265,7 @@ def test_autocast_keeps_a_copy_of_every_matrix():
 def test_recomputing_keeps_the_copies_of_one_block():
     p = planned(A03B, 1, Run(), Assumptions())
     largest = max(placed.here for placed in budget.places(p.asked).blocks)
-    assert p.memory["bf16 copies of parameters"] == 2 * (largest + p.counted.root)
+    assert p.memory["bf16 copies of parameters"] == 2 * (largest + root(p))
     config = replace(train.LARGE, recompute=True)
     with train.precise(config, torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
@@ -374,7 +378,7 @@ def test_sharding_moves_eight_bytes_a_parameter():
     """bf16 gathered twice and float32 summed, (W - 1) / W of it; what is not in a block is gathered once."""
     for name, wanted in (("a0.3b", 9.9), ("a1b", 29.3)):
         p = planned(PLAIN[name], 2, Run(batch=2, micro=1))
-        size = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + p.counted.root * 2 / 2
+        size = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + root(p) * 2 / 2
         assert size / 1e9 == pytest.approx(wanted, abs=0.05)
 
 
@@ -454,7 +458,7 @@ def test_fsdp_gathers_and_sums_what_is_planned(ranks, mesh, recompute):
 
 def test_replicas_sum_their_own_shards():
     p = planned(PLAIN["a0.3b"], 256, Run(batch=256), replicas=32)
-    inside = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + p.counted.root * 2 * 7 / 8
+    inside = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + root(p) * 2 * 7 / 8
     assert inside / 1e9 == pytest.approx(17.3, abs=0.1)
     (between,) = (t for t in p.traffic if t.axis == "replicas")
     assert between.bytes / 1e9 == pytest.approx(2.4, abs=0.1)
