@@ -6,7 +6,7 @@
     python bench.py kernels --commit $(git rev-parse --short HEAD) --out FILE  needs a GPU
     python bench.py kernels --rows mamba2 --peer fla --commit HASH --out FILE  beside flash-linear-attention
     python bench.py local --commit HASH --out FILE                             norms and short convolutions
-    torchrun --nproc-per-node 2 bench.py parallel --commit HASH --out FILE     a sequence cut over ranks
+    torchrun --nproc-per-node 2 bench.py parallel --commit HASH --out FILE     steps, experts and sequences over ranks
 
 `reference` times the chunk form, the token loop and a decode step in plain PyTorch, and measures their peak memory as
 `reference/peak.py` does. `--budget` bounds the seconds of one run and of its repetitions; a length at which one run
@@ -23,14 +23,20 @@ their layer: at 8x2048x8x128 Mamba has 2048 channels of 16 keys.
 Before anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
 Peers that cannot run are listed as unavailable, with the reason.
 
-`parallel`: one layer's core, forward and backward, on a sequence of T tokens cut over all ranks, beside T / W tokens on
-every rank by itself (`alone`). Rows of the table by the gather of spans and by the chain, softmax attention by gather,
-ring and ulysses, the latter up to `--softmax-tokens`. A time is the slowest rank's, of the median run; `share` is that
-of `alone` over it: 1 where the others cost nothing. Bytes are those that a rank receives.
+`parallel`: what W ranks do together beside one alone, in W processes at once. A time is the slowest rank's, of the
+median run; what would pass `--seconds`, by the time of the measurement before, is skipped, and a line says so. `steps`:
+whole training steps of a preset, of as many tokens on each rank, parameters cut over all ranks: of different samples
+(`data`), or of one sequence cut over them (`sequence`); `share` is tokens a second of one rank over those of one alone.
+`experts`: one layer of experts, whose parameters are gathered, or to which tokens travel. `layers`: a mixer's core on a
+sequence of T tokens cut over all ranks, beside T / W tokens on every rank by itself: rows of the table by the gather of
+spans and by the chain, softmax attention by gather, ring and ulysses, the latter up to `--softmax-tokens`; here `share`
+is the time of `alone` over that of all. Bytes are those that a rank receives in our own exchanges, without FSDP's.
 """
 
 import argparse
 import datetime
+import functools
+import gc
 import hashlib
 import json
 import os
@@ -96,9 +102,18 @@ def parser() -> argparse.ArgumentParser:
             sub.set_defaults(device="cuda")
             continue
         if name == "parallel":
-            lengths = [2**n for n in range(14, 22)]
+            lengths, whole = [2**n for n in (14, 16, 18, 20)], ["steps", "experts", "layers"]
             sub.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-            sub.add_argument("--tokens", nargs="+", type=int, default=lengths, help="of the whole sequence")
+            sub.add_argument("--what", nargs="+", choices=whole, default=whole)
+            sub.add_argument("--seconds", type=float, default=1e9, help="in all: what may take longer is left out")
+            sub.add_argument("--preset", default="a0.3b-2b", help="the trainer's, of steps and experts")
+            sub.add_argument("--step-tokens", nargs="+", type=int, default=[2**15, 2**16, 2**17], help="of a rank")
+            sub.add_argument("--steps", type=int, default=3, help="steps that are timed")
+            sub.add_argument(
+                "--recompute", action=argparse.BooleanOptionalAction, default=True, help="blocks, in steps"
+            )
+            sub.add_argument("--expert-tokens", nargs="+", type=int, default=[2**12, 2**14, 2**16], help="of a rank")
+            sub.add_argument("--tokens", nargs="+", type=int, default=lengths, help="of a layer's whole sequence")
             sub.add_argument("--softmax-tokens", type=int, default=2**18, help="longest sequence of softmax attention")
             sub.add_argument("--heads", type=int, default=8)
             sub.add_argument("--size", type=int, default=128, help="of keys and values")
@@ -628,32 +643,298 @@ def special_functions() -> float | None:
 # --------------------------------------------------------------------------------------------------------- parallel
 
 CUT = ("linear_attention", "gla", "mamba2", "gated_delta_net")
+OUT_OF_MEMORY = "out of memory"
+DRAWN = 4096  # tokens that are drawn; longer sequences repeat them
 
 
 def parallel(args) -> Iterable[dict]:
-    """Layers whose sequence is cut over the ranks that torchrun started, each way, beside a rank by itself."""
-    from parallel import comm, lasp
+    """Training steps, layers of experts and token mixers over the ranks that torchrun started, beside one alone."""
+    from parallel import comm
     from parallel import mesh as meshes
 
-    meshes.launch()
-    group = comm.world()
-    device = f"cuda:{meshes.local_rank()}" if args.device == "cuda" else "cpu"
+    meshes.launch(timeout=120.0)
+    ranks = Ranks(args)
+    for lines in (
+        steps(args, ranks, args.step_tokens[:1]) if "steps" in args.what else (),
+        experts(args, ranks) if "experts" in args.what else (),
+        layers(args, ranks) if "layers" in args.what else (),
+        steps(args, ranks, args.step_tokens[1:]) if "steps" in args.what else (),  # the longest last: they may not fit
+    ):
+        for line in lines:
+            if comm.rank(ranks.group) == 0:
+                yield line
+
+
+class Ranks:
+    """The processes, and the time that they have together."""
+
+    def __init__(self, args):
+        from parallel import comm
+        from parallel import mesh as meshes
+
+        self.group, self.end = comm.world(), time.monotonic() + args.seconds
+        self.size, self.name, self.times = comm.size(self.group), args.device, args.times
+        self.device = torch.device("cuda", meshes.local_rank()) if args.device == "cuda" else torch.device("cpu")
+        self.took: dict[tuple, tuple[float, int]] = {}  # by kind: seconds of the last measurement, and its tokens
+        self.full: dict[tuple, int] = {}  # by kind: tokens for which there was no memory
+        self.alone: dict[tuple, float] = {}
+        self.meshes: dict = {}
+
+    def measured(self, head: dict, build: Callable, times: int, first: float = 15.0, power: int = 1) -> dict:
+        """`head`, and what was found of the run that `build` returns, with what else there is to say.
+
+        Or why there is nothing: no time is left for as much as the last of its kind took, by its tokens (`first`: the
+        first one), no memory, an error. All ranks say the same, if all fail or none of them was waited for.
+        """
+        kind, tokens = tuple(head[n] for n in ("what", "row", "side")), head["tokens"]
+        seconds, before = self.took.get(kind, (first, tokens))
+        expected, left = seconds * (tokens / before) ** power, self.agreed(self.end - time.monotonic())[0]
+        nothing = {**head, "what": "skipped", "of": head["what"]}
+        if left < expected:
+            return {**nothing, "reason": f"it may take {expected:.0f} s, and {max(left, 0):.0f} s are left"}
+        if kind in self.full:
+            return {**nothing, "reason": f"out of memory at {self.full[kind]} tokens"}
+        begin = time.monotonic()
+        run, more, wrong = self.begun(build)
+        wrong = max(self.agreed(wrong))
+        if not wrong:
+            found = self.clocked(run, times)
+            found |= more(found)
+        run = more = None
+        self.emptied()
+        self.took[kind] = time.monotonic() - begin, tokens
+        if not wrong:
+            return {**head, **found}
+        if OUT_OF_MEMORY in wrong:
+            self.full[kind], nothing["what"] = tokens, OUT_OF_MEMORY
+        else:
+            nothing["what"] = "unavailable"
+        return {**nothing, "reason": wrong}
+
+    def begun(self, build: Callable) -> tuple:
+        """The run, after it ran twice; what else is to say; and what went wrong, if anything did."""
+        try:
+            run, more = build()
+            for _ in range(2):
+                clock(run, self.name)
+            return run, more, ""
+        except torch.OutOfMemoryError as error:
+            return None, None, f"{OUT_OF_MEMORY}: {str(error).partition('. GPU')[0]}"
+        except Exception as error:
+            from parallel import comm
+
+            if comm.lost(error):
+                raise
+            return None, None, reason(error)
+
+    def agreed(self, x) -> list:
+        """Everybody's x."""
+        from parallel import comm
+
+        return comm.objects(x, self.group)
+
+    def placed(self, degrees):
+        """A mesh, once: each has communicators of its own, and memory for them."""
+        from parallel import mesh as meshes
+
+        if degrees not in self.meshes:
+            self.meshes[degrees] = meshes.make(degrees, self.device)
+        return self.meshes[degrees]
+
+    def emptied(self) -> None:
+        gc.collect()  # a sharded model is a ring of references
+        if self.name == "cuda":
+            torch.cuda.empty_cache()
+
+    def beside(self, key: tuple, line: dict, speed: Callable[[dict], float]) -> dict:
+        """The line, with `share`: its speed over that of the rank alone, which came before."""
+        if "eager_ms" not in line:
+            return line
+        if line["side"] == "alone":
+            self.alone[key] = speed(line)
+        return {**line, "share": speed(line) / self.alone[key] if key in self.alone else None}
+
+    def clocked(self, run: Callable, times: int) -> dict:
+        """All ranks begin together; the time of a run is that of the last to end."""
+        from parallel import comm
+
+        if self.name == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with comm.counted() as seen:
+            run()
+        seconds = []
+        for _ in range(times):
+            comm.barrier(self.group)
+            seconds.append(clock(run, self.name))
+        own = torch.tensor(seconds, device=self.device, dtype=torch.float64)
+        slowest = torch.stack(comm.gather(own, self.group)).amax(0)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.name == "cuda" else float("nan")
+        traffic = {"calls": sum(seen.calls.values()), "received_bytes": sum(seen.received.values())}
+        return {**spread(slowest.tolist()), "peak_mib": peak, **traffic}
+
+
+def steps(args, ranks: Ranks, lengths: list[int]) -> Iterable[dict]:
+    """Whole steps of the trainer: so many tokens on each rank."""
+    from parallel import mesh as meshes
+
+    ways = {"alone": None, "data": meshes.Degrees(), "sequence": meshes.Degrees(sequence=ranks.size)}
+    for n in lengths:
+        for name in args.rows or CUT:
+            for side, degrees in ways.items():
+                head = {"row": name, "side": side, "what": "step", "ranks": ranks.size, "tokens": n}
+                head |= {"preset": args.preset, "recompute": args.recompute}
+                build = functools.partial(step_of, args, ranks, name, degrees, n)
+                line = ranks.measured(head, build, args.steps, first=40.0)
+                yield ranks.beside(("step", name, n), line, lambda line: line["tokens_s"] / line["used"])
+
+
+def step_of(args, ranks: Ranks, name: str, degrees, n: int) -> tuple[Callable, Callable]:
+    """One step; and tokens a second of all ranks (those of `alone`: of one)."""
+    from dataclasses import replace
+
+    import train
+    from parallel import lasp
+    from parallel import mesh as meshes
+
+    place = ranks.placed(degrees) if degrees else meshes.Mesh()
+    _, config = train.PRESETS[args.preset]
+    config = replace(
+        config,
+        model=replace(config.model, lsm=name),
+        mesh=degrees or meshes.Degrees(),
+        length=n * place.sequence_size,
+        batch=place.data_size,
+        micro=1,
+        recompute=args.recompute,
+        precision="bf16",
+        device=args.device,
+    )
+    ops = train.ops_on(config, place, ranks.device)
+    model, how, matrices = train.built(config, ops, place, ranks.device)
+    filled(model, how)
+    optimizer, said, count = train.optimizer_of(config, model, matrices), [], iter(range(1000))
+
+    def run():
+        step = next(count)
+        whole = document(config.model.vocabulary, config.length, step * place.data_size + place.data_rank)
+        own = lasp.cut(whole, place.sequence_size, place.sequence_rank)
+        batch = type(own)(*(x.to(ranks.device) for x in own))
+        said.append(train.one_step(config, model, ops, optimizer, [batch], step, False).loss)
+
+    facts = {
+        "used": place.size,
+        "backend": ops.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+    def more(found):
+        return {"tokens_s": n * place.size / found["eager_ms"] * 1e3, "loss": [said[0], said[-1]], **facts}
+
+    return run, more
+
+
+def document(vocabulary: int, n: int, seed: int):
+    """One document of n random tokens."""
+    from data.stream import Batch
+
+    tokens = torch.randint(vocabulary, (1, n + 1), generator=torch.Generator().manual_seed(seed))
+    place = torch.arange(n)[None]
+    return Batch(tokens[:, :-1], tokens[:, 1:], place, torch.tensor([0, n], dtype=torch.int32), place)
+
+
+@torch.no_grad()
+def filled(model, how: dict) -> None:
+    """Small parameters as they begin, matrices by the device's own random numbers, which are there sooner."""
+    from parallel import shard
+    from reference.model import initialize
+
+    few = {name: start for name, start in how.items() if start[0].numel() < 2**16}
+    initialize(model, 0, few)
+    for name, weight in model.named_parameters():
+        if name not in few:
+            shard.local(weight).normal_(0.0, 0.02)
+
+
+def experts(args, ranks: Ranks) -> Iterable[dict]:
+    """One layer of experts, forward and backward: tokens go to the experts, or their parameters come."""
+    for n in args.expert_tokens:
+        for side in ("alone", "gather", "pair", "rank"):
+            head = {"row": "experts", "side": side, "what": "forward+backward", "ranks": ranks.size, "tokens": n}
+            head["preset"] = args.preset
+            line = ranks.measured(head, functools.partial(expert_layer, args, ranks, side, n), args.times)
+            yield ranks.beside(("experts", n), line, lambda line: 1 / line["eager_ms"])
+
+
+def expert_layer(args, ranks: Ranks, side: str, n: int) -> tuple[Callable, Callable]:
+    """`gather`: FSDP's, of all parameters in bfloat16; `pair` and `rank`: what travels of a token."""
+    import train
+    from parallel import mesh as meshes
+    from parallel import shard
+    from reference.model import Side, experts_of, starts
+    from reference.moe import MoE
+
+    degrees = meshes.Degrees() if side == "gather" else meshes.Degrees(expert=ranks.size, dispatch=side)
+    place = meshes.Mesh() if side == "alone" else ranks.placed(degrees)
+    config = train.replace(train.PRESETS[args.preset][1], precision="bf16", device=args.device)
+    ops = train.ops_on(config, place, ranks.device)
+    with torch.device("meta"):
+        holder = Holder(MoE(experts_of(config.model), ops))
+    how = starts(holder)
+    shard.shard(holder, place, [], torch.bfloat16)
+    filled(holder.to_empty(device=ranks.device), how)
+    x = torch.randn(1, n, config.model.width, device=ranks.device).requires_grad_()
+    dy, side_of = torch.randn_like(x), Side(positions=None)
+
+    def run():
+        with train.precise(config, ranks.device):
+            y, _ = holder(x, side_of)
+        y.backward(dy.to(y))
+        holder.zero_grad()
+        x.grad = None
+
+    numbers = sum(w.numel() for w in holder.layer.own().values())
+
+    def more(found):  # FSDP's bytes our counters do not see: twice in bfloat16, and the gradients in float32
+        moved = numbers * (2 + 2 + 4) * (ranks.size - 1) // ranks.size
+        return {"received_bytes": moved} if side == "gather" else {}
+
+    return run, more
+
+
+class Holder(torch.nn.Module):
+    """What a layer is sharded within."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs):
+        return self.layer(*inputs)
+
+
+def layers(args, ranks: Ranks) -> Iterable[dict]:
+    """One token mixer's core, forward and backward, of a sequence cut over all ranks."""
     ways = [(name, how) for name in args.rows or CUT for how in ("alone", "gather", "ring")]
     ways += [("softmax", how) for how in ("alone", "gather", "ring", "ulysses")]
-    alone: dict[tuple, float] = {}
-    for name, how in ways:
-        for t in args.tokens:
+    for t in args.tokens:
+        for name, how in ways:
             if name == "softmax" and t > args.softmax_tokens:
                 continue
-            ops = operations(args.device)
-            if how != "alone":
-                ops = lasp.over(ops, group, *((how, "gather") if name == "softmax" else ("gather", how)))
-            shape = (1, t // comm.size(group), args.heads, args.size)
-            line = {"row": name, "side": how, "shape": text(shape), "tokens": t, "ranks": comm.size(group)}
-            line |= passed(layer(ops, name, shape, device), args.times, group, args.device)
-            alone[name, t] = line["eager_ms"] if how == "alone" else alone[name, t]
-            if comm.rank(group) == 0:
-                yield {**line, "share": alone[name, t] / line["eager_ms"]}
+            shape = (1, t // ranks.size, args.heads, args.size)
+            head = {"row": name, "side": how, "what": "forward+backward", "shape": text(shape), "tokens": t}
+            head["ranks"] = ranks.size
+            power = 2 if name == "softmax" else 1
+            line = ranks.measured(head, functools.partial(mixer, ranks, name, how, shape), ranks.times, 5.0, power)
+            yield ranks.beside((name, t), line, lambda line: 1 / line["eager_ms"])
+
+
+def mixer(ranks: Ranks, name: str, how: str, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
+    from parallel import lasp
+
+    ops = operations(ranks.name)
+    if how != "alone":
+        ops = lasp.over(ops, ranks.group, *((how, "gather") if name == "softmax" else ("gather", how)))
+    return layer(ops, name, shape, ranks.device), lambda found: {}
 
 
 def operations(device: str):
@@ -666,10 +947,13 @@ def operations(device: str):
     return plain.ops
 
 
-def layer(ops, name: str, shape: tuple[int, ...], device: str) -> Callable:
+def layer(ops, name: str, shape: tuple[int, ...], device: torch.device) -> Callable:
     """Forward and backward of a row, or of causal softmax attention, on this rank's tokens."""
-    dtype = torch.bfloat16 if "cuda" in device else torch.float32
-    row, tokens, constants = on(device, inputs("linear_attention" if name == "softmax" else name, *shape, dtype))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    b, t, h, d = shape
+    drawn = inputs("linear_attention" if name == "softmax" else name, b, min(t, DRAWN), h, d, dtype)
+    row, tokens, constants = on(device, drawn)
+    tokens = {n: torch.cat([x] * -(-t // DRAWN), 1)[:, :t].contiguous() for n, x in tokens.items()}
     leaves = [x.requires_grad_() for x in tokens.values()]
     do = torch.randn_like(tokens["v"])
 
@@ -681,25 +965,6 @@ def layer(ops, name: str, shape: tuple[int, ...], device: str) -> Callable:
         return torch.autograd.grad(o, leaves, do)
 
     return run
-
-
-def passed(run: Callable, times: int, group, device: str) -> dict:
-    """All ranks begin together; the time of a run is that of the last to end."""
-    from parallel import comm
-
-    run()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with comm.counted() as seen:
-        run()
-    seconds = []
-    for _ in range(times):
-        comm.barrier(group)
-        seconds.append(clock(run, device))
-    slowest = torch.stack(comm.gather(torch.tensor(seconds, device=device, dtype=torch.float64), group)).amax(0)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
-    traffic = {"calls": sum(seen.calls.values()), "received_bytes": sum(seen.received.values())}
-    return {"what": "forward+backward", **spread(slowest.tolist()), "peak_mib": peak, **traffic}
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -774,6 +1039,13 @@ def as_text(line: dict) -> str:
     if line["what"] == "ceilings":
         return f"ceilings: copy {line['copy_gb_s']:.0f} GB/s, bf16 product {line['matmul_tflop_s']:.0f} TFLOP/s"
     head = f"{line['row']:28} {line['side']:22}"
+    if "ranks" in line and "eager_ms" in line:
+        received = f"{line['received_bytes'] / 2**20:9.2f} MiB received, {line['peak_mib']:9.0f} MiB"
+        share = "" if line["share"] is None else f", share {line['share']:.3f}"
+        speed = f"{line['tokens_s']:10.0f} tokens/s" if "tokens_s" in line else ""
+        return f"{head} {line['tokens']:9} tokens {line['eager_ms']:10.3f} ms{share}, {received} {speed}"
+    if "ranks" in line:
+        return f"{head} {line['tokens']:9} tokens {line['of']:17} {line['what']}: {line['reason']}"
     if line["what"] == "unavailable":
         head += f" {line['shape']:20} {line['of']:17}" if "of" in line else ""
         return f"{head} unavailable: {line['reason']}"
@@ -791,9 +1063,6 @@ def as_text(line: dict) -> str:
         )
         return f"{head} {line['verdict']}, {line['seconds']:.0f} s: {ratios}"
     place = f"{line.get('shape', ''):20}"
-    if "ranks" in line:
-        received = f"{line['received_bytes'] / 2**20:9.2f} MiB received"
-        return f"{head} {line['tokens']:9} tokens {line['eager_ms']:10.3f} ms, share {line['share']:.2f}, {received}"
     if line["what"] == "skipped":
         return f"{head} {place} {line['of']:17} skipped: {line['reason']}"
     if "ratio" in line:

@@ -35,6 +35,7 @@ from data.stream import Batch, Stream, evaluation
 from parallel import checkpoint, comm, lasp, pipeline, shard
 from parallel import mesh as meshes
 from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
+from reference.head import HELD, token_losses
 from reference.lsm import row as lsm_row
 from reference.mixers.softmax import heads_of
 from reference.model import LanguageModel, decayed, experts_of, for_writing, initialize, starts
@@ -105,9 +106,12 @@ class Train:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run (auto: a GPU if there is one)."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
-    """bf16: matrix products in bfloat16, everything else and the parameters in float32."""
+    """bf16: matrix products in bfloat16, everything else and the parameters in float32. Where these are cut over ranks,
+    those of experts travel in bfloat16, and their gradients are summed in float32."""
     recompute: bool = False
     """Keep only each block's input and run it again in the backward pass."""
+    held_logits: int = HELD
+    """Most logits that are there at once: the losses of more tokens are made piece by piece."""
     evaluate_every: int = 100
     """Steps between two looks at the validation text."""
     evaluate_batches: int = 4
@@ -132,6 +136,7 @@ class Train:
             "length",
             "steps",
             "batch",
+            "held_logits",
             "evaluate_every",
             "evaluate_batches",
             "save_every",
@@ -224,6 +229,12 @@ def ops_of(config: Train, device: torch.device):
     return reference
 
 
+def ops_on(config: Train, mesh, device: torch.device):
+    """The backend on this mesh, its losses made of as many logits at once as the configuration allows."""
+    losses = functools.partial(token_losses, held=config.held_logits)
+    return meshes.over(ops_of(config, device)._replace(token_losses=losses), mesh)
+
+
 def precise(config: Train, device: torch.device):
     """bf16 as autocast: products in bfloat16, while gates, memories, norms and parameters stay float32.
 
@@ -238,10 +249,15 @@ def precise(config: Train, device: torch.device):
 
 
 def model_of(config: Train, ops, mesh, device: torch.device) -> tuple[LanguageModel, set[str]]:
-    """Built without memory, sharded, then filled parameter by parameter from (seed, name); and which names decay.
+    """Built, then filled parameter by parameter from (seed, name); and which names decay."""
+    model, how, matrices = built(config, ops, mesh, device)
+    initialize(model, config.seed, how)
+    return model, matrices
 
-    Sharding replaces the parameters, so both are asked of the model before.
-    """
+
+def built(config: Train, ops, mesh, device: torch.device) -> tuple[LanguageModel, dict, set[str]]:
+    """Built without memory, sharded, and given memory with nothing in it yet; how each parameter begins; and which
+    names decay. Sharding replaces the parameters, so both are asked of the model before."""
     with torch.device("meta"):
         model = LanguageModel(config.model, ops)
     how, matrices = starts(model), decayed(model)
@@ -255,10 +271,9 @@ def model_of(config: Train, ops, mesh, device: torch.device) -> tuple[LanguageMo
     else:
         if config.recompute:
             shard.checkpointing(model.blocks)
-        shard.shard(model, mesh, model.blocks)
+        shard.shard(model, mesh, model.blocks, torch.bfloat16 if config.precision == "bf16" else None)
         model.to_empty(device=device)
-    initialize(model, config.seed, how)
-    return model, matrices
+    return model, how, matrices
 
 
 def optimizer_of(config: Train, model: LanguageModel, matrices: set[str]) -> torch.optim.Optimizer:
@@ -633,7 +648,7 @@ def train(config: Train, place: Place) -> None:
         device = device_of(config)
         mesh = meshes.make(config.mesh, device)
         folder = Folder(config, mesh.rank == 0)
-        ops = meshes.over(ops_of(config, device), mesh)
+        ops = ops_on(config, mesh, device)
         feed = feed_of(config, mesh)
         refuse_to_cut(config, mesh)
         training, validation = corpus.split(corpus.load(config.data, config.text_field))

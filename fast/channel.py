@@ -14,8 +14,7 @@ def takes(x: Normal) -> bool:
 
 def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
     segments = kernels.segments_for(x.q, x.v, sequences)
-    keep = torch.is_grad_enabled() and x.g.requires_grad
-    o, last, *_ = channel(x.q, x.k, x.v, x.g, x.u, memory, cu_seqlens, segments, wide, keep)
+    o, last, *_ = channel(x.q, x.k, x.v, x.g, x.u, memory, cu_seqlens, segments, wide)
     return o, last
 
 
@@ -37,18 +36,15 @@ def channel(
     cu_seqlens: Tensor | None,
     segments: int,
     wide: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, the last memory, the memories between segments, scores within chunks, marks). `wide`: o in float32; `keep`:
-    the gate's gradient will be wanted."""
-    return kernels.forward(*packed(q, k, v, g, u, memory, cu_seqlens), segments, wide, keep)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments, scores within chunks). `wide`: o in float32."""
+    return kernels.forward(*packed(q, k, v, g, u, memory, cu_seqlens), segments, wide)
 
 
 @channel.register_fake
-def _(q, k, v, g, u, memory, cu_seqlens, segments, wide, keep):
+def _(q, k, v, g, u, memory, cu_seqlens, segments, wide):
     o, last, states = results(q, v, cu_seqlens, segments, wide)
-    scores = q.new_empty(*q.shape[:3], kernels.CHUNK)
-    return o, last, states, scores, last.new_empty(kernels.marks_of(q, v, keep))
+    return o, last, states, q.new_empty(*q.shape[:3], kernels.CHUNK[q.element_size()])
 
 
 @torch.library.custom_op("linear_moe::channel_gradients", mutates_args=())
@@ -65,21 +61,20 @@ def channel_gradients(
     last: Tensor,
     states: Tensor,
     scores: Tensor,
-    marks: Tensor,
     want_g: bool,
     want_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, du, dmemory); dg and du are empty unless wanted."""
     do, dlast = packed(do.to(v.dtype), dlast)
     q, k, v, g, u, memory, cu_seqlens = packed(q, k, v, g, u, memory, cu_seqlens)
-    given = (q, k, v, g, u, memory, cu_seqlens, last, states, scores, marks)
+    given = (q, k, v, g, u, memory, cu_seqlens, last, states, scores)
     dq, dk, dv, dg, du, dmemory = kernels.backward(do, dlast, *given, want_g, want_u)
     dg, du = (last.new_empty(0) if y is None else y for y in (dg, du))
     return dq, dk, dv, dg, du, dmemory
 
 
 @channel_gradients.register_fake
-def _(do, dlast, q, k, v, g, u, memory, cu_seqlens, last, states, scores, marks, want_g, want_u):
+def _(do, dlast, q, k, v, g, u, memory, cu_seqlens, last, states, scores, want_g, want_u):
     dg = torch.empty_like(g) if want_g else last.new_empty(0)
     du = torch.empty_like(u) if want_u else last.new_empty(0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, du, torch.empty_like(last)
@@ -95,7 +90,7 @@ def channel_backward(ctx, do, dlast, *_):
     want_g, want_u, want_memory = ctx.needs_input_grad[3:6]
     *grads, dg, du, dmemory = channel_gradients(do, dlast, *ctx.saved_tensors, want_g, want_u)
     asked = (dg if want_g else None, du if want_u else None, dmemory if want_memory else None)
-    return *grads, *asked, None, None, None, None
+    return *grads, *asked, None, None, None
 
 
 channel.register_autograd(channel_backward, setup_context=channel_context)

@@ -14,7 +14,7 @@ everywhere, so they are those of the whole sequence.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from parallel import comm
 from parallel.comm import Group
 from parallel.graph import attached, differentiable, exchange, known
-from reference.attention import Past, checked
+from reference.attention import Past, behind, checked
 from reference.cache import fresh, recent
 from reference.documents import document_of
 from reference.ops import Ops
@@ -118,8 +118,12 @@ def gather(ops: Ops, group: Group) -> Callable:
 def continued(ops: Ops, q, k, v, before: tuple[Tensor, Tensor], cu_seqlens, how: dict) -> Float[Tensor, "b t h e"]:
     """Attention over my tokens: the first document (where nothing is packed, all rows) has a past, the others none."""
     first = q.shape[1] if cu_seqlens is None else int(cu_seqlens[1])
-    past = recent(fresh(Past, *before), how["window"]) if before[0].shape[1] else None
-    o = ops.attention(q[:, :first], k[:, :first], v[:, :first], past, **how)[0]
+    if before[0].shape[1] and how["window"] is None:
+        all_of_it = (torch.cat([x, y[:, :first]], 1) for x, y in zip(before, (k, v), strict=True))
+        o = behind(q[:, :first], *all_of_it, how["scale"])
+    else:
+        past = recent(fresh(Past, *before), how["window"]) if before[0].shape[1] else None
+        o = ops.attention(q[:, :first], k[:, :first], v[:, :first], past, **how)[0]
     if first == q.shape[1]:
         return o
     rest = ops.attention(q[:, first:], k[:, first:], v[:, first:], None, cu_seqlens[1:] - first, **how)[0]
@@ -146,7 +150,8 @@ def ring(ops: Ops, group: Group) -> Callable:
 
     They go on for as many ranks as any rank looks back: a window, or documents that end, make that fewer than W - 1.
     Backward they go round again, with what they have received so far, which is then sent home. Later ranks have more
-    to see than earlier ones, and all wait for the last. Scores of one pair of segments are held at a time.
+    to see than earlier ones, and all wait for the last. Scores of some of my queries and one segment are held at a
+    time.
     """
 
     def run(q, k, v, past=None, cu_seqlens=None, window=None, scale=None):
@@ -173,8 +178,11 @@ def first_seen(layout: Layout, x: Float[Tensor, "b t ..."], cu_seqlens, window: 
     return low if window is None else torch.maximum(low, place - window + 1)
 
 
+SCORES = 2**28  # that are there at one moment: 1 GiB in float32
+
+
 class Pair(NamedTuple):
-    """My queries and another segment's keys and values, in one precision, and who sees whom."""
+    """My queries, or some of them, and another segment's keys and values, in one precision, and who sees whom."""
 
     q: Float[Tensor, "b g r t d"]  # scaled; r query heads share each of g key heads
     k: Float[Tensor, "b g s d"]
@@ -189,12 +197,17 @@ def by_key_head(x: Float[Tensor, "b t h d"], keys: int) -> Float[Tensor, "b g r 
     return rearrange(x, "b t (g r) d -> b g r t d", g=keys)
 
 
-def pair_of(q, held, low, starts, block: int, me: int, sizes: list[int]) -> Pair:
-    """`held` has the padded keys and values of the rank `block`."""
+def pairs_of(q, held, low, starts, block: int, me: int, sizes: list[int]) -> Iterator[tuple[slice, Pair]]:
+    """My queries piece by piece, so many that the scores are `SCORES` numbers at most; which they are, and the pair.
+    `held` has the padded keys and values of the rank `block`."""
     place = torch.arange(starts[block], starts[block + 1], device=low.device)
     own = torch.arange(starts[me], starts[me + 1], device=low.device)
     k, v = rearrange(held[:, : len(place)].to(q.dtype), "b s g d -> b g s d").split(sizes, -1)
-    return Pair(q, k, v, (place <= own[:, None]) & (place >= low[:, None]))
+    step = max(SCORES // (q.shape[:3].numel() * len(place)), 1)
+    for start in range(0, len(own), step):
+        rows = slice(start, start + step)
+        seen = (place <= own[rows, None]) & (place >= low[rows, None])
+        yield rows, Pair(q[..., rows, :], k, v, seen)
 
 
 def wide_of(x: Tensor) -> torch.dtype:
@@ -219,13 +232,13 @@ def _ring_attention(q, k, v, low, starts, rounds, scale, group):
             held = comm.rotate(held, group) if back else held
             if not visible(starts, me, back):
                 continue
-            pair = pair_of(queries, held, low, starts, me - back, me, sizes)
-            scores = pair.scores()
-            higher = torch.maximum(best, scores.amax(-1, keepdim=True))  # finite: every token sees itself, first
-            weights, kept = (scores - higher).exp(), (best - higher).exp()
-            total = kept * total + weights.sum(-1, keepdim=True)
-            o = kept * o + einsum(weights, pair.v, "b g r t s, b g s e -> b g r t e")
-            best = higher
+            for rows, pair in pairs_of(queries, held, low, starts, me - back, me, sizes):
+                scores, (b, n, y) = pair.scores(), (x[..., rows, :] for x in (best, total, o))
+                higher = torch.maximum(b, scores.amax(-1, keepdim=True))  # finite: every token sees itself, first
+                weights, kept = (scores - higher).exp(), (b - higher).exp()
+                n.copy_(kept * n + weights.sum(-1, keepdim=True))
+                y.copy_(kept * y + einsum(weights, pair.v, "b g r t s, b g s e -> b g r t e"))
+                b.copy_(higher)
         o = rearrange(o / total, "b g r t e -> b t (g r) e").to(v.dtype)
     return o.contiguous(), best + total.log()
 
@@ -244,13 +257,15 @@ def _ring_attention_backward(do, q, k, v, o, log_sum, low, starts, rounds, scale
                 held, received = comm.rotate(held, group), comm.rotate(received, group)
             if not visible(starts, me, back):
                 continue
-            pair = pair_of(queries, held, low, starts, me - back, me, sizes)
-            weights = (pair.scores() - log_sum).exp()
-            dv = einsum(weights, do, "b g r t s, b g r t e -> b s g e")
-            ds = weights * (einsum(do, pair.v, "b g r t e, b g s e -> b g r t s") - along)
-            dq += einsum(ds, pair.k, "b g r t s, b g s d -> b g r t d")
-            dk = einsum(ds, queries, "b g r t s, b g r t d -> b s g d")
-            received[:, : dk.shape[1]] += torch.cat([dk, dv], -1)
+            for rows, pair in pairs_of(queries, held, low, starts, me - back, me, sizes):
+                D = do[..., rows, :]
+                weights = (pair.scores() - log_sum[..., rows, :]).exp()
+                dv = einsum(weights, D, "b g r t s, b g r t e -> b s g e")
+                ds = einsum(D, pair.v, "b g r t e, b g s e -> b g r t s") - along[..., rows, :]
+                ds = ds * weights
+                dq[..., rows, :] += einsum(ds, pair.k, "b g r t s, b g s d -> b g r t d")
+                dk = einsum(ds, pair.q, "b g r t s, b g r t d -> b s g d")
+                received[:, : dk.shape[1]] += torch.cat([dk, dv], -1)
         received = comm.rotate(received, group, -rounds)
         dk, dv = received[:, : k.shape[1]].split(sizes, -1)
         dq = rearrange(dq * scale, "b g r t d -> b t (g r) d")

@@ -20,6 +20,7 @@ from torch import nn
 from parallel import mesh as trainers
 from parallel import tensor, tracing
 from parallel.tracing import CHUNK, Crossing, Kept
+from reference.head import HELD
 from reference.mixers.softmax import Attention, heads_of
 from reference.model import LanguageModel
 from reference.moe import Dense, Linears, MoE
@@ -368,6 +369,7 @@ class Placed(NamedTuple):
     used: float = 0.0  # that it computes with
     copied: float = 0.0  # of them, those that it puts together from parts of whole ones
     again: float = 0.0  # in products that all GPUs which share heads do alike, but its share
+    apart: float = 0.0  # layers with some that are shared out, which travel by themselves
 
     def plus(self, other: "Placed") -> "Placed":
         return Placed(*map(sum, zip(self, other, strict=True)))
@@ -399,9 +401,11 @@ def places(asked: Asked) -> Places:
 def placed(model: Model, expert: int, ranks: int, alike: int) -> Places:
     """With experts shared out, or heads shared by so many ranks, of which `alike` hold the same part."""
     built = on_meta(model)
-    experts = {id(p) for p in routed(built)} if expert > 1 else set()
+    layers = [m for m in built.modules() if isinstance(m, MoE)] if expert > 1 else []
+    experts = {id(p) for layer in layers for p in routed(layer)}
     found = tensor.share(built, tracing.imagined(ranks, [])) if ranks > 1 else []
     heads = {id(shared.weight): shared for shared in found}
+    apart = {*layers, *(shared.module for shared in found if shared.alone(alike))}
 
     def of(p: nn.Parameter) -> Placed:
         n = p.numel()
@@ -415,7 +419,11 @@ def placed(model: Model, expert: int, ranks: int, alike: int) -> Places:
             return Placed(own=mine, used=mine)
         return Placed(n, 0, mine, mine * (len(cut.blocks) > 1), (mine - n / ranks) * (p.ndim >= 2))
 
-    blocks = tuple(functools.reduce(Placed.plus, map(of, block.parameters())) for block in built.blocks)
+    def of_all(block: nn.Module) -> Placed:
+        several = Placed(apart=sum(m in apart for m in block.modules()))
+        return functools.reduce(Placed.plus, map(of, block.parameters()), several)
+
+    blocks = tuple(map(of_all, built.blocks))
     rest = sum(p.numel() for name, p in built.named_parameters() if not name.startswith("blocks."))
     return Places(blocks, Placed(rest, used=rest / ranks))
 
@@ -445,7 +453,7 @@ def memory(asked: Asked, counted: Counted) -> dict[str, float]:
         "cut out of what was gathered": copied * wire(given),
         "bf16 copies of parameters": cast * 2 if bf16 and given.gathered == "float32" else 0.0,
         "saved activations": saved(asked, counted, stage) * shape.tokens * flight,
-        "logits": logits(asked.model, run) * shape.tokens / mesh.tensor,
+        "logits": logits(asked.model, run) * min(shape.tokens / mesh.tensor, HELD // asked.model.vocabulary),
         "memories that travel": travelling(asked, counted),
     }
 
@@ -512,7 +520,7 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
     def numbers(times: int) -> float:
         return received(times * inside.whole + root.whole, mesh.shards) + received(times * inside.own, mesh.alike)
 
-    calls = groups(asked, shape.blocks, shared_out=mesh.alike > 1)
+    calls = groups(inside, shape.blocks, shared_out=mesh.alike > 1)
     yield Traffic(
         "shards",
         "gather parameters",
@@ -524,10 +532,10 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
     yield Traffic("shards", "reduce-scatter gradients", calls + 1, numbers(1) * 4, mesh.shards, hidden="weights")
 
 
-def groups(asked: Asked, blocks: int, shared_out: bool) -> int:
-    """Collectives for the parameters of so many blocks: one each, and, if asked, one more for what is shared out."""
-    own = [placed.own > 0 for placed in places(asked).blocks]
-    return blocks + shared_out * round(sum(own) * blocks / len(own))
+def groups(inside: Placed, blocks: int, shared_out: bool) -> int:
+    """Collectives for the parameters of so many blocks: one each, and, if asked, one more for each layer that has some
+    which are shared out."""
+    return blocks + shared_out * round(inside.apart)
 
 
 def received(numbers: float, ranks: int) -> float:
@@ -541,7 +549,8 @@ def replicating(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
     if mesh.replicas > 1:
         held = memory(asked, counted)["parameters"]
         where = {"ranks": mesh.replicas, "stride": mesh.shards, "hidden": "weights"}
-        calls = groups(asked, shape.blocks, shared_out=True) + 1
+        inside = places(asked).inside.times(shape.blocks / counted.blocks)
+        calls = groups(inside, shape.blocks, shared_out=True) + 1
         yield Traffic("replicas", "all-reduce gradients", calls, 2 * received(held, mesh.replicas), **where)
 
 

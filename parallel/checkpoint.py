@@ -12,6 +12,7 @@ the run goes on, from a copy in the CPU's memory.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -27,7 +28,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from parallel import comm
+from parallel.shard import local
 
 MANIFEST = "manifest.json"
 
@@ -68,8 +69,8 @@ class Saver:
     def __init__(self, folder: Path | str, keep: int, background: bool = True, timeout: float = 600.0):
         self.folder, self.keep = Path(folder), keep
         self.group = comm.another(timeout) if background else comm.world()
-        self.thread = ThreadPoolExecutor(1, "checkpoint") if background else None
-        self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        self.thread = ThreadPoolExecutor(1, "checkpoint", *on_my_gpu()) if background else None
+        self.copies: dict[tuple, Tensor] = {}  # of the state's tensors, in the CPU's memory, by their place in it
         self.pending: Future | None = None
         with telling(self.folder):
             at_first(lambda: touch(self.folder), self.group)
@@ -80,7 +81,8 @@ class Saver:
         if self.thread is None:
             write(self.folder, step, stored(state), self.keep, self.group)
         else:
-            values = self.stager.stage(stored(state))
+            values = apart(stored(state), self.copies)
+            torch.cuda.synchronize() if torch.cuda.is_initialized() else None
             self.pending = self.thread.submit(write, self.folder, step, values, self.keep, self.group)
 
     def failed(self) -> bool:
@@ -97,6 +99,11 @@ class Saver:
         """Until the save under way has ended, whatever became of it: for a rank that has another error to tell."""
         if self.pending is not None:
             self.pending.exception()
+
+
+def on_my_gpu() -> tuple:
+    """How a thread begins, whose GPU is the first one until it says otherwise."""
+    return (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else ()
 
 
 def load(folder: Path | str, state: dict) -> int | None:
@@ -290,6 +297,22 @@ def stored(state: dict) -> dict:
         return get_optimizer_state_dict(model, x) if isinstance(x, Optimizer) else x
 
     return {name: plain(x) for name, x in state.items()}
+
+
+def apart(x, copies: dict[tuple, Tensor], place: tuple = ()):
+    """What `stored` returns, with a copy of every tensor in `copies`, which are made once and then written to. From a
+    GPU they are under way: wait for it. (Torch's own stagers copy the mesh as well, which fails in 2.11.)"""
+    if isinstance(x, dict):
+        return {name: apart(y, copies, (*place, name)) for name, y in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(apart(y, copies, (*place, i)) for i, y in enumerate(x))
+    if not isinstance(x, Tensor):
+        return copy.deepcopy(x)
+    x = x.detach()
+    if place not in copies:
+        copies[place] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+    local(copies[place]).copy_(local(x), non_blocking=True)
+    return copies[place]
 
 
 def fill(path: Path, state: dict) -> None:

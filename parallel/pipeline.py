@@ -201,6 +201,7 @@ class Part(nn.Module):
         from torch.distributed.pipelining import PipelineStage, schedules
 
         how, dtype = SCHEDULE[self.mesh.schedule], next(self.parameters()).dtype
+        comm.total(tokens.new_zeros(1), self.mesh.pipeline)  # NCCL wants all ranks in the first exchange of a group
         x = torch.empty(*tokens.shape, self.config.width, dtype=dtype, device=tokens.device, requires_grad=True)
         stages = [
             PipelineStage(

@@ -6,7 +6,7 @@ so no factor of any group's size is anywhere.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -30,56 +30,51 @@ def checkpointing(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def shard(
-    model: nn.Module,
-    mesh: Mesh,
-    blocks: Iterable[nn.Module],
-    param_dtype: torch.dtype | None = None,
-    reduce_dtype: torch.dtype | None = None,
-) -> None:
+def shard(model: nn.Module, mesh: Mesh, blocks: Iterable[nn.Module], narrow: torch.dtype | None = None) -> None:
     """FSDP2, in place: each block, then the rest of the model. One process: nothing.
 
     Parameters are cut over all ranks of a replica and are the same in every replica. Those of experts, where these are
-    shared out, are cut over the ranks that hold the same experts, and parts of mixers, where ranks share heads, over
-    those that hold the same part. Parameters travel and compute in `param_dtype`, gradients are summed in
-    `reduce_dtype` (None: as they are). Raises ValueError, one line, if experts or heads cannot be shared out.
+    shared out, are cut over the ranks that hold the same experts, and parts of layers, where ranks share heads, over
+    those that hold the same part. With `narrow`, experts, which are most of the parameters, travel and compute in that
+    dtype, and their gradients are summed in float32; not where ranks share heads, which cut experts where they are
+    used. Raises ValueError, one line, if experts or heads cannot be shared out.
     """
     if mesh.shards is None:
         return
     experts.place(model, mesh.experts)
-    tensor.place(model, mesh.tensors, mesh.between == "cut")
+    apart = tensor.place(model, mesh.tensors, mesh.between == "cut")
+    if mesh.tensors is not None:
+        narrow = None
+    elif mesh.experts or narrow:
+        apart = {layer: set(layer.own().values()) for layer in model.modules() if isinstance(layer, MoE)}
+    own = set().union(*apart.values())
     # It warns of outputs that are views, which must not be changed in place. Nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for part in (*blocks, model):
-        fully_shard(part, mesh=mesh.shards, shard_placement_fn=placement(mesh), mp_policy=precision)
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor in it
+        summed(fully_shard(part, mesh=mesh.shards, ignored_params=own))
+    # Torch begins with the innermost module, whose parameters are then all its own. Here a layer's are those that are
+    # on another mesh or in another dtype than what stands beside them, so layers come last.
+    policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
+    for layer, mine in apart.items():
+        others = set(layer.parameters()) - mine
+        summed(fully_shard(layer, **over_whom(mesh), mp_policy=policy, ignored_params=others))
 
 
-def placement(mesh: Mesh) -> Callable | None:
-    """Where a parameter is cut, for `fully_shard`: experts and heads that are shared out (they alone are DTensors by
-    now) over the ranks that hold the same ones; None, the default, for all others."""
-    if mesh.experts is None and mesh.tensors is None:
-        return None
-    grid, alike, choose = mesh.experts, "expert_shards", experts.placement
-    if mesh.tensors is not None:
-        grid, alike, choose = mesh.tensors, "tensor_shards", tensor.placement
-    # Parameters of one module on two meshes: not among torch's public names yet, and not in every torch that the rest
-    # runs on, so asked for only where something is shared out.
-    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+def summed(part: FSDPModule) -> None:
+    """Gradients are summed over ranks, with no factor."""
+    part.set_gradient_divide_factor(1.0)
+    part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor in it
 
+
+def over_whom(mesh: Mesh) -> dict:
+    """Where experts, and parts of layers, are cut, for `fully_shard`: over the ranks that hold the same ones."""
+    grid, placement = (mesh.experts, experts.placement) if mesh.tensors is None else (mesh.tensors, tensor.placement)
+    if grid is None:
+        return {"mesh": mesh.shards}
+    alike = grid.mesh_dim_names[-2]  # the last name is that of the ranks with the others
     own = grid[alike]
-    info = FSDPMeshInfo(own, shard_mesh_dim=0)
-    if mesh.replicas > 1:
-        info = HSDPMeshInfo(grid["replicas", alike], shard_mesh_dim=1, replicate_mesh_dim=0)
-
-    def place(weight: Tensor) -> ShardPlacementResult | None:
-        if not isinstance(weight, DTensor):
-            return None
-        return ShardPlacementResult(choose(weight, own.size()), info)
-
-    return place
+    where = grid["replicas", alike] if mesh.replicas > 1 else own
+    return {"mesh": where, "shard_placement_fn": lambda weight: placement(weight, own.size())}
 
 
 def synchronize(model: nn.Module, last: bool) -> None:

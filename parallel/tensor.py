@@ -201,18 +201,21 @@ class Shared(NamedTuple):
         return self.cut.dim is not None and len(self.cut.blocks) == 1 and any(size % alike == 0 for size in sides)
 
 
-def place(model: nn.Module, grid: DeviceMesh | None, sparing: bool = False) -> None:
-    """`share`, and each rank holds alone what it can of its parts; in place, before sharding.
+def place(model: nn.Module, grid: DeviceMesh | None, sparing: bool = False) -> dict[nn.Module, set[nn.Parameter]]:
+    """`share`, and each rank holds alone what it can of its parts; in place, before sharding. Returns these, by layer.
 
     `grid` ends in the dimensions `tensor_shards` (ranks that hold the same part) and `tensor` (the group). Names of
     parameters stay.
     """
+    held = {}
     if grid is None:
-        return
+        return held
     team, alike = team_of(grid.get_group("tensor")), grid["tensor_shards"].size()
     for shared in share(model, team, sparing):
         if shared.alone(alike):
             hold(shared, team, grid["tensor"])
+            held.setdefault(shared.module, set()).add(shared.weight)
+    return held
 
 
 def share(model: nn.Module, team: Team, sparing: bool = False) -> list[Shared]:
@@ -245,7 +248,7 @@ def share_layer(module: nn.Module, smaller: nn.Module, team: Team, end: Callable
     for name, weight in module.named_parameters():
         packed = plan.packed[name](module) if name in plan.packed else None
         cuts[name] = cut_of(weight, smaller.get_parameter(name), team.ranks, packed, f"{name} of {title(module)}")
-    module.forward = partial(summed_forward, module, smaller, cuts, team, end)
+    module.forward = partial(summed_forward, module, smaller, cuts, plan.common, team, end)
     return [Shared(module, name, cut) for name, cut in cuts.items()]
 
 
@@ -339,10 +342,12 @@ def fewer(module: nn.Module, config, layer: int, count: int, ops: Ops, ranks: in
     return mixers.build(replace(config, **own), layer, count, ops)
 
 
-def summed_forward(module, smaller, cuts: dict[str, Cut], team: Team, end: Callable, x, side=None, *state):
+def summed_forward(
+    module, smaller, cuts: dict[str, Cut], common: tuple, team: Team, end: Callable, x, side=None, *state
+):
     """The sum over ranks of what each rank's heads give; the state, if there is one, is that of its own heads."""
     own = {name: part(weight, cuts[name], team) for name, weight in module.named_parameters()}
-    if common := PLAN[type(module)].common:
+    if common:
         mine = {name: side.common[name].chunk(team.ranks, -1)[team.rank] for name in common}
         side = side._replace(common={**side.common, **mine})
     x = x if side is None else x[:, : side.positions.shape[1]]

@@ -76,6 +76,22 @@ def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float |
     return rearrange(o, "b h t d -> b t h d")
 
 
+def behind(
+    q: Float[Tensor, "b t h d"], k: Float[Tensor, "b s g d"], v: Float[Tensor, "b s g e"], scale: float | None = None
+) -> Float[Tensor, "b t h e"]:
+    """The outputs of the last t of s tokens: those of `attention` after a past of s - t tokens in every row. On a GPU
+    who sees whom is a rule that fast kernels know, and no table of t s places is made."""
+    t, s = q.shape[1], k.shape[1]
+    if not q.is_cuda:
+        return product(q, k, v, visible(torch.tensor([s - t]), t, s), scale)
+    from torch.nn.attention.bias import causal_lower_right
+
+    if torch.is_autocast_enabled("cuda") and q.dtype != torch.float64:  # which knows the function, not what it calls
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    return product(q, k, v, causal_lower_right(t, s), scale)
+
+
 def rotate(
     x: Float[Tensor, "b t h d"],
     positions: Int[Tensor, "b t"],

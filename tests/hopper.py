@@ -22,12 +22,18 @@ from triton.backends.compiler import GPUTarget
 
 from fast.kernels import channel, decay, rank_one, scan
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+}
 
 
 def compiled(kernel, programs, *args, **meta):
     """In place of `decay.launch`: tensors may lie anywhere, and are never read."""
-    options = {name: meta.pop(name) for name in ("num_warps", "num_stages") if name in meta}
+    options = {name: meta.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in meta}
     names, signature, constants, attributes = kernel.arg_names, {}, {}, {}
     for i, (name, x) in enumerate(zip(names, args, strict=False)):
         signature[name] = TYPES[x.dtype] if isinstance(x, torch.Tensor) else "constexpr" if x is None else "i32"
@@ -83,7 +89,7 @@ def channels(q, k, v) -> None:
     V = v.shape[-1]
     g, u, memory = torch.empty(b, t, h, K), torch.empty(h, K), torch.empty(1, h, K, V)
     given = (q, k, v, g, u, memory, torch.tensor([0, t], dtype=torch.int32))
-    _, *kept = channel.forward(*given, 2, False, True)
+    _, *kept = channel.forward(*given, 2, False)
     channel.backward(v, memory, *given, *kept, True, True)
     channel.step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], u, memory)
     beta = torch.empty(b, t, h)

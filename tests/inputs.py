@@ -1,11 +1,18 @@
 """Inputs for every row of the table in a stable range, and the error budget by which paths are compared."""
 
+import os
+
 import pytest
 import torch
 
 from reference import example
 from reference.lsm import LSM
 from reference.recurrence import counted, empty
+
+# Where ranks compute: on CPUs, but for those that test_nccl starts on GPUs.
+HERE = torch.device("cpu")
+if os.environ.get("LINEAR_MOE_RANKS") == "cuda" and "LOCAL_RANK" in os.environ:
+    HERE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 SMALL = {"key_heads": 1, "levels": 4, "slots": 5, "mini_batch": 3}
 
@@ -61,6 +68,11 @@ def assert_within_budget(got, plain, exact, what=""):
     assert torch.isfinite(got).all(), f"{what}: not finite"
     error = example.error(got, exact)
     assert error <= budget, f"{what}: error {error:.1e} > budget {budget:.1e}"
+
+
+def here(*groups: dict) -> list[dict]:
+    """The tensors of dicts, where ranks compute."""
+    return [{name: x.to(HERE) for name, x in group.items()} for group in groups]
 
 
 def refused(calls) -> list[str]:

@@ -2,24 +2,22 @@
 
 import functools
 
-import torch
 from torch.distributed.tensor import DTensor
 
 import train as trainer
+from inputs import HERE
 from parallel import mesh
 from reference.ops import ops
 
-CPU = torch.device("cpu")
-
 
 def whole(x):
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone().cpu()
 
 
 @functools.cache
 def made_once(degrees: mesh.Degrees) -> mesh.Mesh:
     """Of this process: a mesh takes as long as a step."""
-    return mesh.make(degrees, CPU)
+    return mesh.make(degrees, HERE)
 
 
 def prepared(config: trainer.Train):
@@ -27,5 +25,5 @@ def prepared(config: trainer.Train):
     place = made_once(config.mesh)
     over = mesh.over(ops, place)
     trainer.refuse_to_cut(config, place)
-    model, matrices = trainer.model_of(config, over, place, CPU)
+    model, matrices = trainer.model_of(config, over, place, HERE)
     return place, model, over, trainer.optimizer_of(config, model, matrices)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference.attention import Past, attention, rotate
+from reference.attention import Past, attention, behind, rotate
 
 close = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -80,6 +80,13 @@ def test_pieces_equal_the_whole(lengths, g, window):
         assert past.k.shape[1] == past.v.shape[1] == kept(b, window)
     torch.testing.assert_close(torch.cat(o, 1), whole, **close)
     assert all(torch.equal(a, b) for a, b in zip(past, wanted, strict=True))
+
+
+@given(before=st.integers(1, 6), t=st.integers(0, 6), g=st.sampled_from([1, 2, 4]), scale=SCALE)
+def test_what_stands_behind_others_sees_them_all(before, t, g, scale):
+    q, k, v = qkv(2, before + t, 4, g, e=3)
+    whole, _ = attention(q, k, v, scale=scale)
+    torch.testing.assert_close(behind(q[:, before:], k, v, scale), whole[:, before:], **close)
 
 
 def test_what_a_window_forgets_takes_no_memory():

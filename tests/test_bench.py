@@ -88,22 +88,65 @@ def test_floors_of_kernels():
     assert bench.inputs("mamba", 1, 2, 3, 16, torch.float32)[1]["v"].shape == (1, 2, 3, 16)  # on a CPU as all others
 
 
-def test_a_cut_sequence_is_measured_beside_a_rank_alone(tmp_path):
-    """On two ranks: each way a line by the first, what a rank received in it."""
+def over_two_ranks(tmp_path, *arguments) -> list[dict]:
+    """Lines of the first of two ranks; the second writes none."""
 
     def both():
         out = tmp_path / f"{comm.rank(comm.world())}.jsonl"
-        asked = ["--device", "cpu", "--tokens", "64", "128", "--softmax-tokens", "64", "--heads", "2", "--size", "8"]
-        bench.main(["parallel", "--rows", "gla", *asked, "--times", "2", "--out", str(out)])
+        bench.main(["parallel", "--device", "cpu", "--preset", "tiny", "--times", "2", *arguments, "--out", str(out)])
         return [json.loads(line) for line in out.read_text().splitlines()]
 
     first, second = testing.run(2, both)
-    assert second == []
+    assert second == [] and all(x["ranks"] == 2 for x in first)
+    return first
+
+
+def test_a_cut_sequence_is_measured_beside_a_rank_alone(tmp_path):
+    """Each way a line by the first of two ranks, what a rank received in it."""
+    sizes = ["--tokens", "64", "128", "--softmax-tokens", "64", "--heads", "2", "--size", "8"]
+    first = over_two_ranks(tmp_path, "--what", "layers", "--rows", "gla", *sizes)
     said = {(x["row"], x["side"], x["tokens"]): x for x in first}
     assert set(said) == {("gla", how, t) for how in ("alone", "gather", "ring") for t in (64, 128)} | {
         ("softmax", how, 64) for how in ("alone", "gather", "ring", "ulysses")
     }
-    assert all(x["ranks"] == 2 and x["eager_ms"] > 0 and x["share"] > 0 for x in first)
+    assert all(x["eager_ms"] > 0 and x["share"] > 0 for x in first)
     assert all((x["received_bytes"] > 0) == (x["side"] != "alone") for x in first if x["side"] != "ring")
     states = [said["gla", "gather", t]["received_bytes"] for t in (64, 128)]
     assert states[0] == states[1]  # does not know the length
+
+
+def test_steps_and_experts_over_ranks_are_measured_beside_one_alone(tmp_path):
+    sizes = ["--step-tokens", "32", "--steps", "1", "--expert-tokens", "32", "64"]
+    first = over_two_ranks(tmp_path, "--what", "steps", "experts", "--rows", "mamba2", *sizes)
+    steps, experts = ([x for x in first if (x["what"] == "step") == wanted] for wanted in (True, False))
+    assert [x["side"] for x in steps] == ["alone", "data", "sequence"]
+    assert all(x["tokens_s"] == x["used"] * 32 / x["eager_ms"] * 1e3 for x in steps)
+    assert [x["used"] for x in steps] == [1, 2, 2] and all(0 < y < 10 for x in steps for y in x["loss"])
+    alone = steps[0]["tokens_s"]
+    assert [x["share"] for x in steps] == [x["tokens_s"] / x["used"] / alone for x in steps]
+    ways = ("alone", "gather", "pair", "rank")
+    assert [(x["side"], x["tokens"]) for x in experts] == [(side, n) for n in (32, 64) for side in ways]
+    weights, rows = ([x["received_bytes"] for x in experts if x["side"] == side] for side in ("gather", "pair"))
+    assert weights[0] == weights[1] > 0 and 1.5 < rows[1] / rows[0] < 2.5
+
+
+def test_what_has_no_time_or_no_memory_is_said_and_the_rest_goes_on(tmp_path, monkeypatch):
+    sizes = ["--tokens", "16", "32", "--heads", "2", "--size", "4", "--what", "layers", "--rows", "gla"]
+    found = over_two_ranks(tmp_path, *sizes, "--seconds", "0")
+    assert {x["what"] for x in found} == {"skipped"} and "0 s are left" in found[0]["reason"]
+    (tmp_path / "0.jsonl").unlink()
+    right = bench.mixer
+
+    def short(ranks, name, how, shape):
+        """Of one rank's memory."""
+        if how == "alone" and name == "gla" and comm.rank(ranks.group) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 0 has little")
+        return right(ranks, name, how, shape)
+
+    monkeypatch.setattr(bench, "mixer", short)
+    found = {(x["row"], x["side"], x["tokens"]): x for x in over_two_ranks(tmp_path, *sizes)}
+    first, second = (found.pop(("gla", "alone", t)) for t in (16, 32))
+    assert (first["what"], second["what"]) == ("out of memory", "skipped")
+    assert first["reason"] == "out of memory: CUDA out of memory. Tried to allocate 1 GiB"
+    assert second["reason"] == "out of memory at 16 tokens"
+    assert all(x["eager_ms"] > 0 and (x["share"] is None) == (x["row"] == "gla") for x in found.values())

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor, Shard
 import train as trainer
 from data.corpus import Document
 from data.stream import Stream
-from inputs import refused
+from inputs import HERE, refused
 from parallel import checkpoint, comm, experts, mesh, shard, testing
-from ranks import CPU, prepared, whole
+from ranks import prepared, whole
 from reference.model import LanguageModel
 from reference.moe import Drop, relu_squared, swiglu
 from reference.ops import ops
@@ -113,10 +113,11 @@ def made(lengths, biases=False, lose=False, share=None, room=False, only=None, k
     weights += [draw(E, rows * F_, seed=2), draw(E, D_, seed=3)] if biases else []
     how = {"inner": inner, "gate_at": gate_at}
     if share is not None:
-        how["drop"] = Drop(share, 3, torch.arange(n) * 5 + 2)
+        how["drop"] = Drop(share, 3, torch.arange(n, device=HERE) * 5 + 2)
     if room:
         how["room"] = n * k  # of all ranks; each says its part
-    return draw(n, D_, seed=5), Routing(index, gate, kept), weights, how
+    x, routing = draw(n, D_, seed=5).to(HERE), Routing(*(t.to(HERE) for t in (index, gate, kept)))
+    return x, routing, [w.to(HERE) for w in weights], how
 
 
 def layer(what, tokens, dispatch, place):
@@ -128,7 +129,7 @@ def layer(what, tokens, dispatch, place):
     start, stop = sum(lengths[:me]), sum(lengths[: me + 1])
     wanted = [t.clone().requires_grad_() for t in (x, routing.gate, *weights)]
     o = ops.experts(wanted[0], routing._replace(gate=wanted[1]), *wanted[2:], **how)
-    cotangent = draw(*o.shape, seed=7)
+    cotangent = draw(*o.shape, seed=7).to(HERE)
     exact = list(torch.autograd.grad((o * cotangent).sum(), wanted))
     own = slice(me * E // ranks, (me + 1) * E // ranks)
     exact = [t[start:stop] for t in (o, *exact[:2])] + [g[own] for g in exact[2:]]
@@ -154,7 +155,7 @@ def layer(what, tokens, dispatch, place):
 
 
 def layers():
-    place = mesh.make(mesh.Degrees(expert=comm.size(comm.world())), CPU)
+    place = mesh.make(mesh.Degrees(expert=comm.size(comm.world())), HERE)
     return {case: layer(*case, place) for case in CASES}
 
 
@@ -236,7 +237,7 @@ def steps(config, place, model, over, optimizer, first=0, last=STEPS):
     look = optimizer.register_step_pre_hook(keep)
     for step in range(first, last):
         feed = trainer.feed_of(config, place)
-        batches = trainer.micro_batches(config, STREAM, feed, place, step, CPU)
+        batches = trainer.micro_batches(config, STREAM, feed, place, step, HERE)
         result = trainer.one_step(config, model, over, optimizer, batches, step, False)
         said += [result.loss, result.norm, *result.load.counts.flatten().tolist()]
     look.remove()
@@ -259,11 +260,12 @@ def runs(configs):
     return {name: run(config) for name, config in configs.items()}
 
 
-def same(got, want):
+def same(got, want, **how):
     """The same start to the bit; then losses, norms, counts, gradients, parameters and buffers."""
+    close = {"rtol": 1e-11, "atol": 1e-12} | how
     assert all(map(torch.equal, got[2], want[2]))
     for a, b in zip((got[0], *got[1], *got[3]), (want[0], *want[1], *want[3]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(a, b, **close)
 
 
 ROWS = {name: {"router": name} for name in ROUTER}
@@ -368,9 +370,9 @@ def test_checkpoints_go_from_any_mesh_to_any_other(tmp_path):
 
 
 def places():
-    place = mesh.make(mesh.Degrees(sequence=2, expert=2, replicas=2), CPU)
+    place = mesh.make(mesh.Degrees(sequence=2, expert=2, replicas=2), HERE)
     me = torch.tensor([float(place.rank)])
-    near = mesh.make(mesh.Degrees(expert=4), CPU)
+    near = mesh.make(mesh.Degrees(expert=4), HERE)
     config = config_of(degrees=mesh.Degrees(expert=2))
     model = prepared(config)[1]
     return {
@@ -400,17 +402,17 @@ def test_one_set_of_ranks_is_seen_in_three_ways():
 
 
 def refusals():
-    place = mesh.make(mesh.Degrees(expert=2), CPU)
+    place = mesh.make(mesh.Degrees(expert=2), HERE)
     x, routing, weights, _ = made((4,))
     layers = LanguageModel(Model(**SIZES | {"experts": 5}), ops), LanguageModel(Model(**SIZES | {"pattern": "LD"}), ops)
     calls = [
         lambda: shard.shard(layers[0], place, layers[0].blocks),
         lambda: shard.shard(layers[1], place, layers[1].blocks),
         lambda: mesh.over(ops, place).experts(x, routing, *weights),
-        lambda: mesh.make(mesh.Degrees(expert=4), CPU),
-        lambda: mesh.make(mesh.Degrees(expert=2, replicas=2), CPU),
-        lambda: mesh.make(mesh.Degrees(replicas=3), CPU),
-        lambda: mesh.make(mesh.Degrees(expert=0), CPU),
+        lambda: mesh.make(mesh.Degrees(expert=4), HERE),
+        lambda: mesh.make(mesh.Degrees(expert=2, replicas=2), HERE),
+        lambda: mesh.make(mesh.Degrees(replicas=3), HERE),
+        lambda: mesh.make(mesh.Degrees(expert=0), HERE),
     ]
     return refused(calls)
 
@@ -428,4 +430,4 @@ def test_what_cannot_be_shared_is_refused_in_one_line():
     for rank in testing.run(2, refusals):
         assert rank == words
     with pytest.raises(ValueError, match="groups of 2 ranks that share experts do not fit into 1 rank"):
-        mesh.make(mesh.Degrees(expert=2), CPU)
+        mesh.make(mesh.Degrees(expert=2), HERE)

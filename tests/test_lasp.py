@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.stream import Batch
-from inputs import leaves, make, pieces, refused
+from inputs import HERE, here, leaves, make, pieces, refused
 from parallel import comm, lasp, mesh, shard, testing
 from reference.lsm import LSM
 from reference.model import LanguageModel, initialize, starts
@@ -33,7 +33,7 @@ PACKED = {None: None, "one": (), "borders": (0, 5, 10), "many": (2, 3, 3, 6, 7, 
 def borders_of(packed, t: int):
     if PACKED[packed] is None:
         return None
-    return torch.tensor([0, *(x for x in PACKED[packed] if x <= t), t], dtype=torch.int32)
+    return torch.tensor([0, *(x for x in PACKED[packed] if x <= t), t], dtype=torch.int32, device=HERE)
 
 
 def mine(lengths, rank: int) -> tuple[int, int]:
@@ -112,12 +112,12 @@ def both(what: str, segments, packed, **how) -> tuple[list, list]:
     call, inputs = CALLS[what]
     b, t = (2 if packed is None else 1), sum(lengths)
     start, stop = mine(lengths, comm.rank(group))
-    tokens, constants = inputs(b, t)
+    tokens, constants = here(*inputs(b, t))
     cu_seqlens = borders_of(packed, t)
     own, shared = pieces(tokens, start, stop), dict(constants)
     wanted = leaves(tokens, constants)
     o = call(ops, tokens | constants, cu_seqlens)
-    cotangent = draw(*o.shape, seed=7)
+    cotangent = draw(*o.shape, seed=7).to(HERE)
     exact = torch.autograd.grad((o * cotangent).sum(), wanted, materialize_grads=True)
     timed = sum(x.is_floating_point() for x in tokens.values())
     exact = [o[:, start:stop], *(g[:, start:stop] for g in exact[:timed]), *exact[timed:]]
@@ -290,10 +290,10 @@ BATCHES = [batch_of((7, 1, 13)), batch_of((4, 9)), batch_of((2,))]  # two tokens
 
 def train(lsm: str, degrees: mesh.Degrees, recompute: bool, **more):
     """Three steps; the losses, the norms, and the parameters after them."""
-    place = mesh.make(degrees, torch.device("cpu"))
+    place = mesh.make(degrees, HERE)
     sizes = {"width": 8, "heads": 2, "vocabulary": 11, "experts": 4, "expert_width": 4, "dense_width": 8}
     config = Model(**{"pattern": "LNE", "lsm": lsm, "dropout": 0.1} | sizes | (more or TRAINED[lsm]))
-    model = LanguageModel(config, mesh.over(ops, place)).double()
+    model = LanguageModel(config, mesh.over(ops, place)).double().to(HERE)
     how = starts(model)
     if recompute:
         shard.checkpointing(model.blocks)
@@ -302,7 +302,7 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool, **more):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     said = []
     for step, packed in enumerate(BATCHES):
-        batch = lasp.cut(packed, place.sequence_size, place.sequence_rank)
+        batch = Batch(*(x.to(HERE) for x in lasp.cut(packed, place.sequence_size, place.sequence_rank)))
         share = place.data_rank == 0  # the other samples of the step have no labels
         labels = batch.labels if share else torch.full_like(batch.labels, -100)
         count = model.ops.total((labels >= 0).sum())
@@ -316,7 +316,7 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool, **more):
         optimizer.step()
         optimizer.zero_grad()
     values = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return torch.stack(said).detach(), [x.detach().clone() for x in values]
+    return torch.stack(said).detach().cpu(), [x.detach().clone().cpu() for x in values]
 
 
 MESHES = [(mesh.Degrees(sequence=3), False), (mesh.Degrees(sequence=3), True), (mesh.Degrees(data=3), False)]

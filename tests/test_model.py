@@ -12,10 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from inputs import small, unpadded
 from reference import exact, ops
+from reference.head import IGNORED, token_losses
 from reference.lsm import LSM
 from reference.model import LanguageModel, decayed, for_writing, initialize, looks_ahead, sizes, starts, state_bytes
 from reference.moe import MoE
@@ -223,6 +225,62 @@ def test_losses_are_those_of_the_logits_and_ignored_labels_cost_nothing():
             assert math.isclose(losses[b, t].item(), wanted, rel_tol=1e-9, abs_tol=1e-12)
     gradient = torch.autograd.grad(losses[:, 3][:1].sum() + losses[1, 0], [*model.parameters()], materialize_grads=True)
     assert all(g.abs().max() == 0 for g in gradient)
+
+
+@given(n=st.integers(0, 9), rows=st.integers(0, 10), masked=st.integers(0, 2**9), seed=st.integers(0, 99))
+def test_losses_piece_by_piece_are_those_of_all_logits_at_once(n, rows, masked, seed):
+    """Values, and the gradients of features and head by weights of each token's own; rows: tokens of a piece."""
+    rng = torch.Generator().manual_seed(seed)
+    x, head, D = (3 * torch.randn(s, generator=rng, dtype=torch.float64) for s in ((n, 4), (VOCABULARY, 4), (n,)))
+    labels = torch.randint(VOCABULARY, (n,), generator=rng)
+    labels[[i for i in range(n) if masked >> i & 1]] = IGNORED
+    inputs = [x.requires_grad_(), head.requires_grad_()]
+    found = []
+    for held in (n * VOCABULARY + VOCABULARY, rows * VOCABULARY + 5):
+        losses = token_losses(x, head, labels, held)
+        found.append([losses, *torch.autograd.grad(losses, inputs, D)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-13)
+    assert found[1][0].masked_select(labels == IGNORED).eq(0).all()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_pieces_of_losses_are_as_precise_as_the_whole(narrow):
+    """In float32, and in bfloat16 products under autocast: no further from float64 than all logits at once are."""
+    rng = torch.Generator().manual_seed(0)
+    x, head = torch.randn(64, 16, generator=rng), torch.randn(VOCABULARY, 16, generator=rng)
+    labels = torch.randint(VOCABULARY, (64,), generator=rng)
+
+    def run(dtype, held, narrow):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, head)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            losses = token_losses(*leaves, labels, held)
+        assert losses.dtype == dtype
+        return [losses.detach(), *torch.autograd.grad(losses.sum() / 64, leaves)]
+
+    exact = run(torch.float64, 10**9, False)
+    for whole, cut, wanted in zip(
+        run(torch.float32, 10**9, narrow), run(torch.float32, 99, narrow), exact, strict=True
+    ):
+        assert cut.dtype == torch.float32
+        assert (cut - wanted).abs().max() <= 2 * (whole - wanted).abs().max() + 1e-6
+
+
+def test_pieces_of_losses_keep_no_logits():
+    """Neither between the passes nor within one: nothing of the logits' size is ever made."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **kwargs or {})
+            made.extend(
+                y.numel() for y in (out if isinstance(out, tuple | list) else [out]) if isinstance(y, torch.Tensor)
+            )
+            return out
+
+    x, head = torch.randn(100, 2, requires_grad=True), torch.randn(50, 2, requires_grad=True)
+    with Watch():
+        token_losses(x, head, torch.arange(100) % 50, held=500).sum().backward()
+    assert 0 < max(made) <= 500
 
 
 def test_tied_weights_are_one_parameter_of_two_uses():

@@ -9,8 +9,9 @@ import torch
 import train as trainer
 from data.corpus import Document
 from data.stream import Batch, Stream
+from inputs import HERE
 from parallel import checkpoint, mesh, pipeline, testing
-from ranks import CPU, made_once, prepared, whole
+from ranks import made_once, prepared, whole
 from reference.model import LanguageModel
 from reference.ops import ops
 from reference.presets import Model
@@ -55,7 +56,7 @@ def named(model) -> dict:
 def batches_of(config, place, step, data=1) -> list[Batch]:
     """The trainer's; in one process those of `data` ranks, micro-batch by micro-batch, as routers compare in these."""
     if data == 1:
-        return trainer.micro_batches(config, STREAM, trainer.feed_of(config, place), place, step, CPU)
+        return trainer.micro_batches(config, STREAM, trainer.feed_of(config, place), place, step, HERE)
     share, rows = BATCH // data, config.micro // data
     first = [step * BATCH + i for i in range(0, share, rows)]
     return [STREAM.batch([f + r * share + j for r in range(data) for j in range(rows)]) for f in first]
@@ -75,9 +76,10 @@ def run(config, data=1):
         result = trainer.one_step(config, model, over, optimizer, batches_of(config, place, step, data), step, False)
         fields = {} if result.load is None else result.load._asdict()
         load = [x.double().flatten() for name, x in fields.items() if (config.model.router, name) != UNSAID]
-        said.append(torch.cat([torch.tensor([result.loss, result.norm], dtype=torch.float64), *load]).detach())
+        load = [x.detach().cpu() for x in load]
+        said.append(torch.cat([torch.tensor([result.loss, result.norm], dtype=torch.float64), *load]))
         assert result.finite and not result.stop
-    bits = trainer.validate(config, model, over, place, DOCUMENTS[1:], CPU)
+    bits = trainer.validate(config, model, over, place, DOCUMENTS[1:], HERE)
     return torch.cat(said), grads, start, named(model), bits
 
 
@@ -85,13 +87,14 @@ def runs(configs):
     return {name: run(config) for name, config in configs.items()}
 
 
-def same(ranks: list, want) -> None:
+def same(ranks: list, want, **how) -> None:
     """Every rank said what one process says, and holds its part of it; together they hold all."""
+    close = {"rtol": 1e-11, "atol": 1e-12} | how
     for got in ranks:
-        torch.testing.assert_close(got[0], want[0], rtol=1e-11, atol=1e-12)
-        assert got[4] == pytest.approx(want[4], abs=1e-12)
+        torch.testing.assert_close(got[0], want[0], **close)
+        assert got[4] == pytest.approx(want[4], abs=close["atol"])
         for part, exact in zip(got[1:4], want[1:4], strict=True):
-            torch.testing.assert_close(part, {name: exact[name] for name in part}, rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(part, {name: exact[name] for name in part}, **close)
         assert all(torch.equal(x, want[2][name]) for name, x in got[2].items())
     for i in (1, 3):
         assert set().union(*(got[i] for got in ranks)) == set(want[i])

@@ -50,6 +50,7 @@ PACKED = (None, "one", "borders", "many")
 
 
 def errors(cases) -> list[float]:
+    attention.SCORES = 100  # the ring's queries in pieces, of one and of several
     return [error(what, segments, packed, **how) for what, segments, packed, how in cases]
 
 

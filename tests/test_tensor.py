@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import train as trainer
-from inputs import refused
+from inputs import HERE, refused
 from parallel import checkpoint, comm, mesh, shard, tensor, testing
-from ranks import CPU, made_once, prepared
+from ranks import made_once, prepared
 from reference import mixers
 from reference.lsm import LSM
 from reference.model import LanguageModel
@@ -176,7 +176,7 @@ def layer(how, place, tokens, sparing=False):
 def travelled():
     """Of each layer: the calls and bytes forward and backward. Then those of one with tokens cut before and behind it,
     and of the loss."""
-    place, said = mesh.make(TWO, CPU), {}
+    place, said = mesh.make(TWO, HERE), {}
     for name, (how, _) in LAYERS.items():
         model, x, side = layer(how, place, T_)
         _, *said[name] = counted(model.blocks[0], x, side)
@@ -284,7 +284,7 @@ def test_checkpoints_go_from_shared_heads_to_other_meshes_and_back(tmp_path):
 
 
 def places():
-    place = mesh.make(mesh.Degrees(tensor=2, sequence=2), CPU)
+    place = mesh.make(mesh.Degrees(tensor=2, sequence=2), HERE)
     me = torch.tensor([float(place.rank)])
     model = prepared(configured(SAVED, TWO))[1]
     return {
@@ -361,7 +361,7 @@ def refusals():
     return refused(
         [
             *(partial(cut, how) for how, _ in REFUSED.values()),
-            *(partial(mesh.make, degrees, CPU) for degrees in WRONG),
+            *(partial(mesh.make, degrees, HERE) for degrees in WRONG),
         ]
     )
 

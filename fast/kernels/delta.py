@@ -96,6 +96,22 @@ FOLDED = 128  # segments only up to so many channels of K: their K × K matrices
 SOLVING = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}
 
 
+@triton.jit
+def solved_by_halves(L, strength, here, other, LEVELS: tl.constexpr, SOLVING: tl.constexpr):
+    """Y = (I + L diag(β))⁻¹ L of the part of L below its diagonal: C × C, C = 2^LEVELS; I - Y diag(β) is the inverse.
+
+    2·C³ multiply-adds for all levels but the first, whose Y is its Z.
+    """
+    Y = tl.where((here == other + 1) & (here % 2 == 1), L, 0.0)
+    for level in tl.static_range(1, LEVELS):
+        half = 1 << level
+        meet = (here // (2 * half) == other // (2 * half)) & (here // half > other // half)
+        Z = tl.where(meet, L, 0.0)
+        Z -= tl.dot(Z, strength[:, None] * Y, input_precision=SOLVING)
+        Y += Z - tl.dot(Y, strength[:, None] * Z, input_precision=SOLVING)
+    return Y
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
 def delta_prepare(
     q, k, beta, g, sums, borders, scores, itself, solved, tokens, heads, parts, count_rows,
@@ -104,7 +120,7 @@ def delta_prepare(
 ):  # fmt: skip
     """A and Y of every chunk, b t h C in the tokens' dtype, zeros on and above the diagonal; q_t·k_t: h (b t).
 
-    C = 2^LEVELS. Products: 2·C·C·K multiply-adds, and 2·C³ for all levels but the first, whose Y is its Z.
+    C = 2^LEVELS. Products: 2·C·C·K multiply-adds, and those of `solved_by_halves`.
     """
     pid = tl.program_id(0)
     part = pid % parts
@@ -137,13 +153,7 @@ def delta_prepare(
             A = A * between
         at_c = row * C + here * (heads * C) + other
         tl.store(scores + at_c, tl.where(here > other, A, 0.0), mask=inside[:, None])
-        Y = tl.where((here == other + 1) & (here % 2 == 1), L, 0.0)
-        for level in tl.static_range(1, LEVELS):
-            half = 1 << level
-            meet = (here // (2 * half) == other // (2 * half)) & (here // half > other // half)
-            Z = tl.where(meet, L, 0.0)
-            Z -= tl.dot(Z, strength[:, None] * Y, input_precision=SOLVING)
-            Y += Z - tl.dot(Y, strength[:, None] * Z, input_precision=SOLVING)
+        Y = solved_by_halves(L, strength, here, other, LEVELS, SOLVING)
         tl.store(solved + at_c, Y, mask=inside[:, None])
 
 

@@ -46,35 +46,41 @@ through S or E and '' for what came from other tokens of the chunk (a token's ow
 by row of the memory (the last over s > t where e^c is without a token's own gate; with two writes k dk beside w dw).
 The pairs on both sides of t, or behind it, cancel; nothing is summed over more than a chunk, and no rounding error is.
 
-Five kernels. `rank_one_prepare`: T, R and what the sweep forwards takes. `rank_one_sweep`: as in `delta.py` a program
-owns a slice of V and streams through time. `rank_one_reverse`: what the sweep backwards takes. `rank_one_gradients`:
-the rest. `rank_one_step`: one token.
+Seven kernels. `rank_one_sums`: running sums of gates. `rank_one_prepare`: T, R and what the sweep forwards takes.
+`rank_one_sweep`: as in `delta.py` a program owns a slice of V and streams through time. `rank_one_reverse`: what the
+sweep backwards takes. `rank_one_gradients`: ' above, and the scores do rᵀ, y rᵀ. `rank_one_pairs`: '' above, added to
+it. `rank_one_step`: one token. All but the sweep take a chunk a program.
 
-Gates. No exponent is positive and, where gates differ by channel, none is a difference of sums: any g in [-inf, 0] is
-right and finite; as in `decay.py` a gate is raised to FLOOR first. Pairs of tokens meet by halves, as in
+Gates. As in `decay.py` a gate is raised to FLOOR first, and every decay is a difference of two running sums from the
+chunk's start, for float32 tokens taken in float64 and kept as two float32, for 16-bit tokens as one: off by 1e-3 at
+worst, behind gates of FLOOR. Where the gate is a number a channel pairs of tokens meet by halves, as in
 `reference/chunked.py`: queries of the later half meet keys of the earlier at the middle, both decayed towards it, at
-log C levels. The sums are products of the gates with zeros and ones: in float32 for float32 tokens, else in float16,
-whose error of 2^-12 |g| e^g has no more than 2^-13 at its highest. A gate that is not a number spoils its chunk.
+log C levels. So no exponent is positive and any g in [-inf, 0] is right and finite. The sum at the middle is loaded
+from where `rank_one_sums` left it, since that is one load a number, from the cache, where sums found anew for every
+level and slice were products or scans. A gate that is not a number spoils what follows in its chunk.
 
-Precision. T is found in float32, by elimination in blocks of 16 tokens and by halves above, with products of tf32 for
-16-bit tokens; it is stored as they are. Its diagonal of ones is exact in any dtype, so T v is v and a correction. r is
-what is kept, not w'ᵀ T v and w'ᵀ W S, so that a memory still corrects its own errors. A chunk has at most K tokens:
-more keys than channels depend on each other.
+Precision. T is found as in `delta.py` in float32, by halves from single tokens up; it is stored as the tokens are. Its
+diagonal of ones is exact in any dtype, so T v is v and a correction. r is what is kept, not w'ᵀ T v and w'ᵀ W S, so
+that a memory still corrects its own errors. A chunk has at most K tokens: more keys than channels depend on each other.
+' of dq, dw, de and dk is rounded to the tokens' dtype on its way to where '' is added, and the gates' gradient is not.
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 32, one write, a gate a channel (2 U):
-prepare reads 4 U and writes 3.5; the sweep reads 4.5 and writes 1, and 5 for r and states where there is a gradient;
-reverse reads 4.25 and writes 3; the sweep backwards reads 4.25 and writes 5; gradients read 15 and write 4. So 13 U
-forward where the floor is 6, and 53.5 U with the gradient where it is 17. Two writes: 17.5 U of 8, and 68.5 of 23. Kept
-for the gradient: T, R, r and states, 5.5 U. Chunks of 64 tokens would halve the states, 4 U each.
-Multiply-adds a token and head: prepare 2·C·d and 3·C², and for each of log C levels 4·C·d (two writes: 7·C·d); the
-sweep 3·d² + 2·C·d (two writes: 4·d²); gradients 3·d² + 4·slices·C·d, and for each level 6·C·d (two writes: 16·C·d).
+sums read 2 U and write 2, once each way; prepare reads 4 and writes 3.5; the sweep reads 4.5 and writes 1, and 5 for r
+and states where there is a gradient; reverse reads 4.25 and writes 3; the sweep backwards reads 4.25 and writes 5;
+gradients read 15 and write 4.5; pairs read 8.5 and write 4. So 17 U forward where the floor is 6, and 74.5 U with the
+gradient where it is 17. Two writes: 21.5 U of 8, and 94.5 of 23. Kept for the gradient: T, R, r and states, 5.5 U; on
+the way back at most 12 U more. Chunks of 64 tokens would halve the states, 4 U each.
+Multiply-adds a token and head: prepare 2·C·d and 9·C², and for each of log C levels 2·C·d (two writes: 4·C·d); the
+sweep 3·d² + 2·C·d (two writes: 4·d²); gradients 3·d² + 2·slices·C·d, pairs 2·C·d and for each level 4·C·d (two writes:
+8·C·d).
 
-Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot: keys that meet queries are
-loaded K × C, as their gates are; no 16-bit line has one stage. Levels are a loop that is not unrolled: unrolled, all
-their gates were in registers at once. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128) chunks of 32
-tokens, not of 64: with 64 a sweep takes 127 KB of shared memory, so that one program fits a multiprocessor, with 32 it
-takes 49 to 66; prepare spills 150 numbers a thread, with 32 two (42 with two writes); gradients spill 86 to 134 of
-them all the same. None of this was timed.
+Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot; no 16-bit line has one
+stage. What goes into several dots is `pinned`. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128)
+chunks of 32 tokens, not of 64: with 64 a sweep takes 127 KB of shared memory, so that one program fits a
+multiprocessor, with 32 it takes 49 to 66. A program's instructions, times warps and slices, for a chunk of KDA (RWKV7):
+prepare 19 (32) thousand, reverse 5 (7), gradients 22 (28), pairs 33 (53); bytes of stack 160 (616), 0, 16 (128) and 0
+(168). Gradients and pairs in one kernel took 255 registers and 1,800 bytes of stack; pairs with their levels unrolled
+1,350. Not timed.
 """
 
 import torch
@@ -84,9 +90,12 @@ from torch import Tensor
 
 from fast.kernels import decay
 from fast.kernels.channel import NOTHING, gates_of
-from fast.kernels.decay import padded, part_of, place_of, places, run_of, sequences_of
+from fast.kernels.decay import padded, place_of, places, run_of, sequences_of
+from fast.kernels.delta import SOLVING, solved_by_halves
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
+COMPILED = tl.constexpr(not decay.INTERPRETED)
+PART = tl.bfloat16 if COMPILED else tl.float32  # of a sum's numbers; the interpreter has no products of bfloat16
 
 CHUNK = {2: 32, 4: 16}  # tokens a chunk by bytes of a number: float32 products are not done by tensor cores
 
@@ -95,7 +104,7 @@ CONFIG = {
     (16, 2): (16, 4, 2),
     (32, 2): (32, 4, 2),
     (64, 2): (32, 4, 2),
-    (128, 2): (32, 4, 2),
+    (128, 2): (32, 4, 3),
     (256, 2): (16, 4, 2),
     (16, 4): (16, 4, 1),
     (32, 4): (32, 4, 1),
@@ -103,61 +112,122 @@ CONFIG = {
     (128, 4): (16, 8, 1),
     (256, 4): (16, 8, 1),
 }
+# the kernels of chunks, by bytes of a number: (channels of K a program, warps, registers a thread may have)
+CHUNKS = {
+    2: {"prepare": (64, 4, None), "reverse": (64, 4, None), "gradients": (64, 4, None), "pairs": (64, 8, 128)},
+    4: {"prepare": (32, 2, None), "reverse": (32, 4, None), "gradients": (32, 4, None), "pairs": (32, 4, None)},
+}  # the last two share parts of sums: their channels are the same
 
 
 @triton.jit
-def summed(which, gates, GATE: tl.constexpr, EXACT: tl.constexpr):
-    """Row i: the sum of the gates of the tokens s with which[i, s]. C × K from gates C × K, C × 1 from gates C."""
-    if GATE == 2:
-        total = tl.sum(tl.where(which, gates[None, :], 0.0), 1)[:, None]
-    else:
-        if EXACT:
-            total = tl.dot(which.to(tl.float32), gates, input_precision="ieee")
-        else:
-            total = tl.dot(which.to(tl.float16), gates.to(tl.float16))
-    return total
+def chunk_of(borders, place, tokens, sequences, C: tl.constexpr, PACKED: tl.constexpr):
+    """(n, the first row of sequence n, where in it the chunk at `place` begins, how many tokens it has; none if <= 0).
 
-
-@triton.jit
-def summed_across(gates, which, EXACT: tl.constexpr):
-    """K × C, column i: the sum of the gates (K × C) of the tokens s with which[s, i]."""
-    if EXACT:
-        total = tl.dot(gates, which.to(tl.float32), input_precision="ieee")
-    else:
-        total = tl.dot(gates.to(tl.float16), which.to(tl.float16))
-    return total
-
-
-@triton.jit
-def fades_of(gates, ic, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr):
-    """(e^b, e^c, e^{b_C - b}, e^{b_C}) of a chunk: C × K, or C × 1; the last without its first axis."""
-    here, other = ic[:, None], ic[None, :]
-    reading = tl.exp2(summed(other <= here, gates, GATE, EXACT))
-    finding = reading
-    if BEFORE:
-        finding = tl.exp2(summed(other < here, gates, GATE, EXACT))
-    return reading, finding, tl.exp2(summed(other > here, gates, GATE, EXACT)), tl.exp2(tl.sum(gates, 0))
-
-
-@triton.jit
-def to_middle(gates, ic, half, BEFORE: tl.constexpr, EXACT: tl.constexpr):
-    """e^{sum of the gates between a token and the middle of its block of 2·half tokens}: C × K, at most 1.
-
-    From the middle on: up to and with the token's own gate (BEFORE: without); before the middle: after the token.
+    Places in order: `place_of`, or one sequence after the other. The last sequence that begins at or before `place` is
+    found by halves.
     """
-    here, other = ic[:, None], ic[None, :]
-    middle = (here | (2 * half - 1)) + 1 - half
-    until = (other < here) if BEFORE else (other <= here)
-    later = (other >= middle) & until
-    return tl.exp2(summed(later | ((other > here) & (other < middle)), gates, 3, EXACT))
+    if PACKED:
+        n, end = 0, sequences
+        while n + 1 < end:
+            middle = (n + end) // 2
+            start = tl.minimum(tl.maximum(tl.load(borders + middle), 0), tokens)
+            ahead = start // C + middle > place
+            end = tl.where(ahead, middle, end)
+            n = tl.where(ahead, n, middle)
+        start, length = run_of(borders, n, tokens, PACKED)
+        begin = (place - start // C - n).to(tl.int32) * C
+        count = tl.where(begin < 0, 0, tl.minimum(length - begin, C))
+    else:
+        chunks = tl.cdiv(tokens, C)
+        n = place // chunks
+        begin = place % chunks * C
+        start = n.to(tl.int64) * tokens
+        count = tl.minimum(tokens - begin, C)
+    return n, start, begin, count
 
 
 @triton.jit
-def to_middle_across(gates, ic, half, EXACT: tl.constexpr):
-    """`to_middle` of the tokens before the middle, K × C from gates K × C."""
-    here, other = ic[None, :], ic[:, None]
-    middle = (here | (2 * half - 1)) + 1 - half
-    return tl.exp2(summed_across(gates, (other > here) & (other < middle), EXACT))
+def sums_at(sums, rest, at, ok, EXACT: tl.constexpr):
+    """(hi, lo): running sums of gates as `rank_one_sums` left them; 0 where there is no token. lo only with EXACT."""
+    hi = tl.load(sums + at, mask=ok, other=0.0)
+    lo = hi
+    if EXACT:
+        lo = tl.load(rest + at, mask=ok, other=0.0)
+    return hi, lo
+
+
+@triton.jit
+def fading(hi, lo, hi2, lo2, EXACT: tl.constexpr):
+    """e^{-|b - b'|}: what is left of a vector on the way from one of two tokens to the other, at most 1."""
+    exponent = hi - hi2
+    if EXACT:
+        exponent += lo - lo2
+    return tl.exp2(-tl.abs(exponent))
+
+
+@triton.jit
+def summed(which, gates):
+    """Row i: the sum of the gates (C) of the tokens s with which[i, s]."""
+    return tl.sum(tl.where(which, gates[None, :], 0.0), 1)[:, None]
+
+
+@triton.jit
+def fades_of(
+    g, sums, rest, row, at, step, count, ic, ik,
+    K: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """(e^b, e^c, e^{b_C - b}, e^{b_C}) of a chunk of `count` tokens that begins at `row`: C × K, or C × 1; the last
+    without its first axis. at : C × K within the chunk, `step` from token to token."""
+    here, other = ic[:, None], ic[None, :]
+    inside = ic < count
+    if GATE == 2:
+        gates = gates_of(g, row + ic * (step // K), inside)
+        reading = tl.exp2(summed(other <= here, gates))
+        finding = reading
+        if BEFORE:
+            finding = tl.exp2(summed(other < here, gates))
+        writing = tl.exp2(summed(other > here, gates))
+        total = tl.exp2(tl.sum(gates, 0))
+    else:
+        in_k = ik < K
+        ok = inside[:, None] & in_k[None, :]
+        sums += row * K
+        if EXACT:
+            rest += row * K
+        hi, lo = sums_at(sums, rest, at, ok, EXACT)
+        last, last_lo = sums_at(sums, rest, (count - 1) * step + ik, in_k & (count > 0), EXACT)
+        reading = tl.exp2(hi)
+        finding = reading
+        if BEFORE:
+            before, _ = sums_at(sums, rest, at - step, ok & (here > 0), EXACT)
+            finding = tl.exp2(before)
+        writing = fading(hi, lo, last[None, :], last_lo[None, :], EXACT)
+        total = tl.exp2(last)
+    return reading, finding, writing, total
+
+
+@triton.jit
+def pinned(x):
+    """x, which the compiler may not find anew in another layout, nor before its turn.
+
+    It would move the layout of every dot through whatever is element by element and without effects, exponentials
+    included, and out of loops what does not change there: an empty instruction "with effects" stops it.
+    """
+    if COMPILED and x.dtype != tl.float32:
+        x = tl.inline_asm_elementwise("", "=r,0", [x], x.dtype, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
+def faded(x, fade):
+    """x · fade in x's dtype, for dots."""
+    return pinned((pinned(x).to(tl.float32) * fade).to(x.dtype))
+
+
+@triton.jit
+def middle_of(ic, half):
+    """The last token of the earlier half of a token's block of 2·half."""
+    return (ic | (2 * half - 1)) - half
 
 
 @triton.jit
@@ -184,30 +254,44 @@ def meeting(ic, half):
 
 
 @triton.jit
-def inverse_of(L, here, other, LEVELS: tl.constexpr, SOLVING: tl.constexpr):
-    """(I + L)⁻¹, L strictly lower triangular: C × C, C = 16·2^LEVELS.
+def middle_at(sums, rest, row, ic, ik, level, count, heads, K: tl.constexpr, EXACT: tl.constexpr):
+    """`sums_at` the middle of each token's block of 2^(level + 1): C × K."""
+    middle = middle_of(ic, 1 << level)
+    at = row * K + middle[:, None] * (heads * K) + ik[None, :]
+    return sums_at(sums, rest, at, (middle < count)[:, None] & (ik < K)[None, :], EXACT)
 
-    In blocks of 16 by elimination, column j of all blocks at once: what a token changes is taken from those after it.
-    By halves above: [[A, 0], [B, D]]⁻¹ has -D⁻¹ B A⁻¹ in its corner.
+
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
+def rank_one_sums(
+    g, borders, sums, rest, tokens, heads, sequences,
+    K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Running sums of a gate a channel within every chunk, in units of log 2; with EXACT what float32 leaves over, too.
+
+    A decay between two tokens is then one difference, for every level of halves, in every kernel.
     """
-    same = here // 16 == other // 16
-    inside = tl.where(same, L, 0.0)
-    X = tl.where(here == other, 1.0, 0.0)
-    for j in range(0, 15):
-        column = tl.sum(tl.where(other % 16 == j, inside, 0.0), 1)
-        row = tl.sum(tl.where(here % 16 == j, X, 0.0), 0)
-        X -= tl.where(same, column[:, None] * row[None, :], 0.0)
-    for level in tl.static_range(LEVELS):
-        half = 16 << level
-        corner = tl.where((here ^ other >= half) & (here ^ other < 2 * half), L, 0.0)
-        X -= tl.dot(tl.dot(X, corner, input_precision=SOLVING), X, input_precision=SOLVING)
-    return X
+    pid = tl.program_id(0)
+    ik = (pid % SLICES) * BK + tl.arange(0, BK)
+    h = (pid // SLICES) % heads
+    _, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
+    ic = tl.arange(0, C)
+    at = ((start + begin) * heads + h) * K + ic[:, None] * (heads * K) + ik[None, :]
+    ok = (ic < count)[:, None] & (ik < K)[None, :]
+    gates = gates_of(g, at, ok)
+    if EXACT:
+        b = tl.cumsum(gates.to(tl.float64), 0)
+        hi = b.to(tl.float32)
+        tl.store(rest + at, (b - hi.to(tl.float64)).to(tl.float32), mask=ok)
+    else:
+        hi = tl.cumsum(gates, 0)
+    tl.store(sums + at, hi, mask=ok)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def rank_one_prepare(
-    q, e, w, k, beta, g, borders, inverse, mixed, reads, more_reads, finding, asking, writing, adding, totals,
-    tokens, heads, parts,
+    q, e, w, k, beta, g, sums, rest, borders, inverse, mixed, reads, more_reads, finding, asking, writing, adding,
+    totals, tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, PACKED: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, SOLVING: tl.constexpr,
@@ -217,137 +301,128 @@ def rank_one_prepare(
     e is None where it is w, and k where there is one write. Through slices of K twice: for the scores, then with T.
     """
     pid = tl.program_id(0)
-    part = pid % parts
-    h = (pid // parts) % heads
-    n = pid // parts // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
+    h = pid % heads
+    n, start, begin, count = chunk_of(borders, pid // heads, tokens, sequences, C, PACKED)
     ic = tl.arange(0, C)
     here, other = ic[:, None], ic[None, :]
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        count = tl.minimum(stop - begin, C)
-        inside = ic < count
-        row = (start + begin) * heads + h
-        strength = tl.full((C,), 1.0, tl.float32)
-        if BETA:
-            strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        if GATE == 2:
-            gates = gates_of(g, row + ic * heads, inside)
-        L = tl.zeros((C, C), tl.float32)
-        P = tl.zeros((C, C), tl.float32)
-        own = tl.zeros((C,), tl.float32)
+    inside = ic < count
+    row = (start + begin) * heads + h
+    strength = tl.full((C,), 1.0, tl.float32)
+    if BETA:
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+    if GATE == 2:
+        gates = gates_of(g, row + ic * heads, inside)
+    L = tl.zeros((C, C), tl.float32)
+    P = tl.zeros((C, C), tl.float32)
+    own = tl.zeros((C,), tl.float32)
+    if TWO:
+        N = tl.zeros((C, C), tl.float32)
+        Q = tl.zeros((C, C), tl.float32)
+        more = tl.zeros((C,), tl.float32)
+    for s in tl.static_range(SLICES):
+        ik = s * BK + tl.arange(0, BK)
+        at = ic[:, None] * (heads * K) + ik[None, :]
+        ok = inside[:, None] & (ik < K)[None, :]
+        bq = tl.load(q + row * K + at, mask=ok, other=0.0)
+        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+        be = bw
+        if BEFORE:
+            be = tl.load(e + row * K + at, mask=ok, other=0.0)
         if TWO:
-            N = tl.zeros((C, C), tl.float32)
-            Q = tl.zeros((C, C), tl.float32)
-            more = tl.zeros((C,), tl.float32)
-        for s in range(0, SLICES):
-            ik = s * BK + tl.arange(0, BK)
-            at = ic[:, None] * (heads * K) + ik[None, :]
-            ok = inside[:, None] & (ik < K)[None, :]
-            bq = tl.load(q + row * K + at, mask=ok, other=0.0)
-            bw = tl.load(w + row * K + at, mask=ok, other=0.0)
-            be = bw
+            be = -be
+            bk = tl.load(k + row * K + at, mask=ok, other=0.0)
+            more += tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
+        own += tl.sum(bq.to(tl.float32) * bw.to(tl.float32), 1)
+        if GATE == 3:
+            hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
             if BEFORE:
-                be = tl.load(e + row * K + at, mask=ok, other=0.0)
+                before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
+            for level in tl.static_range(LEVELS + 4):
+                meet = meeting(ic, 1 << level) & (here > other)
+                to, to_lo = middle_at(sums, rest, row, ic, ik, level, count, heads, K, EXACT)
+                fade = fading(hi, lo, to, to_lo, EXACT)
+                asked = faded(bq, fade)
+                keys = faded(bw, fade)
+                found = keys
+                if BEFORE:
+                    found = faded(be, fading(before, before_lo, to, to_lo, EXACT))
+                L += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
+                P += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
+                if TWO:
+                    keys = faded(bk, fade)
+                    N += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
+                    Q += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
+        else:
+            L += tl.dot(be, tl.trans(bw), input_precision=PRECISION)
+            P += tl.dot(bq, tl.trans(bw), input_precision=PRECISION)
             if TWO:
-                be = -be
-                bk = tl.load(k + row * K + at, mask=ok, other=0.0)
-                more += tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
-            own += tl.sum(bq.to(tl.float32) * bw.to(tl.float32), 1)
+                N += tl.dot(be, tl.trans(bk), input_precision=PRECISION)
+                Q += tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
+    if GATE == 2:
+        between = decays_between(gates, ic, BEFORE, False, EXACT)
+        L = L * between
+        if TWO:
+            N = N * between
+        between = decays_between(gates, ic, False, False, EXACT)
+        P = P * between
+        if TWO:
+            Q = Q * between
+    L = tl.where(here > other, L, 0.0)
+    P = tl.where(here > other, P, tl.where(here == other, own[:, None], 0.0)) * strength[None, :]
+    Y = solved_by_halves(L, strength, here, other, LEVELS + 4, SOLVING)
+    X = tl.where(here == other, 1.0, -Y * strength[None, :])
+    R = tl.dot(P, X, input_precision=SOLVING)
+    to = here * (heads * C) + other
+    tl.store(inverse + row * C + to, X, mask=inside[:, None])
+    if TWO:
+        N = tl.dot(X, tl.where(here > other, N, 0.0), input_precision=SOLVING)
+        tl.store(mixed + row * C + to, -N, mask=inside[:, None])
+        Q = tl.where(here > other, Q, tl.where(here == other, more[:, None], 0.0))
+        Q -= tl.dot(P, N, input_precision=SOLVING)
+        tl.store(more_reads + row * C + to, Q, mask=inside[:, None])
+    tl.store(reads + row * C + to, R, mask=inside[:, None])
+
+    solved, asks = X.to(inverse.dtype.element_ty), P.to(inverse.dtype.element_ty)
+    slot = place_of(start, n, begin, C) * heads + h
+    for s in tl.static_range(SLICES):
+        ik = s * BK + tl.arange(0, BK)
+        at = ic[:, None] * (heads * K) + ik[None, :]
+        ok = inside[:, None] & (ik < K)[None, :]
+        seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
+        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+        be = bw
+        if BEFORE:
+            be = tl.load(e + row * K + at, mask=ok, other=0.0)
+        if TWO:
+            be = -be
+        written = strength[:, None] * bw.to(tl.float32)
+        if GATE != 0:
+            reach, find, last, total = fades_of(
+                g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT
+            )
+            seen = seen * reach
+            be = (be.to(tl.float32) * find).to(be.dtype)
+            written = written * last
             if GATE == 3:
-                across = ik[:, None] + ic[None, :] * (heads * K)
-                ok_across = (ik < K)[:, None] & inside[None, :]
-                wide = tl.load(w + row * K + across, mask=ok_across, other=0.0)
-                if TWO:
-                    wide_k = tl.load(k + row * K + across, mask=ok_across, other=0.0)
-                gates = gates_of(g + row * K, at, ok)
-                gates_across = gates_of(g + row * K, across, ok_across)
-                for level in range(0, LEVELS + 4):
-                    half = 1 << level
-                    meet = meeting(ic, half) & (here > other)
-                    fade = to_middle(gates, ic, half, False, EXACT)
-                    asked = (bq.to(tl.float32) * fade).to(bq.dtype)
-                    if BEFORE:
-                        fade = to_middle(gates, ic, half, True, EXACT)
-                    found = (be.to(tl.float32) * fade).to(bq.dtype)
-                    fade = to_middle_across(gates_across, ic, half, EXACT)
-                    keys = (wide.to(tl.float32) * fade).to(bq.dtype)
-                    L += tl.where(meet, tl.dot(found, keys, input_precision=PRECISION), 0.0)
-                    P += tl.where(meet, tl.dot(asked, keys, input_precision=PRECISION), 0.0)
-                    if TWO:
-                        keys = (wide_k.to(tl.float32) * fade).to(bq.dtype)
-                        N += tl.where(meet, tl.dot(found, keys, input_precision=PRECISION), 0.0)
-                        Q += tl.where(meet, tl.dot(asked, keys, input_precision=PRECISION), 0.0)
+                tl.store(totals + slot * K + ik, total, mask=ik < K)
             else:
-                L += tl.dot(be, tl.trans(bw), input_precision=PRECISION)
-                P += tl.dot(bq, tl.trans(bw), input_precision=PRECISION)
-                if TWO:
-                    N += tl.dot(be, tl.trans(bk), input_precision=PRECISION)
-                    Q += tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
-        if GATE == 2:
-            between = decays_between(gates, ic, BEFORE, False, EXACT)
-            L = L * between
-            if TWO:
-                N = N * between
-            between = decays_between(gates, ic, False, False, EXACT)
-            P = P * between
-            if TWO:
-                Q = Q * between
-        L = tl.where(here > other, L, 0.0) * strength[None, :]
-        P = tl.where(here > other, P, tl.where(here == other, own[:, None], 0.0)) * strength[None, :]
-        X = inverse_of(L, here, other, LEVELS, SOLVING)
-        R = tl.dot(P, X, input_precision=SOLVING)
-        to = here * (heads * C) + other
-        tl.store(inverse + row * C + to, X, mask=inside[:, None])
+                tl.store(totals + slot, total)
+        found = tl.dot(solved, be, input_precision=PRECISION)
+        seen -= tl.dot(asks, found.to(be.dtype), input_precision=PRECISION)
+        tl.store(finding + row * K + at, -found, mask=ok)
+        tl.store(asking + row * K + at, seen, mask=ok)
+        tl.store(writing + row * K + at, written, mask=ok)
         if TWO:
-            N = tl.dot(X, tl.where(here > other, N, 0.0), input_precision=SOLVING)
-            tl.store(mixed + row * C + to, -N, mask=inside[:, None])
-            Q = tl.where(here > other, Q, tl.where(here == other, more[:, None], 0.0))
-            Q -= tl.dot(P, N, input_precision=SOLVING)
-            tl.store(more_reads + row * C + to, Q, mask=inside[:, None])
-        tl.store(reads + row * C + to, R, mask=inside[:, None])
-
-        solved, asks = X.to(inverse.dtype.element_ty), P.to(inverse.dtype.element_ty)
-        slot = place_of(start, n, begin, C) * heads + h
-        for s in range(0, SLICES):
-            ik = s * BK + tl.arange(0, BK)
-            at = ic[:, None] * (heads * K) + ik[None, :]
-            ok = inside[:, None] & (ik < K)[None, :]
-            seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
-            bw = tl.load(w + row * K + at, mask=ok, other=0.0)
-            be = bw
-            if BEFORE:
-                be = tl.load(e + row * K + at, mask=ok, other=0.0)
-            if TWO:
-                be = -be
-            written = strength[:, None] * bw.to(tl.float32)
+            added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
             if GATE != 0:
-                if GATE == 3:
-                    gates = gates_of(g + row * K, at, ok)
-                reach, find, last, total = fades_of(gates, ic, GATE, BEFORE, EXACT)
-                seen = seen * reach
-                be = (be.to(tl.float32) * find).to(be.dtype)
-                written = written * last
-                if GATE == 3:
-                    tl.store(totals + slot * K + ik, total, mask=ik < K)
-                else:
-                    tl.store(totals + slot, total)
-            found = tl.dot(solved, be, input_precision=PRECISION)
-            seen -= tl.dot(asks, found.to(be.dtype), input_precision=PRECISION)
-            tl.store(finding + row * K + at, -found, mask=ok)
-            tl.store(asking + row * K + at, seen, mask=ok)
-            tl.store(writing + row * K + at, written, mask=ok)
-            if TWO:
-                added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
-                if GATE != 0:
-                    added = added * last
-                tl.store(adding + row * K + at, added, mask=ok)
+                added = added * last
+            tl.store(adding + row * K + at, added, mask=ok)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def rank_one_reverse(
-    q, e, w, k, beta, g, borders, inverse, mixed, finding, asking, writing, adding, tokens, heads, parts,
+    q, e, w, k, beta, g, sums, rest, borders, inverse, mixed, finding, asking, writing, adding,
+    tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -355,48 +430,40 @@ def rank_one_reverse(
     """-e e^c, q e^b, Tᵀ w' and, with two writes, k' - (T N)ᵀ w' of every chunk, for a slice of K: b t h K each."""
     pid = tl.program_id(0)
     ik = (pid % SLICES) * BK + tl.arange(0, BK)
-    part = (pid // SLICES) % parts
-    h = (pid // SLICES // parts) % heads
-    start, length = run_of(borders, pid // SLICES // parts // heads, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
+    h = (pid // SLICES) % heads
+    _, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
     ic = tl.arange(0, C)
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        inside = ic < tl.minimum(stop - begin, C)
-        row = (start + begin) * heads + h
-        at = ic[:, None] * (heads * K) + ik[None, :]
-        ok = inside[:, None] & (ik < K)[None, :]
-        across = ic[None, :] * (heads * C) + ic[:, None]
-        solved = tl.load(inverse + row * C + across, mask=inside[None, :], other=0.0)
-        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
-        seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
-        written = bw.to(tl.float32)
-        found = -written
-        if BEFORE:
-            found = -tl.load(e + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    inside = ic < count
+    row = (start + begin) * heads + h
+    at = ic[:, None] * (heads * K) + ik[None, :]
+    ok = inside[:, None] & (ik < K)[None, :]
+    across = ic[None, :] * (heads * C) + ic[:, None]
+    solved = tl.load(inverse + row * C + across, mask=inside[None, :], other=0.0)
+    bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+    seen = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    written = bw.to(tl.float32)
+    found = -written
+    if BEFORE:
+        found = -tl.load(e + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    if TWO:
+        found = -found
+        added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    if BETA:
+        written = written * tl.load(beta + row + ic * heads, mask=inside, other=0.0)[:, None]
+    if GATE != 0:
+        reach, find, last, _ = fades_of(g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT)
+        seen = seen * reach
+        found = found * find
+        written = written * last
         if TWO:
-            found = -found
-            added = tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32)
-        if BETA:
-            written = written * tl.load(beta + row + ic * heads, mask=inside, other=0.0)[:, None]
-        if GATE != 0:
-            if GATE == 3:
-                gates = gates_of(g + row * K, at, ok)
-            else:
-                gates = gates_of(g, row + ic * heads, inside)
-            reach, find, last, _ = fades_of(gates, ic, GATE, BEFORE, EXACT)
-            seen = seen * reach
-            found = found * find
-            written = written * last
-            if TWO:
-                added = added * last
-        written = written.to(bw.dtype)
-        tl.store(finding + row * K + at, found, mask=ok)
-        tl.store(asking + row * K + at, seen, mask=ok)
-        tl.store(writing + row * K + at, tl.dot(solved, written, input_precision=PRECISION), mask=ok)
-        if TWO:
-            turned = tl.load(mixed + row * C + across, mask=inside[None, :], other=0.0)
-            tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)
+            added = added * last
+    written = written.to(bw.dtype)
+    tl.store(finding + row * K + at, found, mask=ok)
+    tl.store(asking + row * K + at, seen, mask=ok)
+    tl.store(writing + row * K + at, tl.dot(solved, written, input_precision=PRECISION), mask=ok)
+    if TWO:
+        turned = tl.load(mixed + row * C + across, mask=inside[None, :], other=0.0)
+        tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -474,210 +541,303 @@ def rank_one_sweep(
 
 
 @triton.jit
-def from_earlier(
-    seen, erased, keys, gates, ic,
-    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(Σ_{j<i} seen_ij keys_j e^{b_i - b_j}, Σ_{j<i} erased_ij keys_j e^{c_i - b_j}): C × K each, by levels."""
+def sums_behind(later, erasing, ic, BEFORE: tl.constexpr):
+    """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing, summed over channels: C."""
     here, other = ic[:, None], ic[None, :]
-    if GATE == 3:
-        asked, found = keys.to(tl.float32) * 0.0, keys.to(tl.float32) * 0.0
-        seen, erased = seen.to(keys.dtype), erased.to(keys.dtype)
-        for level in range(0, LEVELS + 4):
-            half = 1 << level
-            meet = meeting(ic, half) & (here > other)
-            fade = to_middle(gates, ic, half, False, EXACT)
-            faded = (keys.to(tl.float32) * fade).to(keys.dtype)
-            asked += fade * tl.dot(tl.where(meet, seen, 0.0), faded, input_precision=PRECISION)
-            if BEFORE:
-                fade = to_middle(gates, ic, half, True, EXACT)
-            found += fade * tl.dot(tl.where(meet, erased, 0.0), faded, input_precision=PRECISION)
-    else:
-        if GATE == 2:
-            seen = seen * decays_between(gates, ic, False, False, EXACT)
-            erased = erased * decays_between(gates, ic, BEFORE, False, EXACT)
-        seen, erased = tl.where(here > other, seen, 0.0), tl.where(here > other, erased, 0.0)
-        asked = tl.dot(seen.to(keys.dtype), keys, input_precision=PRECISION)
-        found = tl.dot(erased.to(keys.dtype), keys, input_precision=PRECISION)
-    return asked, found
+    until = (other > here) if BEFORE else (other >= here)
+    value = tl.sum(tl.where(other >= here, tl.sum(later, 1)[None, :], 0.0), 1)
+    return value + tl.sum(tl.where(until, tl.sum(erasing, 1)[None, :], 0.0), 1)
 
 
 @triton.jit
-def from_later(
-    seen, erased, queries, finders, gates, ic,
-    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Σ_{i>j} (seen_ji queries_i e^{b_i - b_j} - erased_ji finders_i e^{c_i - b_j}): C × K, by levels."""
+def sums_behind_of_channels(later, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
+    """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing: C × K, as products with zeros and ones.
+
+    EXACT: nothing is taken off again, since under strong gates what remains is much smaller. Else each number is two of
+    bfloat16, which keep 2^-17 of it: a scan is shuffles between threads, four times as many instructions.
+    """
     here, other = ic[:, None], ic[None, :]
-    if GATE == 3:
-        written = queries.to(tl.float32) * 0.0
-        seen, erased = seen.to(queries.dtype), -erased.to(queries.dtype)
-        for level in range(0, LEVELS + 4):
-            half = 1 << level
-            meet = meeting(ic, half) & (here < other)
-            fade = to_middle(gates, ic, half, False, EXACT)
-            find = fade
-            if BEFORE:
-                find = to_middle(gates, ic, half, True, EXACT)
-            faded = (queries.to(tl.float32) * fade).to(queries.dtype)
-            change = tl.dot(tl.where(meet, seen, 0.0), faded, input_precision=PRECISION)
-            faded = (finders.to(tl.float32) * find).to(queries.dtype)
-            written += fade * tl.dot(tl.where(meet, erased, 0.0), faded, change, input_precision=PRECISION)
-    else:
-        if GATE == 2:
-            seen = seen * decays_between(gates, ic, False, True, EXACT)
-            erased = erased * decays_between(gates, ic, BEFORE, True, EXACT)
-        seen, erased = tl.where(here < other, seen, 0.0), tl.where(here < other, -erased, 0.0)
-        written = tl.dot(seen.to(queries.dtype), queries, input_precision=PRECISION)
-        written = tl.dot(erased.to(queries.dtype), finders, written, input_precision=PRECISION)
-    return written
-
-
-@triton.jit
-def gate_sums(begun, later, kept, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
-    """begun + Σ_{s>=t} later + Σ_{s<t} kept + Σ_{s>=t, BEFORE: s>t} erasing: C × K. EXACT: nothing is taken off again,
-    since under strong gates what remains is much smaller."""
     if EXACT:
-        here, other = ic[:, None], ic[None, :]
-        value = begun[None, :] + tl.dot((other >= here).to(tl.float32), later, input_precision="ieee")
-        value = tl.dot((other < here).to(tl.float32), kept, value, input_precision="ieee")
+        value = tl.dot((other >= here).to(tl.float32), later, input_precision="ieee")
         until = (other > here) if BEFORE else (other >= here)
         value = tl.dot(until.to(tl.float32), erasing, value, input_precision="ieee")
     else:
-        value = (begun + tl.sum(kept, 0))[None, :] + tl.cumsum(later + erasing - kept, 0, reverse=True)
+        which, total = (other >= here).to(PART), later + erasing
+        rough = total.to(PART)
+        value = tl.dot(which, (total - rough.to(tl.float32)).to(PART), input_precision="ieee")
+        value = tl.dot(which, rough, value, input_precision="ieee")
         if BEFORE:
             value -= erasing
     return value
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
-def rank_one_gradients(
-    do, y, r, v, q, e, w, k, beta, g, borders, states, cotangents, dq, de, dw, dk, dbeta, dg,
-    tokens, heads, parts, count_rows,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
-    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr,
-    GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq, de (with two writes that of -e), dw (without BEFORE dw + de), dk of two writes, for a slice of K of every
-    chunk; this slice's part of dβ; with GATES dg or, of one number a token, this slice's part of it.
+@triton.jit
+def gate_sums(begun, later, kept, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
+    """begun + Σ_{s<t} kept + `sums_behind_of_channels`: C × K."""
+    if EXACT:
+        value = begun[None, :] + sums_behind_of_channels(later, erasing, ic, BEFORE, EXACT)
+        before = (ic[None, :] < ic[:, None]).to(tl.float32)
+        value = tl.dot(before, kept, value, input_precision="ieee")
+    else:
+        value = (begun + tl.sum(kept, 0))[None, :]
+        value += sums_behind_of_channels(later - kept, erasing, ic, BEFORE, EXACT)
+    return value
 
-    Parts lie as slices b t h. First what each token reads and finds, then what it wrote: one after the other, so that
-    the scores of one are out of the registers when those of the other come.
+
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
+def rank_one_gradients(
+    do, y, r, v, q, e, w, k, beta, g, sums, rest, borders, states, cotangents, seen, erased, seen_v, erased_v,
+    dq, de, dw, dk, dbeta, dg, tokens, heads, sequences, count_rows,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, GATES: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What comes through states and their cotangents to dq, de (with two writes that of -e), dw (without BEFORE dw +
+    de) and dk of two writes, for a slice of K of every chunk; this slice's part of dβ; with GATES dg or, of one number
+    a token, this slice's part of it. And for `rank_one_pairs` tril(do rᵀ), stril(y rᵀ), with two writes also
+    tril(do vᵀ), stril(y vᵀ): b t h C.
+
+    Parts lie as slices b t h.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
     ik = s * BK + tl.arange(0, BK)
-    part = (pid // SLICES) % parts
-    h = (pid // SLICES // parts) % heads
-    n = pid // SLICES // parts // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
-    ic, iv = tl.arange(0, C), tl.arange(0, BV)
+    h = (pid // SLICES) % heads
+    n, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
+    ic = tl.arange(0, C)
     here, other = ic[:, None], ic[None, :]
-    in_k, in_v = ik < K, iv < V
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        inside = ic < tl.minimum(stop - begin, C)
-        row = (start + begin) * heads + h
-        slot = place_of(start, n, begin, C) * heads + h
-        at = ic[:, None] * (heads * K) + ik[None, :]
-        ok = inside[:, None] & in_k[None, :]
-        at_v = ic[:, None] * (heads * V) + iv[None, :]
-        ok_v = inside[:, None] & in_v[None, :]
-        turned = iv[:, None] + ik[None, :] * V
-        in_cell = in_v[:, None] & in_k[None, :]
-        bdo = tl.load(do + row * V + at_v, mask=ok_v, other=0.0)
-        by = tl.load(y + row * V + at_v, mask=ok_v, other=0.0)
-        br = tl.load(r + row * V + at_v, mask=ok_v, other=0.0)
-        bq = tl.load(q + row * K + at, mask=ok, other=0.0)
-        bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+    in_k, inside = ik < K, ic < count
+    row = (start + begin) * heads + h
+    slot = place_of(start, n, begin, C) * heads + h
+    asked = tl.zeros((C, BK), tl.float32)
+    found = tl.zeros((C, BK), tl.float32)
+    written = tl.zeros((C, BK), tl.float32)
+    begun = tl.zeros((BK,), tl.float32)
+    A = tl.zeros((C, C), tl.float32)
+    B = tl.zeros((C, C), tl.float32)
+    if TWO:
+        added = tl.zeros((C, BK), tl.float32)
+        Av = tl.zeros((C, C), tl.float32)
+        Bv = tl.zeros((C, C), tl.float32)
+    for j in range(0, V, BV):
+        iv = j + tl.arange(0, BV)
+        at_v = row * V + here * (heads * V) + iv[None, :]
+        ok_v = inside[:, None] & (iv < V)[None, :]
+        turned = slot * K * V + iv[:, None] + ik[None, :] * V
+        in_cell = (iv < V)[:, None] & in_k[None, :]
+        bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
+        by = tl.load(y + at_v, mask=ok_v, other=0.0)
+        br = tl.load(r + at_v, mask=ok_v, other=0.0)
+        S = tl.load(states + turned, mask=in_cell, other=0.0)
+        E = tl.load(cotangents + turned, mask=in_cell, other=0.0)
+        asked = tl.dot(bdo, S, asked, input_precision=PRECISION)
+        found = tl.dot(by, S, found, input_precision=PRECISION)
+        written = tl.dot(br, E, written, input_precision=PRECISION)
+        A = tl.dot(bdo, tl.trans(br), A, input_precision=PRECISION)
+        B = tl.dot(by, tl.trans(br), B, input_precision=PRECISION)
+        if TWO:
+            bv = tl.load(v + at_v, mask=ok_v, other=0.0)
+            added = tl.dot(bv, E, added, input_precision=PRECISION)
+            Av = tl.dot(bdo, tl.trans(bv), Av, input_precision=PRECISION)
+            Bv = tl.dot(by, tl.trans(bv), Bv, input_precision=PRECISION)
+        if GATES:
+            begun += tl.sum(S.to(tl.float32) * E.to(tl.float32), 0)
+
+    along = row * C + here * (heads * C) + other
+    once = inside[:, None] & (s == 0)
+    tl.store(seen + along, tl.where(here >= other, A, 0.0), mask=once)
+    tl.store(erased + along, tl.where(here > other, B, 0.0), mask=once)
+    if TWO:
+        tl.store(seen_v + along, tl.where(here >= other, Av, 0.0), mask=once)
+        tl.store(erased_v + along, tl.where(here > other, Bv, 0.0), mask=once)
+    at = here * (heads * K) + ik[None, :]
+    ok = inside[:, None] & in_k[None, :]
+    strength = tl.full((C,), 1.0, tl.float32)
+    if BETA:
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+    found = -found
+    if GATE != 0:
+        reach, find, last, total = fades_of(g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT)
+        asked, found, written = asked * reach, found * find, written * last
+        begun = begun * total
+        if TWO:
+            added = added * last
+    bw = tl.load(w + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dq + row * K + at, asked, mask=ok)
+    if BETA:
+        to_beta = dbeta + s.to(tl.int64) * count_rows + row + ic * heads
+        tl.store(to_beta, tl.sum(bw * written, 1), mask=inside)
+    change = written * strength[:, None]
+    if BEFORE:
+        tl.store(de + row * K + at, -found if TWO else found, mask=ok)
+        tl.store(dw + row * K + at, change, mask=ok)
+    else:
+        tl.store(dw + row * K + at, change + found, mask=ok)
+    if TWO:
+        tl.store(dk + row * K + at, added, mask=ok)
+    if GATES:
+        later = tl.load(q + row * K + at, mask=ok, other=0.0).to(tl.float32) * asked
+        kept = bw * change
         be = bw
         if BEFORE:
-            be = tl.load(e + row * K + at, mask=ok, other=0.0)
+            be = tl.load(e + row * K + at, mask=ok, other=0.0).to(tl.float32)
         if TWO:
             be = -be
-            bk = tl.load(k + row * K + at, mask=ok, other=0.0)
-            bv = tl.load(v + row * V + at_v, mask=ok_v, other=0.0)
-        strong = bw.to(tl.float32)
-        if BETA:
-            strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-            strong = strong * strength[:, None]
-        gates = inside
+            kept += tl.load(k + row * K + at, mask=ok, other=0.0).to(tl.float32) * added
         if GATE == 3:
-            gates = gates_of(g + row * K, at, ok)
-        if GATE == 2:
-            gates = gates_of(g, row + ic * heads, inside)
-        if GATE != 0:
-            reach, find, last, total = fades_of(gates, ic, GATE, BEFORE, EXACT)
+            value = gate_sums(begun, later, kept, be * found, ic, BEFORE, EXACT)
+            tl.store(dg + row * K + at, value, mask=ok)
+        else:
+            value = tl.sum(begun, 0) + sums_behind(later, be * found, ic, BEFORE)
+            value += tl.sum(tl.where(other < here, tl.sum(kept, 1)[None, :], 0.0), 1)
+            tl.store(dg + s.to(tl.int64) * count_rows + row + ic * heads, value, mask=inside)
 
-        seen = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
-        erased = tl.dot(by, tl.trans(br), input_precision=PRECISION)
-        own = tl.sum(tl.where(here == other, seen, 0.0), 1)[:, None]
-        asked, found = from_earlier(
-            seen, erased, strong.to(bq.dtype), gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION
-        )
-        itself = own * strong
+
+@triton.jit
+def scores_at(seen, erased, at, ok, decay, decay_before, which, GATE: tl.constexpr):
+    """A chunk's do rᵀ and -y rᵀ off the diagonal, with the decays of a gate of one number a token."""
+    a, b = tl.load(seen + at, mask=ok, other=0.0), tl.load(erased + at, mask=ok, other=0.0)
+    if GATE == 2:
+        a, b = (a.to(tl.float32) * decay).to(a.dtype), (b.to(tl.float32) * decay_before).to(b.dtype)
+    return tl.where(which, a, 0.0).to(a.dtype), tl.where(which, -b, 0.0).to(b.dtype)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
+def rank_one_pairs(
+    q, e, w, k, beta, g, sums, rest, borders, seen, erased, seen_v, erased_v, dq, de, dw, dk, dbeta, dg,
+    tokens, heads, sequences, count_rows,
+    K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr,
+    GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to what `rank_one_gradients` left what comes from other tokens of the chunk, and from a token itself."""
+    pid = tl.program_id(0)
+    s = pid % SLICES
+    ik = s * BK + tl.arange(0, BK)
+    h = (pid // SLICES) % heads
+    _, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
+    ic = tl.arange(0, C)
+    here, other = ic[:, None], ic[None, :]
+    in_k, inside = ik < K, ic < count
+    row = (start + begin) * heads + h
+    at = here * (heads * K) + ik[None, :]
+    ok = inside[:, None] & in_k[None, :]
+    bq = tl.load(q + row * K + at, mask=ok, other=0.0)
+    bw = tl.load(w + row * K + at, mask=ok, other=0.0)
+    be = bw
+    if BEFORE:
+        be = tl.load(e + row * K + at, mask=ok, other=0.0)
+    if TWO:
+        be = -be
+        bk = tl.load(k + row * K + at, mask=ok, other=0.0)
+    strength = tl.full((C,), 1.0, tl.float32)
+    if BETA:
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+    decay, decay_before, turned_decay, turned_before = 1.0, 1.0, 1.0, 1.0
+    if GATE == 2:
+        gates = gates_of(g, row + ic * heads, inside)
+        decay = decays_between(gates, ic, False, False, EXACT)
+        decay_before = decays_between(gates, ic, BEFORE, False, EXACT)
+        turned_decay = decays_between(gates, ic, False, True, EXACT)
+        turned_before = decays_between(gates, ic, BEFORE, True, EXACT)
+    along = row * C + here * (heads * C) + other
+    across = row * C + here + other * (heads * C)
+    A, B = scores_at(seen, erased, along, inside[:, None], decay, decay_before, here > other, GATE)
+    A = (A.to(tl.float32) * strength[None, :]).to(bq.dtype)
+    B = (B.to(tl.float32) * strength[None, :]).to(bq.dtype)
+    At, Bt = scores_at(seen, erased, across, inside[None, :], turned_decay, turned_before, here < other, GATE)
+    if TWO:
+        Av, Bv = scores_at(seen_v, erased_v, along, inside[:, None], decay, decay_before, here > other, GATE)
+        Avt, Bvt = scores_at(seen_v, erased_v, across, inside[None, :], turned_decay, turned_before, here < other, GATE)
+    if GATE == 3:
+        asked = tl.zeros((C, BK), tl.float32)
+        found = tl.zeros((C, BK), tl.float32)
+        pairs = tl.zeros((C, BK), tl.float32)
         if TWO:
-            seen = tl.dot(bdo, tl.trans(bv), input_precision=PRECISION)
-            erased = tl.dot(by, tl.trans(bv), input_precision=PRECISION)
-            own_v = tl.sum(tl.where(here == other, seen, 0.0), 1)[:, None]
-            more, more_found = from_earlier(seen, erased, bk, gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION)
-            asked += more
-            found += more_found
-            itself += own_v * bk.to(tl.float32)
-        S = tl.load(states + slot * K * V + turned, mask=in_cell, other=0.0)
-        through = tl.dot(bdo, S, input_precision=PRECISION)
-        erases = tl.dot(by, S, input_precision=PRECISION)
-        if GATE != 0:
-            through, erases = through * reach, erases * find
-        asked += through
-        found = -found - erases
-        later = bq.to(tl.float32) * asked
-        erasing = be.to(tl.float32) * found
-        tl.store(dq + row * K + at, asked + itself, mask=ok)
+            more = tl.zeros((C, BK), tl.float32)
+        hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
         if BEFORE:
-            tl.store(de + row * K + at, -found if TWO else found, mask=ok)
-
-        E = tl.load(cotangents + slot * K * V + turned, mask=in_cell, other=0.0)
-        seen = tl.dot(br, tl.trans(bdo), input_precision=PRECISION)
-        erased = tl.dot(br, tl.trans(by), input_precision=PRECISION)
-        pairs = from_later(seen, erased, bq, be, gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION)
-        written = tl.dot(br, E, input_precision=PRECISION)
-        if GATE != 0:
-            written = written * last
-        kept = strong * written
-        later -= strong * pairs
-        written += pairs + own * bq.to(tl.float32)
-        if BETA:
-            change = tl.sum(bw.to(tl.float32) * written, 1)
-            tl.store(dbeta + s.to(tl.int64) * count_rows + row + ic * heads, change, mask=inside)
-            written = written * strength[:, None]
-        if not BEFORE:
-            written += found
-        tl.store(dw + row * K + at, written, mask=ok)
+            before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
+        for level in range(0, LEVELS + 4):
+            meet = meeting(ic, 1 << level)
+            to, to_lo = middle_at(sums, rest, row, ic, ik, level, count, heads, K, EXACT)
+            fade = fading(hi, lo, to, to_lo, EXACT)
+            find = fade
+            if BEFORE:
+                find = fading(before, before_lo, to, to_lo, EXACT)
+            keys = faded(bw, fade)
+            queries = faded(bq, fade)
+            finders = keys
+            if BEFORE:
+                finders = faded(be, find)
+            change = tl.dot(pinned(tl.where(meet, pinned(A), 0.0)), keys, input_precision=PRECISION)
+            change_found = tl.dot(pinned(tl.where(meet, pinned(B), 0.0)), keys, input_precision=PRECISION)
+            if TWO:
+                keys = faded(bk, fade)
+                change = tl.dot(pinned(tl.where(meet, pinned(Av), 0.0)), keys, change, input_precision=PRECISION)
+                change_found = tl.dot(
+                    pinned(tl.where(meet, pinned(Bv), 0.0)), keys, change_found, input_precision=PRECISION
+                )
+            asked += fade * change
+            found += find * change_found
+            change = tl.dot(pinned(tl.where(meet, pinned(At), 0.0)), queries, input_precision=PRECISION)
+            change = tl.dot(pinned(tl.where(meet, pinned(Bt), 0.0)), finders, change, input_precision=PRECISION)
+            pairs += fade * change
+            if TWO:
+                change = tl.dot(pinned(tl.where(meet, pinned(Avt), 0.0)), queries, input_precision=PRECISION)
+                change = tl.dot(pinned(tl.where(meet, pinned(Bvt), 0.0)), finders, change, input_precision=PRECISION)
+                more += fade * change
+    else:
+        asked = tl.dot(A, bw, input_precision=PRECISION)
+        found = tl.dot(B, bw, input_precision=PRECISION)
+        pairs = tl.dot(At, bq, input_precision=PRECISION)
+        pairs = tl.dot(Bt, be, pairs, input_precision=PRECISION)
         if TWO:
-            seen = tl.dot(bv, tl.trans(bdo), input_precision=PRECISION)
-            erased = tl.dot(bv, tl.trans(by), input_precision=PRECISION)
-            pairs = from_later(seen, erased, bq, be, gates, ic, LEVELS, GATE, BEFORE, EXACT, PRECISION)
-            added = tl.dot(bv, E, input_precision=PRECISION)
-            if GATE != 0:
-                added = added * last
-            kept += bk.to(tl.float32) * added
-            later -= bk.to(tl.float32) * pairs
-            tl.store(dk + row * K + at, added + pairs + own_v * bq.to(tl.float32), mask=ok)
-        if GATES:
-            S = tl.load(states + slot * K * V + turned, mask=in_cell, other=0.0)
-            begun = tl.sum(S.to(tl.float32) * E.to(tl.float32), 0) * total
-            if GATE == 3:
-                value = gate_sums(begun, later, kept, erasing, ic, BEFORE, EXACT)
-                tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
-            else:
-                until = (other > here) if BEFORE else (other >= here)
-                value = tl.sum(begun, 0) + tl.sum(tl.where(other >= here, tl.sum(later, 1)[None, :], 0.0), 1)
-                value += tl.sum(tl.where(other < here, tl.sum(kept, 1)[None, :], 0.0), 1)
-                value += tl.sum(tl.where(until, tl.sum(erasing, 1)[None, :], 0.0), 1)
-                to = dg + s.to(tl.int64) * count_rows + row + ic * heads
-                tl.store(to, tl.where(gates < NOTHING, 0.0, value), mask=inside)
+            asked = tl.dot(Av, bk, asked, input_precision=PRECISION)
+            found = tl.dot(Bv, bk, found, input_precision=PRECISION)
+            more = tl.dot(Avt, bq, input_precision=PRECISION)
+            more = tl.dot(Bvt, be, more, input_precision=PRECISION)
+
+    own = tl.load(seen + row * C + ic * (heads * C + 1), mask=inside, other=0.0).to(tl.float32)[:, None]
+    wide, strong = bq.to(tl.float32), bw.to(tl.float32) * strength[:, None]
+    if GATES:
+        later = wide * asked - strong * pairs
+        erasing = be.to(tl.float32) * found
+        if TWO:
+            later -= bk.to(tl.float32) * more
+        if GATE == 3:
+            value = sums_behind_of_channels(later, erasing, ic, BEFORE, EXACT)
+            value += tl.load(dg + row * K + at, mask=ok, other=0.0)
+            before, _ = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
+            gates = sums_at(sums, rest, row * K + at, ok, EXACT)[0] - before
+            tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
+        else:
+            to_gates = dg + s.to(tl.int64) * count_rows + row + ic * heads
+            value = tl.load(to_gates, mask=inside, other=0.0) + sums_behind(later, erasing, ic, BEFORE)
+            tl.store(to_gates, tl.where(gates < NOTHING, 0.0, value), mask=inside)
+    asked += own * strong
+    if TWO:
+        own_v = tl.load(seen_v + row * C + ic * (heads * C + 1), mask=inside, other=0.0).to(tl.float32)[:, None]
+        asked += own_v * bk.to(tl.float32)
+        more += own_v * wide + tl.load(dk + row * K + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(dk + row * K + at, more, mask=ok)
+    asked += tl.load(dq + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dq + row * K + at, asked, mask=ok)
+    pairs += own * wide
+    if BETA:
+        to_beta = dbeta + s.to(tl.int64) * count_rows + row + ic * heads
+        change = tl.sum(bw.to(tl.float32) * pairs, 1) + tl.load(to_beta, mask=inside, other=0.0)
+        tl.store(to_beta, change, mask=inside)
+        pairs = pairs * strength[:, None]
+    if BEFORE:
+        if TWO:
+            found = -found
+        found += tl.load(de + row * K + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(de + row * K + at, found, mask=ok)
+    else:
+        pairs += found
+    pairs += tl.load(dw + row * K + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dw + row * K + at, pairs, mask=ok)
 
 
 @triton.jit
@@ -745,17 +905,40 @@ def slots_of(q: Tensor, borders: Tensor | None) -> int:
     return places(q, borders, chunk_for(q))
 
 
-def in_chunks(q: Tensor, borders: Tensor | None) -> tuple[dict, int]:
-    """The sizes of a kernel that goes through chunks in any order, and the parts of a sequence."""
-    K = q.shape[-1]
-    block = min(32 if q.element_size() == 4 else 64, padded(K))
+def in_chunks(q: Tensor, borders: Tensor | None, kernel: str) -> tuple[dict, int]:
+    """The sizes of a kernel that takes chunks in any order, a program each, and the chunks of all sequences and heads.
+
+    Where documents share a row there are places for as many as there can be.
+    """
+    K, C = q.shape[-1], chunk_for(q)
+    columns, warps, registers = CHUNKS[q.element_size()][kernel]
+    block = min(columns, padded(K))
     kind = {"PACKED": borders is not None, "EXACT": q.element_size() == 4, "PRECISION": "ieee"}
-    parts = decay.parts_of(q, borders)
-    return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": chunk_for(q), **kind}, parts
+    options = {"num_warps": warps, "num_stages": 1 if q.element_size() == 4 else 2}
+    if registers is not None and not decay.INTERPRETED:
+        options["maxnreg"] = registers
+    chunks = q.shape[0] * triton.cdiv(q.shape[1], C) if borders is None else slots_of(q, borders)
+    return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": C, **kind, **options}, chunks * q.shape[2]
 
 
 def levels_of(q: Tensor) -> int:
     return (chunk_for(q) // 16).bit_length() - 1
+
+
+def sums_in_chunks(q: Tensor, g: Tensor | None, borders: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`rank_one_sums`: running sums of a gate a channel (b t h K), for float32 tokens also what they leave over."""
+    if g is None or g.ndim == 3:
+        return None, None
+    shape, programs = in_chunks(q, borders, "prepare")
+    block = min(128, padded(shape["K"]))  # with one warp a thread has all tokens of its channels, and a scan is sums
+    slices, exact = triton.cdiv(shape["K"], block), shape["EXACT"]
+    sums, rest = torch.empty_like(g), torch.empty_like(g) if exact else None
+    decay.launch(
+        rank_one_sums, programs * slices,
+        g, borders, sums, rest, q.shape[1], q.shape[2], sequences_of(q, borders),
+        K=shape["K"], BK=block, SLICES=slices, C=shape["C"], PACKED=shape["PACKED"], EXACT=exact, num_warps=1,
+    )  # fmt: skip
+    return sums, rest
 
 
 def solved(q: Tensor, g: Tensor | None, b: Tensor | None, borders: Tensor | None) -> list[Tensor]:
@@ -769,27 +952,27 @@ def solved(q: Tensor, g: Tensor | None, b: Tensor | None, borders: Tensor | None
 
 def prepare(q, k, beta, g, a, b, borders) -> tuple[list[Tensor], list[Tensor | None]]:
     """`rank_one_prepare`: what `solved` has room for, and [-W, q e^b - P W, w', k' or None]."""
-    shape, parts = in_chunks(q, borders)
+    shape, programs = in_chunks(q, borders, "prepare")
     found = solved(q, g, b, borders)
     rows = [torch.empty_like(q) if b is not None or i < 3 else None for i in range(4)]
-    exact = shape["EXACT"]
     decay.launch(
-        rank_one_prepare, sequences_of(q, borders) * q.shape[2] * parts,
-        q, *vectors_of(k, a, b), beta, g, borders, *found[:4], *rows, found[4], q.shape[1], q.shape[2], parts,
-        **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), SOLVING="ieee" if exact else "tf32",
-        num_warps=2 if exact else 4, num_stages=1 if exact else 2,
+        rank_one_prepare, programs,
+        q, *vectors_of(k, a, b), beta, g, *sums_in_chunks(q, g, borders), borders, *found[:4], *rows, found[4],
+        q.shape[1], q.shape[2], sequences_of(q, borders),
+        **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), SOLVING=SOLVING[q.dtype],
     )  # fmt: skip
     return found, rows
 
 
-def reverse(q, k, beta, g, a, b, borders, inverse, mixed) -> list:
+def reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed) -> list:
     """`rank_one_reverse`: [-e e^c, q e^b, Tᵀ w', k' - (T N)ᵀ w' or None]."""
-    shape, parts = in_chunks(q, borders)
+    shape, programs = in_chunks(q, borders, "reverse")
     rows = [torch.empty_like(q) if b is not None or i < 3 else None for i in range(4)]
     decay.launch(
-        rank_one_reverse, sequences_of(q, borders) * q.shape[2] * parts * shape["SLICES"],
-        q, *vectors_of(k, a, b), beta, g, borders, inverse, mixed, *rows, q.shape[1], q.shape[2], parts,
-        **shape, **kind_of(q, beta, g, a, b), num_warps=4, num_stages=1 if shape["EXACT"] else 2,
+        rank_one_reverse, programs * shape["SLICES"],
+        q, *vectors_of(k, a, b), beta, g, *sums, borders, inverse, mixed, *rows,
+        q.shape[1], q.shape[2], sequences_of(q, borders),
+        **shape, **kind_of(q, beta, g, a, b),
     )  # fmt: skip
     return rows
 
@@ -834,34 +1017,37 @@ def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, found: li
     """(dq, dk, dv, dβ, dg, da, db, dmemory) from the cotangents of o and of the last memory (None: zeros), with None
     for what was not given, and for dg unless it is wanted."""
     inverse, mixed, reads, more_reads, totals = found
-    finding, asking, writing, adding = reverse(q, k, beta, g, a, b, borders, inverse, mixed)
+    sums = sums_in_chunks(q, g, borders)
+    finding, asking, writing, adding = reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed)
     dv = None if b is None else torch.empty_like(v)
     answers, cotangents, dmemory = sweep(
         do, reads, writing, more_reads, adding, finding, asking, g, totals, borders, dlast, reverse=True, out=dv
     )
     del finding, asking, writing, adding  # their memory is free for the gradients
     want_g = want_g and g is not None
-    grads = gradients(do, answers, news, v, q, k, beta, g, a, b, borders, states, cotangents, want_g)
+    grads = gradients(do, answers, news, v, q, k, beta, g, a, b, sums, borders, states, cotangents, want_g)
     dq, dk, dbeta, dg, da, db = grads
     return dq, dk, answers if dv is None else dv, dbeta, dg, da, db, dmemory
 
 
-def gradients(do, answers, news, v, q, k, beta, g, a, b, borders, states, cotangents, want_g: bool) -> tuple:
-    """`rank_one_gradients`: (dq, dk, dβ, dg, da, db), None for what is not."""
-    shape, parts = in_chunks(q, borders)
-    kind, exact, slices = kind_of(q, beta, g, a, b), shape["EXACT"], shape["SLICES"]
+def gradients(do, answers, news, v, q, k, beta, g, a, b, sums, borders, states, cotangents, want_g: bool) -> tuple:
+    """`rank_one_gradients`, `rank_one_pairs`: (dq, dk, dβ, dg, da, db), None for what is not."""
+    shape, programs = in_chunks(q, borders, "gradients")
+    kind, exact, slices = kind_of(q, beta, g, a, b) | {"GATES": want_g}, shape["EXACT"], shape["SLICES"]
+    scores = [q.new_empty(*q.shape[:3], shape["C"]) if b is not None or i < 2 else None for i in range(4)]
     dq, dw, de, dk = (torch.empty_like(q) if there else None for there in (True, True, a is not None, b is not None))
     dbeta = None if beta is None else beta.new_empty(slices, *beta.shape)
     dg = None
     if want_g:
         dg = torch.empty_like(g) if kind["GATE"] == CHANNEL else g.new_empty(slices, *g.shape)
+    given = (q, *vectors_of(k, a, b), beta, g, *sums, borders)
+    to = (dq, de, dw, dk, dbeta, dg, q.shape[1], q.shape[2], sequences_of(q, borders), decay.rows_of(q))
     decay.launch(
-        rank_one_gradients, sequences_of(q, borders) * q.shape[2] * parts * slices,
-        do, answers, news, v, q, *vectors_of(k, a, b), beta, g, borders, states, cotangents, dq, de, dw, dk, dbeta, dg,
-        q.shape[1], q.shape[2], parts, q.shape[0] * q.shape[1] * q.shape[2],
-        V=v.shape[-1], BV=padded(v.shape[-1]), LEVELS=levels_of(q), GATES=want_g,
-        **shape, **kind, num_warps=8, num_stages=1 if exact else 2,
+        rank_one_gradients, programs * slices, do, answers, news, v, *given, states, cotangents, *scores, *to,
+        V=v.shape[-1], BV=min(32 if exact else 64, padded(v.shape[-1])), **shape, **kind,
     )  # fmt: skip
+    shape, programs = in_chunks(q, borders, "pairs")
+    decay.launch(rank_one_pairs, programs * slices, *given, *scores, *to, LEVELS=levels_of(q), **shape, **kind)
     if want_g and kind["GATE"] == TOKEN:
         dg = dg.sum(0)
     dk, db = (dw, None) if b is None else (dk, dw)
