@@ -360,7 +360,7 @@ def over(ops: Ops, group: Group) -> Ops:
     if comm.size(group) == 1:
         return ops
     name = f"{ops.name}, heads over {comm.size(group)} ranks"
-    return sharing(ops, team_of(group))._replace(name=name, token_losses=partial(token_losses, group))
+    return sharing(ops, team_of(group))._replace(name=name, token_losses=partial(token_losses, group, ops.token_losses))
 
 
 def sharing(ops: Ops, team: Team) -> Ops:
@@ -379,22 +379,29 @@ def sharing(ops: Ops, team: Team) -> Ops:
 
 
 def token_losses(
-    group: Group, x: Float[Tensor, "n d"], head: Float[Tensor, "vocabulary d"], labels: Int[Tensor, " n"]
+    group: Group,
+    part_of_losses: Callable,
+    x: Float[Tensor, "n d"],
+    head: Float[Tensor, "vocabulary d"],
+    labels: Int[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
-    """`reference.head.token_losses` with a part of the vocabulary on each rank, a word more on some than on others.
-
-    Of each token travel the largest logit, so that no exponential overflows, and two numbers more: the sum of
-    exponentials and the label's own logit, which one of the ranks has.
-    """
+    """The losses of `ops.token_losses`, which is given, with a part of the vocabulary on each rank, a word more on some
+    than on others."""
     rank, ranks = comm.rank(group), comm.size(group)
     start, stop = (len(head) * r // ranks for r in (rank, rank + 1))
-    logits = wide(F.linear(x, head[start:stop]))
-    highest = torch.stack(comm.gather(logits.amax(-1), group)).amax(0)
-    logits = logits - highest[:, None]
-    mine = (start <= labels) & (labels < stop)
-    own = logits.gather(1, torch.where(mine, labels - start, 0)[:, None])[:, 0]
-    summed, own = _total(torch.stack([logits.exp().sum(-1), own * mine]), group.group_name)
-    return torch.where(labels == IGNORED, 0, summed.log() - own)
+    mine = torch.where((start <= labels) & (labels < stop), labels - start, IGNORED)
+    losses = part_of_losses(x, head[start:stop], mine, joined=partial(joined, group))
+    return torch.where(labels == IGNORED, 0, losses)
+
+
+def joined(group: Group, sums: Float[Tensor, " n"], own: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Losses, from the logarithm of each rank's sum of exponentials and the label's logit, which one of them has.
+
+    Of each token travel the largest logarithm, so that no exponential overflows, and two numbers more.
+    """
+    highest = torch.stack(comm.gather(sums.detach(), group)).amax(0)
+    summed, own = _total(torch.stack([(sums - highest).exp(), own]), group.group_name)
+    return highest + summed.log() - own
 
 
 def norm_across(

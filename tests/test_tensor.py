@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train as trainer
-from inputs import HERE, refused
+from inputs import HERE, Made, refused
 from parallel import checkpoint, comm, mesh, shard, tensor, testing
 from ranks import made_once, prepared
 from reference import mixers
@@ -223,7 +223,7 @@ def test_three_numbers_a_token_for_the_loss(traffic):
 # ----------------------------------------------------------------------------------------------- the loss itself
 
 
-def lost(words, ignored):
+def lost(words, ignored, held):
     """(losses and gradients, what they should be), with labels on every border of a part."""
     group, n = comm.world(), 7
     x, head = (torch.randn(k, 4, generator=torch.Generator().manual_seed(k)).double() for k in (n, words))
@@ -233,19 +233,35 @@ def lost(words, ignored):
     cotangent = torch.arange(1.0, n + 1).double()
     want = ops.token_losses(x, head, labels)
     exact = torch.autograd.grad((want * cotangent).sum(), (x, head))
-    got = tensor.token_losses(group, x, head, labels)
+    got = tensor.token_losses(group, partial(ops.token_losses, held=held), x, head, labels)
     mine = torch.autograd.grad((got * cotangent).sum() / comm.size(group), (x, head))
     pairs = [(got, want), *((comm.total(a, group), b) for a, b in zip(mine, exact, strict=True))]
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
 def losses():
-    return [lost(words, ignored) for words, ignored in itertools.product((2, 5, 8), ([], [0, 6], list(range(7))))]
+    """All tokens at once, two after two, and one by one."""
+    ignored = [], [0, 6], list(range(7))
+    return [lost(words, some, held) for words, some, held in itertools.product((2, 5, 8), ignored, (99, 8, 1))]
 
 
 def test_a_loss_over_parts_of_the_words_is_that_over_all():
     for rank in testing.run(2, losses):
         assert max(rank) < 1e-12, rank
+
+
+def pieces():
+    """The size of the largest tensor that the loss of a rank makes, and what it is given."""
+    x, head = torch.randn(100, 2, requires_grad=True), torch.randn(50, 2, requires_grad=True)
+    with Made() as made:
+        own = partial(ops.token_losses, held=500)
+        tensor.token_losses(comm.world(), own, x, head, torch.arange(100) % 50).sum().backward()
+    return max(made.sizes)
+
+
+def test_nor_are_all_its_logits_ever_there():
+    """A rank has 25 words of 100 tokens, and room for 500 logits."""
+    assert testing.run(2, pieces) == [500, 500]
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
