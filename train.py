@@ -107,7 +107,7 @@ class Train:
     """Where to run (auto: a GPU if there is one)."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
     """bf16: matrix products in bfloat16, everything else and the parameters in float32. Where these are cut over ranks,
-    those of experts travel in bfloat16, and their gradients are summed in float32."""
+    and heads are not shared, those of experts travel in bfloat16, and their gradients are summed in float32."""
     recompute: bool = False
     """Keep only each block's input and run it again in the backward pass."""
     held_logits: int = HELD
