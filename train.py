@@ -107,7 +107,7 @@ class Train:
     """Where to run (auto: a GPU if there is one)."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
     """bf16: matrix products in bfloat16, everything else and the parameters in float32. Where these are cut over ranks,
-    those of experts travel in bfloat16, and their gradients are summed in float32."""
+    and heads are not shared, those of experts travel in bfloat16, and their gradients are summed in float32."""
     recompute: bool = False
     """Keep only each block's input and run it again in the backward pass."""
     held_logits: int = HELD
@@ -310,10 +310,11 @@ def refuse_to_cut(config: Train, mesh) -> None:
             f"the memory of {config.model.lsm!r} is not affine, so its segments cannot be gathered over {ranks} ranks; "
             "use --mesh.states ring (slow) or --mesh.sequence 1"
         )
-    if "N" in letters and mesh.attention == "ulysses" and heads_of(config.model) % ranks:
+    heads, shares = heads_of(config.model), ranks * mesh.tensor_size
+    if "N" in letters and mesh.attention == "ulysses" and heads % shares:
         raise ValueError(
-            f"ulysses gives each of {ranks} ranks an equal share of the attention heads, and there are "
-            f"{heads_of(config.model)}; use a multiple of {ranks}, or --mesh.attention gather or ring"
+            f"ulysses gives each of {shares} ranks an equal share of the attention heads, and there are {heads}; use a "
+            f"multiple of {shares}, or --mesh.attention gather or ring"
         )
     if "E" not in letters:
         return
@@ -373,7 +374,8 @@ def backward(config: Train, model, ops, batch: Batch, tokens: Tensor, times: int
     out = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens, batch.indices, key)
     total = out.losses.sum()
     beside, load = aside(config, ops, times, out.loads, out.inside, model)
-    (total / tokens + beside).backward()
+    loss = total / tokens + beside
+    (loss / config.mesh.tensor).backward()  # so many ranks repeat each token: each has its share
     return Sums(total.detach(), load)
 
 

@@ -8,6 +8,7 @@ Counted, not measured, are parameters, operations, what every collective receive
     a collective = latency x rounds + bytes received / bandwidth        shows = what nothing hides
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from parallel import tracing
+from parallel import mesh as trainers
+from parallel import tensor, tracing
 from parallel.tracing import CHUNK, Crossing, Kept
 from reference.head import HELD
 from reference.mixers.softmax import Attention, heads_of
@@ -39,7 +41,7 @@ class Degrees:
     expert: int = 1
     """GPUs that share the experts of each layer"""
     tensor: int = 1
-    """GPUs that share every matrix"""
+    """GPUs that share the heads of every mixer and the hidden channels of every expert"""
     pipeline: int = 1
     """stages, each with a share of the blocks"""
     replicas: int = 1
@@ -50,18 +52,25 @@ class Degrees:
     """how memories cross GPUs"""
     dispatch: Literal["pair", "rank"] = "pair"
     """what travels to experts: a row for each of them, or for each GPU that holds some"""
+    between: Literal["repeated", "cut"] = "repeated"
+    """what GPUs that share heads have between layers: all tokens, or their part of them"""
 
     @property
     def shards(self) -> int:
         """GPUs that parameters are cut over."""
-        return self.data * self.sequence // self.replicas
+        return self.data * self.sequence * self.tensor // self.replicas
+
+    @property
+    def alike(self) -> int:
+        """Of them, those that hold the same experts, or the same parts of matrices."""
+        return self.shards // (self.expert * self.tensor)
 
     def __str__(self) -> str:
         used = [f"{n} {name}" for name, n in asdict(self).items() if n not in (1, *WORDS)]
         return " x ".join(used) or "1 GPU"
 
 
-WORDS = ("gather", "ring", "ulysses", "pair", "rank")
+WORDS = ("gather", "ring", "ulysses", "pair", "rank", "repeated", "cut")
 SIZES = ("data", "sequence", "expert", "tensor", "pipeline", "replicas")
 
 
@@ -144,46 +153,43 @@ class Part(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """What a model is, whatever the mesh."""
+    """What a model is. Of the mesh it knows how many GPUs share heads, and what they have between layers."""
 
     parts: dict[str, Part]
     routed: int  # parameters of experts
-    root: int  # parameters outside the blocks
     blocks: int
-    largest: tuple[int, int]  # of the largest block: parameters outside experts, of experts
-    kept: list[Kept]  # of each block
+    kept: list[Kept]  # of each block, on a GPU
     expert_layers: int
+    tensor: int = 1
 
     def sum(self, what: str) -> int:
         return sum(getattr(part, what) for part in self.parts.values())
 
 
-def counted(model: Model, run: Run, given: Assumptions) -> Counted:
+def counted(model: Model, run: Run, given: Assumptions, mesh: Degrees) -> Counted:
     """Of the model on torch's meta device, and of two traced runs."""
-    from reference.ops import ops
-
-    with torch.device("meta"):
-        built = LanguageModel(model, ops)
-    parts = parts_of(built)
-    blocks = [(sum(p.numel() for p in block.parameters()), routed_of(block)) for block in built.blocks]
-    everything = sum(p.numel() for p in built.parameters())
+    built = on_meta(model)
+    how = (run.precision == "bf16", given.kernels == "fused", mesh.tensor, mesh.between == "cut")
     return Counted(
-        parts,
-        routed_of(built),
-        everything - sum(n for n, _ in blocks),
-        len(blocks),
-        max(((n - own, own) for n, own in blocks), key=sum),
-        tracing.trace(model, run.precision == "bf16", given.kernels == "fused"),
+        parts_of(built),
+        sum(p.numel() for p in routed(built)),
+        len(built.blocks),
+        tracing.trace(model, *how),
         sum(isinstance(m, MoE) for m in built.modules()),
+        mesh.tensor,
     )
 
 
-def routed_of(module: nn.Module) -> int:
-    return sum(p.numel() for m in module.modules() if isinstance(m, MoE) for p in routed(m))
+def on_meta(model: Model) -> LanguageModel:
+    from reference.ops import ops
+
+    with torch.device("meta"):
+        return LanguageModel(model, ops)
 
 
-def routed(layer: MoE) -> list[nn.Parameter]:
-    return [p for p in (layer.w13, layer.w2, layer.b13, layer.b2) if p is not None]
+def routed(module: nn.Module) -> list[nn.Parameter]:
+    """The experts' parameters."""
+    return [p for m in module.modules() if isinstance(m, MoE) for p in m.own().values()]
 
 
 def parts_of(model: LanguageModel) -> dict[str, Part]:
@@ -258,13 +264,14 @@ def core(crossing: Crossing, length: int) -> float:
 
 
 def operations(counted: Counted, run: Run, given: Assumptions) -> dict[str, dict[str, float]]:
-    """Of one token by part: forward, training (forward and backward), and what recomputing adds."""
+    """Of one token by part, once: forward, training (forward and backward), and what recomputing adds."""
     found = {}
     for name, part in counted.parts.items():
         if part.products:
             found[name] = {"forward": 2.0 * part.products, "training": 6.0 * part.products}
     for name, kind in (("linear core", "recurrence"), ("softmax core", "attention")):
-        forward = sum(core(c, run.length) for block in counted.kept for c in block.crossings if c.kind == kind)
+        each = sum(core(c, run.length) for block in counted.kept for c in block.crossings if c.kind == kind)
+        forward = each * counted.tensor  # traced are the heads of one GPU
         if forward:
             found[name] = {"forward": forward, "training": forward * (1 + given.core_backward)}
     for name, numbers in found.items():
@@ -299,6 +306,7 @@ def check(asked: Asked) -> Asked:
     ranks = data * mesh.sequence
     if ranks % mesh.replicas:
         raise ValueError(f"{mesh.replicas} replicas do not divide {ranks} ranks of data x sequence")
+    trainers.not_both(mesh.tensor, mesh.expert)
     if mesh.shards % mesh.expert:
         raise ValueError(f"expert {mesh.expert} does not divide the {mesh.shards} ranks of a replica")
     if mesh.expert > 1 and "E" not in model.letters:
@@ -327,13 +335,10 @@ def check_samples(asked: Asked) -> None:
 
 
 def check_heads(asked: Asked) -> None:
-    model, mesh = asked.model, asked.mesh
-    heads = {"L": model.heads, "N": heads_of(model)}
-    for letter, n in heads.items():
-        if letter in model.letters and n % mesh.tensor:
-            raise ValueError(f"{n} heads of {letter} do not divide over tensor {mesh.tensor}")
-    if "N" in model.letters and mesh.attention == "ulysses" and heads["N"] % mesh.sequence:
-        raise ValueError(f"{heads['N']} heads of attention do not divide over sequence {mesh.sequence} (ulysses)")
+    model, mesh, heads = asked.model, asked.mesh, heads_of(asked.model)
+    shares = mesh.sequence * mesh.tensor
+    if "N" in model.letters and mesh.attention == "ulysses" and mesh.sequence > 1 and heads % shares:
+        raise ValueError(f"{heads} heads of attention do not divide over sequence x tensor {shares} (ulysses)")
 
 
 def check_layers(asked: Asked, counted: Counted) -> None:
@@ -353,37 +358,113 @@ def shape_of(asked: Asked, counted: Counted) -> Shape:
     return Shape(math.ceil(rows * run.length / mesh.sequence), share // rows, counted.blocks // mesh.pipeline)
 
 
+# ----------------------------------------------------------------------------------------------------- who holds what
+
+
+class Placed(NamedTuple):
+    """Parameters of a block, or of more, as one GPU sees them."""
+
+    whole: float = 0.0  # that come whole to it, and are cut over all GPUs of a replica
+    own: float = 0.0  # its part of those that are shared out (experts, heads), cut over the GPUs that hold the same
+    used: float = 0.0  # that it computes with
+    copied: float = 0.0  # of them, those that it puts together from parts of whole ones
+    again: float = 0.0  # in products that all GPUs which share heads do alike, but its share
+    apart: float = 0.0  # layers with some that are shared out, which travel by themselves
+
+    def plus(self, other: "Placed") -> "Placed":
+        return Placed(*map(sum, zip(self, other, strict=True)))
+
+    def times(self, share: float) -> "Placed":
+        return Placed(*(x * share for x in self))
+
+    @property
+    def here(self) -> float:
+        """Those that are there while it computes."""
+        return self.whole + self.own
+
+
+class Places(NamedTuple):
+    blocks: tuple[Placed, ...]
+    root: Placed  # what is outside the blocks
+
+    @property
+    def inside(self) -> Placed:
+        return functools.reduce(Placed.plus, self.blocks)
+
+
+def places(asked: Asked) -> Places:
+    mesh = asked.mesh
+    return placed(asked.model, mesh.expert, mesh.tensor, mesh.alike if mesh.tensor > 1 else 1)
+
+
+@functools.cache
+def placed(model: Model, expert: int, ranks: int, alike: int) -> Places:
+    """With experts shared out, or heads shared by so many ranks, of which `alike` hold the same part."""
+    built = on_meta(model)
+    layers = [m for m in built.modules() if isinstance(m, MoE)] if expert > 1 else []
+    experts = {id(p) for layer in layers for p in routed(layer)}
+    found = tensor.share(built, tracing.imagined(ranks, [])) if ranks > 1 else []
+    heads = {id(shared.weight): shared for shared in found}
+    apart = {*layers, *(shared.module for shared in found if shared.alone(alike))}
+
+    def of(p: nn.Parameter) -> Placed:
+        n = p.numel()
+        if id(p) in experts:
+            return Placed(own=n / expert, used=n / expert)
+        if id(p) not in heads:
+            return Placed(n, used=n, again=(n - n / ranks) * (p.ndim >= 2))
+        cut = heads[id(p)].cut
+        mine = n * cut.share(ranks)
+        if heads[id(p)].alone(alike):
+            return Placed(own=mine, used=mine)
+        return Placed(n, 0, mine, mine * (len(cut.blocks) > 1), (mine - n / ranks) * (p.ndim >= 2))
+
+    def of_all(block: nn.Module) -> Placed:
+        several = Placed(apart=sum(m in apart for m in block.modules()))
+        return functools.reduce(Placed.plus, map(of, block.parameters()), several)
+
+    blocks = tuple(map(of_all, built.blocks))
+    rest = sum(p.numel() for name, p in built.named_parameters() if not name.startswith("blocks."))
+    return Places(blocks, Placed(rest, used=rest / ranks))
+
+
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
 def memory(asked: Asked, counted: Counted) -> dict[str, float]:
     """Bytes a GPU by part, at the worst moment: the fullest stage's, with everything in flight."""
     mesh, run, given = asked.mesh, asked.run, asked.given
-    shape = shape_of(asked, counted)
-    stage = shape.blocks / counted.blocks / mesh.tensor
-    whole = (counted.sum("total") - counted.routed - counted.root) * stage + counted.root / mesh.tensor
-    experts = counted.routed * stage / mesh.expert
-    held = (whole + experts) if mesh.shards == 1 else whole / mesh.shards + experts / (mesh.shards // mesh.expert)
-    cut, several = mesh.shards > 1, shape.times > 1
-    block = (counted.largest[0] + counted.largest[1] / mesh.expert) / mesh.tensor
-    root = counted.root / mesh.tensor
+    shape, where = shape_of(asked, counted), places(asked)
+    stage = shape.blocks / counted.blocks
+    block, root = max(where.blocks, key=lambda placed: placed.here), where.root
+    everything = where.inside.times(stage).plus(root)
+    held = everything.whole / mesh.shards + everything.own / mesh.alike
+    cut, several, bf16 = mesh.shards > 1, shape.times > 1, run.precision == "bf16"
     flight = min(mesh.pipeline, shape.times)
-    kept = [(k.a_token, asked.model.width * k.stream) for k in counted.kept]
-    entering, inside = sum(x for _, x in kept) * stage * mesh.tensor, sum(x for x, _ in kept) * stage
-    saved = entering + max(x for x, _ in kept) / mesh.tensor if run.recompute else inside
-    narrow = 2 if run.precision == "bf16" and given.gathered == "float32" else 0
-    copies = (block + root if run.recompute else whole + experts) * narrow
+    cast = (block.plus(root) if run.recompute else everything).used
+    # cut out in the dtype in which parameters travel; of what is then cast, the copy is kept
+    copied = (block if run.recompute or (bf16 and wire(given) == 4) else everything).copied
     return {
         "parameters": 4 * held,
-        "gradients": 4 * ((whole + experts) if cut and several else held),
+        "gradients": 4 * (everything.here if cut and several else held),
         "optimizer state": 8 * held,
-        "gathered: two blocks": 2 * block * (wire(given) + (0 if several else 4)) if cut else 0.0,
-        "gathered: the rest": root * (wire(given) + (0 if several else 4)) if cut else 0.0,
-        "bf16 copies of parameters": copies,
-        "saved activations": saved * shape.tokens * flight,
-        "logits": logits(asked.model, run) * min(shape.tokens, HELD // asked.model.vocabulary) / mesh.tensor,
+        "gathered: two blocks": 2 * block.here * (wire(given) + (0 if several else 4)) if cut else 0.0,
+        "gathered: the rest": root.here * (wire(given) + (0 if several else 4)) if cut else 0.0,
+        "cut out of what was gathered": copied * wire(given),
+        "bf16 copies of parameters": cast * 2 if bf16 and given.gathered == "float32" else 0.0,
+        "saved activations": saved(asked, counted, stage) * shape.tokens * flight,
+        "logits": logits(asked.model, run) * min(shape.tokens / mesh.tensor, HELD // asked.model.vocabulary),
         "memories that travel": travelling(asked, counted),
     }
+
+
+def saved(asked: Asked, counted: Counted, stage: float) -> float:
+    """Bytes a token that are kept of such a share of the blocks: when recomputing, what enters them, and one's all."""
+    inside = [kept.a_token for kept in counted.kept]
+    if not asked.run.recompute:
+        return sum(inside) * stage
+    part = 1 / asked.mesh.tensor if asked.mesh.between == "cut" else 1
+    return sum(asked.model.width * kept.stream for kept in counted.kept) * part * stage + max(inside)
 
 
 def logits(model: Model, run: Run) -> float:
@@ -434,21 +515,27 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
     mesh = asked.mesh
     if mesh.shards == 1:
         return
-    stage = shape.blocks / counted.blocks / mesh.tensor
-    own = (counted.sum("total") - counted.routed - counted.root) * stage
-    root = counted.root / mesh.tensor
-    experts, fewer = counted.routed * stage / mesh.expert, mesh.shards // mesh.expert
-    numbers = received(2 * own + root, mesh.shards) + received(2 * experts, fewer)
-    where = {"ranks": mesh.shards, "stride": mesh.tensor, "hidden": "weights"}
+    inside, root = places(asked).inside.times(shape.blocks / counted.blocks), places(asked).root
+
+    def numbers(times: int) -> float:
+        return received(times * inside.whole + root.whole, mesh.shards) + received(times * inside.own, mesh.alike)
+
+    calls = groups(inside, shape.blocks, shared_out=mesh.alike > 1)
     yield Traffic(
         "shards",
         "gather parameters",
-        (2 * shape.blocks + 1) * shape.times,
-        numbers * wire(asked.given) * shape.times,
-        **where,
+        (2 * calls + 1) * shape.times,
+        numbers(2) * wire(asked.given) * shape.times,
+        mesh.shards,
+        hidden="weights",
     )
-    numbers = received(own + root, mesh.shards) + received(experts, fewer)
-    yield Traffic("shards", "reduce-scatter gradients", shape.blocks + 1, numbers * 4, **where)
+    yield Traffic("shards", "reduce-scatter gradients", calls + 1, numbers(1) * 4, mesh.shards, hidden="weights")
+
+
+def groups(inside: Placed, blocks: int, shared_out: bool) -> int:
+    """Collectives for the parameters of so many blocks: one each, and, if asked, one more for each layer that has some
+    which are shared out."""
+    return blocks + shared_out * round(inside.apart)
 
 
 def received(numbers: float, ranks: int) -> float:
@@ -461,8 +548,10 @@ def replicating(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
     mesh = asked.mesh
     if mesh.replicas > 1:
         held = memory(asked, counted)["parameters"]
-        where = {"ranks": mesh.replicas, "stride": mesh.tensor * mesh.shards, "hidden": "weights"}
-        yield Traffic("replicas", "all-reduce gradients", shape.blocks + 1, 2 * received(held, mesh.replicas), **where)
+        where = {"ranks": mesh.replicas, "stride": mesh.shards, "hidden": "weights"}
+        inside = places(asked).inside.times(shape.blocks / counted.blocks)
+        calls = groups(inside, shape.blocks, shared_out=True) + 1
+        yield Traffic("replicas", "all-reduce gradients", calls, 2 * received(held, mesh.replicas), **where)
 
 
 def sequencing(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
@@ -475,7 +564,7 @@ def sequencing(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic
     for name in dict.fromkeys(way.name for way in ways):
         mine = [way for way in ways if way.name == name]
         calls = sum(passes * way.calls[0] + way.calls[1] for way in mine) * shape.times // mesh.pipeline
-        size = sum(passes * way.forward + way.backward for way in mine) * shape.times / mesh.pipeline / mesh.tensor
+        size = sum(passes * way.forward + way.backward for way in mine) * shape.times / mesh.pipeline
         yield Traffic("sequence", name, calls, size, mesh.sequence, mesh.tensor, mine[0].rounds, mine[0].hidden)
 
 
@@ -546,7 +635,7 @@ def dispatching(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
     passes = 1 + asked.run.recompute
     size = passes * (rows * (2 * row + gates) + numbers) + rows * (2 * row + gates)
     calls = round(layers * shape.times * (passes * (3 if not gates else 4) + (2 if not gates else 3)))
-    yield Traffic("expert", "exchange tokens", calls, size * layers * shape.times, n, mesh.tensor)
+    yield Traffic("expert", "exchange tokens", calls, size * layers * shape.times, n)
 
 
 def visited(experts: int, k: int, ranks: int) -> float:
@@ -556,15 +645,38 @@ def visited(experts: int, k: int, ranks: int) -> float:
 
 
 def splitting(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
-    """Tensor parallelism: an all-reduce of every sublayer's output, and of its input's gradient."""
+    """Ranks that share heads: what was traced forward, backward and when recomputing; and the loss over words."""
     mesh = asked.mesh
     if mesh.tensor == 1:
         return
-    layers = len(asked.model.letters.replace("+", "")) / mesh.pipeline
-    passes = 2 + asked.run.recompute
-    size = 2 * received(shape.tokens * asked.model.width * item(asked.run), mesh.tensor)
-    calls = round(layers * passes * shape.times)
-    yield Traffic("tensor", "all-reduce activations", calls, size * calls, mesh.tensor)
+    calls, sizes = dict.fromkeys(EXCHANGES, 0), dict.fromkeys(EXCHANGES, 0.0)
+
+    def note(kind: str, size: float, times: int) -> None:
+        calls[kind] += times
+        sizes[kind] += times * received(size, mesh.tensor) * (2 if kind == "total" else 1)
+
+    for kept in counted.kept:
+        for one in kept.sums:
+            size = one.fixed + one.a_token * shape.tokens
+            note(one.kind, size, 1 + (asked.run.recompute and one.again))
+            note(EXCHANGES[one.kind].adjoint, size, 1)
+    for kind, exchange in EXCHANGES.items():
+        times = shape.times / mesh.pipeline
+        yield Traffic("tensor", exchange.name, round(calls[kind] * times), sizes[kind] * times, mesh.tensor)
+    a_token = received((mesh.tensor + 2 * 2 * 2) * 4.0, mesh.tensor)  # the largest logit; two sums, there and back
+    yield Traffic("tensor", "loss over words", 3 * shape.times, a_token * shape.tokens * shape.times, mesh.tensor)
+
+
+class Exchange(NamedTuple):
+    name: str
+    adjoint: str
+
+
+EXCHANGES = {
+    "total": Exchange("sum activations", "total"),
+    "gathered": Exchange("gather tokens", "scattered"),
+    "scattered": Exchange("sum own tokens", "gathered"),
+}
 
 
 def staging(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
@@ -598,6 +710,9 @@ def times(asked: Asked, counted: Counted, moved: list[Traffic]) -> dict[str, flo
     rate = given.peak * 1e12 * given.efficiency
     mine = run.batch * run.length / asked.gpus
     found = {"compute": sum(each.values()) * mine / rate}
+    if mesh.tensor > 1:
+        again = 2 * (3 + run.recompute) * places(asked).inside.again * mesh.tensor
+        found["repeated by all that share heads"] = again * mine / rate
     pieces = run.length / shape_of(asked, counted).tokens  # that a sample is cut into
     if pieces > 1 and mesh.attention != "ulysses" and "softmax core" in each:
         found["waiting for the last segment"] = each["softmax core"] * (1 - 1 / pieces) * mine / rate

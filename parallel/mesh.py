@@ -7,21 +7,27 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel import comm, experts, lasp
+from parallel import comm, experts, lasp, tensor
 from reference.ops import Ops
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """How the ranks are used. The product of data and sequence is the number of ranks; replicas and expert divide it,
-    another way to see the same ranks."""
+    """How the ranks are used. The product of data, sequence, tensor and pipeline is the number of ranks; replicas and
+    expert divide that of data and sequence, another way to see the same ranks."""
 
     data: int = -1
     """Groups of ranks that take different samples (-1: as many as there are ranks for)."""
     sequence: int = 1
     """Ranks that share the tokens of each sample."""
+    tensor: int = 1
+    """Ranks that share the heads of every mixer and the hidden channels of every expert, and repeat all else."""
+    between: Literal["repeated", "cut"] = "repeated"
+    """What ranks that share heads do between two layers: all of them repeat all tokens, or each keeps its share of them
+    (for activations that take less memory)."""
     attention: Literal["gather", "ring", "ulysses"] = "gather"
     """How softmax layers see the tokens of other ranks: all keys and values are gathered, or go round; or each rank
     gets all tokens of some heads."""
@@ -50,15 +56,20 @@ class Mesh(NamedTuple):
     data_size: int = 1
     sequence_rank: int = 0
     sequence_size: int = 1
+    tensor_rank: int = 0
+    tensor_size: int = 1
     expert_rank: int = 0
     expert_size: int = 1
     dispatch: str = "pair"
     replicas: int = 1
     everyone: comm.Group = None  # over whom losses and counts are summed
     sequence: comm.Group = None  # who shares a sequence with me, in the order of its segments
+    tensor: comm.Group = None  # who shares the heads with me, in their order
     expert: comm.Group = None  # who shares the experts with me, in their order
     shards: DeviceMesh | None = None  # over whom parameters are sharded: all ranks of a replica, in its last dimension
     experts: DeviceMesh | None = None  # the same of the experts' parameters, and behind it the group `expert`
+    tensors: DeviceMesh | None = None  # the same of parameters that are cut by heads, and behind it the group `tensor`
+    between: str = "repeated"  # what they do between layers
     attention: str = "gather"  # how softmax layers and memories cross a cut sequence
     states: str = "gather"
     pipeline_rank: int = 0
@@ -76,7 +87,9 @@ class Mesh(NamedTuple):
                 f"{self.size} ranks = {self.pipeline_size} pipeline x {self.data_size} data, parameters of a stage "
                 f"{inside}, schedule {self.schedule}"
             )
-        text = f"{self.size} ranks = {self.data_size} data x {self.sequence_size} sequence, parameters sharded over "
+        text = f"{self.size} ranks = {self.data_size} data x {self.sequence_size} sequence"
+        text += f" x {self.tensor_size} tensor" if self.tensor_size > 1 else ""
+        text += ", parameters sharded over "
         over = self.size // self.replicas
         text += "all" if self.replicas == 1 else f"{over} in each of {self.replicas} replicas"
         if self.expert_size > 1:
@@ -88,8 +101,8 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
     """The mesh of the processes that there are.
 
     The same ranks, in the same order, are seen in three ways, the last name counting fastest:
-    data x sequence; replicas x shards; replicas x shards of experts x experts. So the ranks that share a sequence are
-    neighbours, and so are those that share experts.
+    data x sequence x tensor; replicas x shards; replicas x shards of experts x experts, or the same of heads. So the
+    ranks that share heads are neighbours, and those that share a sequence or experts are near each other.
 
     Raises ValueError, one line, if the degrees do not fit the number of ranks.
     """
@@ -105,9 +118,11 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
     def view(**dims: int) -> DeviceMesh:
         return init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
-    batch = view(data=data, sequence=degrees.sequence)
+    batch = view(data=data, sequence=degrees.sequence, tensor=degrees.tensor)
     shards = view(replicas=replicas, shards=world // replicas)
-    shared = None
+    shared = heads = None
+    if degrees.tensor > 1:
+        heads = view(replicas=replicas, tensor_shards=world // (replicas * degrees.tensor), tensor=degrees.tensor)
     if expert > 1:
         shared = view(replicas=replicas, expert_shards=world // (replicas * expert), expert=expert)
     return Mesh(
@@ -117,15 +132,20 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
         data_size=data,
         sequence_rank=batch.get_local_rank("sequence"),
         sequence_size=degrees.sequence,
+        tensor_rank=batch.get_local_rank("tensor"),
+        tensor_size=degrees.tensor,
         expert_rank=shared.get_local_rank("expert") if shared else 0,
         expert_size=expert,
         dispatch=degrees.dispatch,
         replicas=replicas,
         everyone=group,
         sequence=batch.get_group("sequence") if degrees.sequence > 1 else None,
+        tensor=heads.get_group("tensor") if heads else None,
         expert=shared.get_group("expert") if shared else None,
         shards=shards if replicas > 1 else shards["shards"],
         experts=shared,
+        tensors=heads,
+        between=degrees.between,
         attention=degrees.attention,
         states=degrees.states,
     )
@@ -151,7 +171,7 @@ def piped(degrees: Degrees, data: int, group: comm.Group, device: torch.device) 
 
 def check_pipeline(degrees: Degrees, world: int) -> int:
     """The degree of data beside a pipeline; ValueError, one line, for what does not go with it."""
-    others = {name: getattr(degrees, name) for name in ("sequence", "expert", "replicas")}
+    others = {name: getattr(degrees, name) for name in ("sequence", "tensor", "expert", "replicas")}
     wrong = [f"--mesh.{name} {n}" for name, n in others.items() if n != 1]
     if wrong:
         raise ValueError(f"--mesh.pipeline {degrees.pipeline} goes with data alone, not with {', '.join(wrong)}")
@@ -172,16 +192,19 @@ def check(degrees: Degrees, world: int) -> int:
     if degrees.pipeline > 1:
         return check_pipeline(degrees, world)
     data, sequence, expert, replicas = degrees.data, degrees.sequence, degrees.expert, degrees.replicas
-    if min(sequence, expert, replicas) < 1 or (data < 1 and data != -1):
+    if min(sequence, expert, replicas, degrees.tensor) < 1 or (data < 1 and data != -1):
         raise ValueError(
             f"mesh degrees must be at least 1 (data: or -1), got data {data}, sequence {sequence}, expert {expert}, "
-            f"replicas {replicas}"
+            f"replicas {replicas}, tensor {degrees.tensor}"
         )
-    data = max(world // sequence, 1) if data == -1 else data
-    if data * sequence != world:
+    each = with_tensor(degrees, world)  # ranks for each of the parts of the heads
+    data = max(each // sequence, 1) if data == -1 else data
+    if data * sequence != each:
+        shape, need = f"{data} data x {sequence} sequence", data * sequence * degrees.tensor
+        shape += f" x {degrees.tensor} tensor" if degrees.tensor > 1 else ""
         raise ValueError(
-            f"a mesh of {data} data x {sequence} sequence needs {data * sequence} ranks, found {world}: start as many "
-            f"(torchrun --nproc-per-node {data * sequence}), or let sequence be {one_of(world)}"
+            f"a mesh of {shape} needs {need} ranks, found {world}: start as many "
+            f"(torchrun --nproc-per-node {need}), or let sequence be {one_of(each)}"
         )
     if world % replicas:
         raise ValueError(
@@ -196,6 +219,32 @@ def check(degrees: Degrees, world: int) -> int:
     return data
 
 
+def with_tensor(degrees: Degrees, world: int) -> int:
+    """How many groups that share heads there are; ValueError, one line, if they cannot be made."""
+    not_both(degrees.tensor, degrees.expert)
+    if world % degrees.tensor:
+        raise ValueError(
+            f"groups of {degrees.tensor} ranks that share heads do not fit into {ranks(world)}; let --mesh.tensor be "
+            f"{one_of(world)}"
+        )
+    size = world // degrees.replicas
+    if world % degrees.replicas == 0 and size % degrees.tensor:
+        raise ValueError(
+            f"groups of {degrees.tensor} ranks that share heads do not fit into each of {degrees.replicas} replicas, "
+            f"{ranks(size)}; let --mesh.replicas be {one_of(world // degrees.tensor)}"
+        )
+    return world // degrees.tensor
+
+
+def not_both(tensor: int, expert: int) -> None:
+    """ValueError, one line, for experts that would be cut and shared out."""
+    if tensor > 1 and expert > 1:
+        raise ValueError(
+            f"experts are cut over {tensor} ranks (--mesh.tensor) or shared out to {expert} (--mesh.expert), not both: "
+            "let one of them be 1"
+        )
+
+
 def ranks(n: int) -> str:
     return f"{n} rank" + "s" * (n > 1)
 
@@ -207,12 +256,18 @@ def one_of(whole: int) -> str:
 
 
 def over(ops: Ops, mesh: Mesh) -> Ops:
-    """The same ops on this mesh: sequences cut over their group, experts shared by theirs, totals over everyone."""
+    """The same ops on this mesh: sequences cut over their group, experts and heads shared by theirs, totals over
+    everyone, of which ranks that share heads have the same tokens."""
     if mesh.size == 1:
         return ops
     cut = lasp.over(ops, mesh.sequence, mesh.attention, mesh.states)
-    shared = experts.over(cut, mesh.expert, mesh.dispatch)
-    return shared._replace(total=lambda x: comm.total(x, mesh.everyone))
+    shared = tensor.over(experts.over(cut, mesh.expert, mesh.dispatch), mesh.tensor)
+
+    def total(x: Tensor) -> Tensor:
+        summed = comm.total(x, mesh.everyone)
+        return summed if mesh.tensor_size == 1 else summed / mesh.tensor_size
+
+    return shared._replace(total=total)
 
 
 # -------------------------------------------------------------------------------------- the beginning and the end

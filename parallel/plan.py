@@ -89,7 +89,7 @@ class Plan:
 def plan(name: str, asked: Asked, known: Counted | None = None) -> Plan:
     """ValueError, one line, for what cannot work. `known` saves counting the same model again."""
     asked = check(asked)
-    known = known or counted(asked.model, asked.run, asked.given)
+    known = known or counted(asked.model, asked.run, asked.given, asked.mesh)
     check_layers(asked, known)
     moved = traffic(asked, known)
     shape = shape_of(asked, known)
@@ -98,27 +98,34 @@ def plan(name: str, asked: Asked, known: Counted | None = None) -> Plan:
 
 
 def best(name: str, asked: Asked, n: int) -> list[Plan]:
-    """The fastest meshes of data, sequence, experts and replicas, those that fit first, then the smallest (to 10 GB).
-    ValueError if there is none."""
-    known = counted(asked.model, asked.run, asked.given)
+    """The fastest meshes of data, sequence, heads, experts and replicas, those that fit first, then the smallest (to
+    10 GB). ValueError if there is none."""
     plans, why = [], None
-    for mesh in meshes(asked):
+    for ranks in divisors(min(asked.gpus, asked.given.host)):
         try:
-            plans.append(plan(name, asked._replace(mesh=mesh), known))
+            known = counted(asked.model, asked.run, asked.given, replace(asked.mesh, tensor=ranks))
         except ValueError as error:
             why = why or error
+            continue
+        for mesh in meshes(asked, ranks):
+            try:
+                plans.append(plan(name, asked._replace(mesh=mesh), known))
+            except ValueError as error:
+                why = why or error
     if not plans:
         raise ValueError(f"no mesh of {asked.gpus} GPUs works; the first that was tried: {why}")
     return sorted(plans, key=lambda p: (not p.fits, 0 if p.fits else round(p.bytes, -10), -p.rate))[:n]
 
 
-def meshes(asked: Asked) -> Iterator[Degrees]:
+def meshes(asked: Asked, ranks: int) -> Iterator[Degrees]:
+    """Of those with so many ranks that share heads."""
     gpus, host = asked.gpus, asked.given.host
-    for sequence in divisors(gpus):
-        for expert in divisors(min(gpus, host)):
+    for sequence in divisors(gpus // ranks):
+        for expert in divisors(min(gpus, host)) if ranks == 1 else [1]:
             for shards in {gpus, min(gpus, host)}:
                 if gpus % shards == 0:
-                    yield replace(asked.mesh, data=-1, sequence=sequence, expert=expert, replicas=gpus // shards)
+                    sizes = {"data": -1, "sequence": sequence, "tensor": ranks, "expert": expert}
+                    yield replace(asked.mesh, **sizes, replicas=gpus // shards)
 
 
 def divisors(n: int) -> list[int]:
@@ -126,17 +133,24 @@ def divisors(n: int) -> list[int]:
 
 
 def objections(p: Plan) -> list[str]:
-    """What the trainer has against this mesh: it does not have it, or not for this preset as it is."""
-    mesh, have, plain = p.asked.mesh, {f.name for f in fields(trainers.Degrees)}, Degrees()
-    used = [f.name for f in fields(mesh) if getattr(mesh, f.name) != getattr(plain, f.name)]
-    lacks = [f"does not have --mesh.{name} yet" for name in used if name not in have]
+    """What the trainer has against this mesh: it refuses it, or this preset on it as it is."""
+    mesh, found = p.asked.mesh, []
+    try:
+        trainers.check(trainers.Degrees(**asdict(mesh)), p.asked.gpus)
+    except ValueError as error:
+        found.append(f"refuses this mesh ({error})")
     try:
         if p.name in PRESETS:
-            place = trainers.Mesh(sequence_size=mesh.sequence, attention=mesh.attention, states=mesh.states)
+            place = trainers.Mesh(
+                sequence_size=mesh.sequence,
+                tensor_size=mesh.tensor,
+                attention=mesh.attention,
+                states=mesh.states,
+            )
             train.refuse_to_cut(train.PRESETS[p.name][1], place)
     except ValueError as error:
-        lacks.append(f"refuses the preset as it is ({error})")
-    return lacks
+        found.append(f"refuses the preset as it is ({error})")
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- text

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
-from parallel import comm, experts
+from parallel import comm, experts, tensor
 from parallel.mesh import Mesh
 from reference.moe import MoE
 
@@ -34,24 +34,29 @@ def shard(model: nn.Module, mesh: Mesh, blocks: Iterable[nn.Module], narrow: tor
     """FSDP2, in place: each block, then the rest of the model. One process: nothing.
 
     Parameters are cut over all ranks of a replica and are the same in every replica. Those of experts, where these are
-    shared out, are cut over the ranks that hold the same experts. With `narrow`, experts, which are most of the
-    parameters, travel and compute in that dtype, and their gradients are summed in float32. Raises ValueError, one
-    line, if the experts cannot be shared out.
+    shared out, are cut over the ranks that hold the same experts, and parts of layers, where ranks share heads, over
+    those that hold the same part. With `narrow`, experts, which are most of the parameters, travel and compute in that
+    dtype, and their gradients are summed in float32; not where ranks share heads, which cut experts where they are
+    used. Raises ValueError, one line, if experts or heads cannot be shared out.
     """
     if mesh.shards is None:
         return
     experts.place(model, mesh.experts)
+    apart = tensor.place(model, mesh.tensors, mesh.between == "cut")
+    if mesh.tensors is not None:
+        narrow = None
+    elif mesh.experts or narrow:
+        apart = {layer: set(layer.own().values()) for layer in model.modules() if isinstance(layer, MoE)}
+    own = set().union(*apart.values())
     # It warns of outputs that are views, which must not be changed in place. Nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    apart = [layer for layer in model.modules() if isinstance(layer, MoE) and (mesh.experts or narrow)]
-    own = {p for layer in apart for p in layer.own().values()}
     for part in (*blocks, model):
         summed(fully_shard(part, mesh=mesh.shards, ignored_params=own))
-    # Torch begins with the innermost module, whose parameters are then all its own. Here those of experts alone are,
-    # on another mesh or in another dtype than the router's beside them, so they come last.
+    # Torch begins with the innermost module, whose parameters are then all its own. Here a layer's are those that are
+    # on another mesh or in another dtype than what stands beside them, so layers come last.
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
-    for layer in apart:
-        others = set(layer.parameters()) - own
+    for layer, mine in apart.items():
+        others = set(layer.parameters()) - mine
         summed(fully_shard(layer, **over_whom(mesh), mp_policy=policy, ignored_params=others))
 
 
@@ -62,12 +67,14 @@ def summed(part: FSDPModule) -> None:
 
 
 def over_whom(mesh: Mesh) -> dict:
-    """Where the experts' parameters are cut, for `fully_shard`: over the ranks that hold the same ones."""
-    if mesh.experts is None:
+    """Where experts, and parts of layers, are cut, for `fully_shard`: over the ranks that hold the same ones."""
+    grid, placement = (mesh.experts, experts.placement) if mesh.tensors is None else (mesh.tensors, tensor.placement)
+    if grid is None:
         return {"mesh": mesh.shards}
-    own = mesh.experts["expert_shards"]
-    where = mesh.experts["replicas", "expert_shards"] if mesh.replicas > 1 else own
-    return {"mesh": where, "shard_placement_fn": lambda weight: experts.placement(weight, own.size())}
+    alike = grid.mesh_dim_names[-2]  # the last name is that of the ranks with the others
+    own = grid[alike]
+    where = grid["replicas", alike] if mesh.replicas > 1 else own
+    return {"mesh": where, "shard_placement_fn": lambda weight: placement(weight, own.size())}
 
 
 def synchronize(model: nn.Module, last: bool) -> None:

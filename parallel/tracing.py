@@ -1,4 +1,4 @@
-"""A model run without memory or arithmetic: what autograd keeps of a token, and what would cross a cut sequence.
+"""A model run without memory or arithmetic: what autograd keeps of a token, and what would travel between ranks.
 
 The model's own code runs on tensors that have a shape and a dtype but no numbers, so every layer that there is counts
 itself. Where a number would decide a shape, all goes evenly: every pair of a token and an expert is kept, and there is
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from parallel import tensor
 from reference import moe
 from reference.model import LanguageModel
 from reference.ops import Ops
@@ -44,12 +45,22 @@ class Crossing(NamedTuple):
     item: int = 4  # bytes of one of q, k, v
 
 
+class Sum(NamedTuple):
+    """What ranks that share heads exchange once in a block's forward pass. Its gradient is as large."""
+
+    kind: str  # the field of `tensor.Team`
+    fixed: float  # bytes of all of it, whatever the tokens
+    a_token: float  # bytes more, of each token
+    again: bool  # whether recomputing does it once more: behind the last tensor that autograd keeps it does not
+
+
 class Kept(NamedTuple):
     """Of one block."""
 
     a_token: float  # bytes that autograd keeps for the backward pass
     stream: int  # bytes of one number between blocks
     crossings: tuple[Crossing, ...]
+    sums: tuple[Sum, ...] = ()
 
 
 # ------------------------------------------------------------------------------------- functions that have no numbers
@@ -150,6 +161,22 @@ def experts(x, routing, w13, w2, b13=None, b2=None, inner=moe.swiglu, gate_at="o
     return moe.combine(y.index_select(0, order.argsort()), gate).to(x.dtype)
 
 
+def imagined(ranks: int, sums: list[tuple[str, int]]) -> tensor.Team:
+    """The first of ranks that share heads and are not there: results have the right shapes, and all is noted."""
+
+    def noted(kind: str, x: Tensor, whole: int) -> Tensor:
+        sums.append((kind, whole * x.element_size()))
+        return x
+
+    return tensor.Team(
+        0,
+        ranks,
+        lambda x: noted("total", x.clone(), x.numel()),
+        lambda x: noted("gathered", torch.cat([x] * ranks, 1), x.numel() * ranks),
+        lambda x: noted("scattered", x.chunk(ranks, 1)[0].clone(), x.numel()),
+    )
+
+
 class Even(TorchFunctionMode):
     """Answers whose shape only numbers would tell."""
 
@@ -166,34 +193,50 @@ class Even(TorchFunctionMode):
 # ------------------------------------------------------------------------------------------------------------ tracing
 
 
-def trace(config, bf16: bool = True, fused: bool = True) -> list[Kept]:
-    """One for each block, in order. ValueError for a model whose shapes depend on its numbers."""
+def trace(config, bf16: bool = True, fused: bool = True, ranks: int = 1, sparing: bool = False) -> list[Kept]:
+    """One for each block, in order, of a rank of those that share heads (`sparing`: and have a part of the tokens
+    between layers). ValueError for a model whose shapes depend on its numbers, or whose heads cannot be shared."""
     config = replace(config, capacity_factor=math.inf, pad=False)
     try:
-        short, long = (traced(config, n * LENGTH, bf16, fused) for n in (1, 2))
+        short, long = (traced(config, n * LENGTH, bf16, fused, ranks, sparing) for n in (1, 2))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(f"cannot trace {config.lsm!r}: how much it computes depends on the text ({error})") from error
-    return [
-        Kept((more.a_token - less.a_token) / LENGTH, less.stream, less.crossings)
-        for less, more in zip(short, long, strict=True)
-    ]
+    return [per_token(less, more) for less, more in zip(short, long, strict=True)]
 
 
-def traced(config, t: int, bf16: bool, fused: bool) -> list[Kept]:
+def per_token(less: Kept, more: Kept) -> Kept:
+    """From all bytes of LENGTH tokens, and of as many more."""
+    slopes = [(y.fixed - x.fixed) / LENGTH for x, y in zip(less.sums, more.sums, strict=True)]
+    sums = (
+        x._replace(fixed=x.fixed - slope * LENGTH, a_token=slope) for x, slope in zip(less.sums, slopes, strict=True)
+    )
+    return less._replace(a_token=(more.a_token - less.a_token) / LENGTH, sums=tuple(sums))
+
+
+def traced(config, t: int, bf16: bool, fused: bool, ranks: int, sparing: bool) -> list[Kept]:
     """The bytes are those of t tokens. Blocks with the same parameters are run once."""
-    found, order, crossings = {}, [], []
+    found, order, crossings, sums = {}, [], [], []
     with FakeTensorMode(), Even():
-        model = LanguageModel(config, tracing(crossings, fused))
+        team = imagined(ranks, sums)
+        ops = tracing(crossings, fused)
+        model = LanguageModel(config, ops if ranks == 1 else tensor.sharing(ops, team))
+        if ranks > 1:
+            tensor.share(model, team, sparing)
         place = torch.arange(t)[None]
         side = model.side(torch.zeros(1, t, dtype=torch.int64), place, None, place, 0, None)
-        for block in model.blocks:
-            key = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+        x, last = torch.zeros(1, t, config.width), len(model.blocks) - 1
+        for i, block in enumerate(model.blocks):
+            ends = sparing and (i == 0, i == last)  # where tokens are cut, and come together
+            key = (ends, *((name, tuple(p.shape)) for name, p in block.named_parameters()))
             if key not in found:
                 crossings.clear()
-                x = torch.zeros(1, t, config.width, requires_grad=True)
-                with autocast(bf16), saved(model) as sizes:
-                    x, side, _, _ = block(x, side)
-                found[key] = Kept(sum(sizes.values()), x.element_size(), tuple(crossings))
+                sums.clear()
+                x = x.detach().requires_grad_()
+                with autocast(bf16), saved(model, sums) as (sizes, done):
+                    y, side, _, _ = block(x, side)
+                noted = (Sum(kind, size, 0.0, i < done[-1]) for i, (kind, size) in enumerate(sums))
+                found[key] = Kept(sum(sizes.values()), x.element_size(), tuple(crossings), tuple(noted))
+                x = y
             order.append(found[key])
     return order
 
@@ -203,12 +246,14 @@ def autocast(bf16: bool):
 
 
 @contextlib.contextmanager
-def saved(model: torch.nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of every storage that autograd keeps, once each, parameters left out."""
+def saved(model: torch.nn.Module, sums: list) -> Iterator[tuple[dict[int, int], list[int]]]:
+    """Bytes of every storage that autograd keeps, once each, parameters left out; and how many `sums` there were each
+    time that it kept something."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    sizes, alive = {}, []
+    sizes, done, alive = {}, [0], []
 
     def pack(x: Tensor) -> Tensor:
+        done.append(len(sums))
         storage = x.untyped_storage()
         if storage._cdata not in own:
             sizes[storage._cdata] = storage.nbytes()
@@ -216,4 +261,4 @@ def saved(model: torch.nn.Module) -> Iterator[dict[int, int]]:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        yield sizes
+        yield sizes, done

@@ -4,6 +4,8 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from reference import example
 from reference.lsm import LSM
@@ -83,3 +85,16 @@ def refused(calls) -> list[str]:
             call()
         said.append(str(caught.value))
     return said
+
+
+class Made(TorchDispatchMode):
+    """Numbers of elements of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        self.sizes += [y.numel() for y in tree_leaves(out) if isinstance(y, torch.Tensor)]
+        return out

@@ -425,7 +425,7 @@ def test_what_cannot_be_shared_is_refused_in_one_line():
         "groups of 4 ranks that share experts do not fit into 2 ranks; let --mesh.expert be one of 1, 2",
         "groups of 2 ranks that share experts do not fit into each of 2 replicas, 1 rank; let --mesh.expert be 1",
         "3 replicas cannot be made of 2 ranks; let --mesh.replicas be one of 1, 2",
-        "mesh degrees must be at least 1 (data: or -1), got data -1, sequence 1, expert 0, replicas 1",
+        "mesh degrees must be at least 1 (data: or -1), got data -1, sequence 1, expert 0, replicas 1, tensor 1",
     ]
     for rank in testing.run(2, refusals):
         assert rank == words

@@ -12,10 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from inputs import small, unpadded
+from inputs import Made, small, unpadded
 from reference import exact, ops
 from reference.head import IGNORED, token_losses
 from reference.lsm import LSM
@@ -267,20 +266,10 @@ def test_pieces_of_losses_are_as_precise_as_the_whole(narrow):
 
 def test_pieces_of_losses_keep_no_logits():
     """Neither between the passes nor within one: nothing of the logits' size is ever made."""
-    made = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-            out = f(*args, **kwargs or {})
-            made.extend(
-                y.numel() for y in (out if isinstance(out, tuple | list) else [out]) if isinstance(y, torch.Tensor)
-            )
-            return out
-
     x, head = torch.randn(100, 2, requires_grad=True), torch.randn(50, 2, requires_grad=True)
-    with Watch():
+    with Made() as made:
         token_losses(x, head, torch.arange(100) % 50, held=500).sum().backward()
-    assert 0 < max(made) <= 500
+    assert 0 < max(made.sizes) <= 500
 
 
 def test_tied_weights_are_one_parameter_of_two_uses():

@@ -8,6 +8,7 @@ import shlex
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from data.stream import Batch
-from parallel import budget, comm, lasp, shard, testing, tracing
+from parallel import budget, comm, lasp, shard, tensor, testing, tracing
 from parallel import mesh as trainers
 from parallel import plan as program
 from parallel.budget import Asked, Assumptions, Counted, Degrees, Run, Traffic
@@ -36,17 +37,24 @@ SMALL = Model(width=64, heads=2, pattern="LN", expert_width=32, experts=4, capac
 
 
 @functools.cache
-def known(model: Model, precision: str, kernels: str) -> Counted:
-    return budget.counted(model, replace(RUN, precision=precision), replace(BF16, kernels=kernels))
+def known(model: Model, precision: str, kernels: str, tensor: int, between: str) -> Counted:
+    run, given = replace(RUN, precision=precision), replace(BF16, kernels=kernels)
+    return budget.counted(model, run, given, Degrees(tensor=tensor, between=between))
 
 
 def counted(model: Model) -> Counted:
-    return known(model, "bf16", "fused")
+    return known(model, "bf16", "fused", 1, "repeated")
 
 
 def planned(model: Model, gpus: int = 1, run: Run = RUN, given: Assumptions = BF16, **mesh) -> program.Plan:
-    own = known(model, run.precision, given.kernels)
-    return program.plan("it", Asked(model, gpus, Degrees(**mesh), run, given), own)
+    degrees = Degrees(**mesh)
+    own = known(model, run.precision, given.kernels, degrees.tensor, degrees.between)
+    return program.plan("it", Asked(model, gpus, degrees, run, given), own)
+
+
+def root(p: program.Plan) -> float:
+    """Parameters outside the blocks."""
+    return budget.places(p.asked).root.here
 
 
 def bytes_of(p: program.Plan, what: str) -> float:
@@ -134,6 +142,22 @@ def test_shards_of_a_replica_hold_the_model_once(data, sequence, expert, replica
     assert sum(t.bytes for t in p.traffic if t.axis == "shards") == 0 or ranks > replicas
 
 
+@given(*[st.sampled_from([1, 2])] * 2, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+def test_so_do_ranks_that_share_heads(data, sequence, tensor, replicas):
+    ranks = data * sequence * tensor
+    mesh = {"data": data, "sequence": sequence, "tensor": tensor, "replicas": replicas}
+    if data * sequence % replicas:
+        with pytest.raises(ValueError, match="do not divide"):
+            planned(TINY, ranks, Run(batch=64), **mesh)
+        return
+    p = planned(TINY, ranks, Run(batch=64), **mesh)
+    assert p.memory["parameters"] * ranks / replicas == pytest.approx(4 * p.counted.sum("total"))
+    assert bytes_of(p, "sum activations") == 0 or tensor > 1
+    once = budget.operations(counted(TINY), Run(batch=64), BF16)
+    for name, numbers in p.operations.items():
+        assert numbers == pytest.approx(once[name]), name
+
+
 def test_only_the_pieces_of_a_sample_wait():
     """Softmax over contiguous segments: the last of n does (2n - 1)/n of the mean; whole samples wait for nobody."""
     for rows, late in ((1, 3 / 4), (2, 1 / 2), (4, 0)):
@@ -149,14 +173,15 @@ def test_gradients_are_whole_between_micro_batches():
     assert twice.memory["gradients"] == 4 * twice.counted.sum("total")
 
 
-def kept(model: Model, own, t: int, bf16: bool) -> int:
+def kept(model: Model, own, t: int, bf16: bool, then=lambda built: None) -> int:
     """Bytes that autograd keeps of t tokens in the blocks of a model on the CPU."""
     built = LanguageModel(model, own)
     initialize(built, 0)
+    then(built)
     place = torch.arange(t)[None]
     side = built.side(torch.zeros(1, t, dtype=torch.int64), place, None, place, 0, None)
     x = torch.randn(1, t, model.width, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    tensors, parameters = [], {p.data_ptr() for p in built.parameters()}
+    tensors, parameters = [], {shard.local(p).data_ptr() for p in built.parameters()}
     with (
         tracing.autocast(bf16),
         torch.autograd.graph.saved_tensors_hooks(lambda y: tensors.append(y) or y, lambda y: y),
@@ -190,20 +215,57 @@ def test_autograd_keeps_what_the_trace_says(change, bf16):
     assert sum(k.a_token for k in traced) == pytest.approx((more - less) / LENGTHS[0], rel=0.01)
 
 
+SHARED = {
+    "mamba2": {"pattern": "LN", "lsm": "mamba2", "router": "deepseek_v3", "shared_width": 32},
+    "lightning": {"pattern": "L+DN", "lsm": "lightning", "dense_width": 32, "key_heads": 1},
+    "latent attention": {"pattern": "NE", "attention": "latent", "expert_kind": "relu_squared"},
+}
+
+
+def kept_by_one_of_two(model: Model, degrees: trainers.Degrees, bf16: bool) -> list[int]:
+    place = trainers.make(degrees, torch.device("cpu"))
+    own = tracing.tracing([], False)._replace(experts=moe.experts)
+    over = tensor.over(own, place.tensor)
+    return [
+        kept(model, over, t, bf16, lambda m: tensor.place(m, place.tensors, degrees.between == "cut")) for t in LENGTHS
+    ]
+
+
+@pytest.mark.parametrize("between", ["repeated", "cut"])
+@pytest.mark.parametrize("name", SHARED)
+def test_so_it_does_where_heads_are_shared(name, between):
+    model, degrees = replace(SMALL, **SHARED[name]), trainers.Degrees(tensor=2, between=between)
+    traced = tracing.trace(model, True, False, 2, between == "cut")
+    for less, more in testing.run(2, kept_by_one_of_two, model, degrees, True):
+        assert sum(k.a_token for k in traced) == pytest.approx((more - less) / LENGTHS[0], rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_parts_of_whole_parameters_are_copies(precision):
+    """In float32 those that are put together, in bf16 all that are cast."""
+    model, bf16 = replace(SMALL, pattern="L", lsm="delta_net"), precision == "bf16"
+    p = planned(model, 2, Run(batch=1, recompute=False, precision=precision), Assumptions(), tensor=2)
+    copied = 4 * budget.places(p.asked).inside.copied
+    assert p.memory["cut out of what was gathered"] == copied > 0
+    cast = p.memory["bf16 copies of parameters"] - root(p)
+    for less, more in testing.run(2, kept_by_one_of_two, model, trainers.Degrees(tensor=2), bf16):
+        assert 2 * less - more == pytest.approx(cast if bf16 else copied, rel=0.05)
+
+
 def test_autocast_keeps_a_copy_of_every_matrix():
     model = replace(SMALL, pattern="N")
     less, more = (kept(model, ops, t, True) for t in LENGTHS)
-    known = counted(model)
-    inside = sum(part.total for name, part in known.parts.items() if name not in ("embedding", "head", "norms"))
     p = planned(model, 1, Run(recompute=False), Assumptions())
-    copies = p.memory["bf16 copies of parameters"] - 2 * known.root
+    inside = sum(part.total for name, part in p.counted.parts.items() if name not in ("embedding", "head", "norms"))
+    copies = p.memory["bf16 copies of parameters"] - 2 * root(p)
     assert 2 * less - more == pytest.approx(copies, rel=0.02)
     assert copies == pytest.approx(2 * inside, rel=0.01)
 
 
 def test_recomputing_keeps_the_copies_of_one_block():
     p = planned(A03B, 1, Run(), Assumptions())
-    assert p.memory["bf16 copies of parameters"] == 2 * (sum(p.counted.largest) + p.counted.root)
+    largest = max(placed.here for placed in budget.places(p.asked).blocks)
+    assert p.memory["bf16 copies of parameters"] == 2 * (largest + root(p))
     config = replace(train.LARGE, recompute=True)
     with train.precise(config, torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
@@ -266,6 +328,34 @@ def test_two_ranks_receive_what_is_planned(change, attention, states):
         assert [calls for _, calls in found] == [sum(t.calls for t in mine)] * 2
 
 
+def with_shared_heads(model: Model, degrees: trainers.Degrees, recompute: bool, bf16: bool, t: int) -> tuple[int, int]:
+    """Bytes and calls of this file's collectives, forward and backward, of one row of tokens."""
+    mesh = trainers.make(degrees, torch.device("cpu"))
+    built = LanguageModel(model, trainers.over(ops, mesh))
+    initialize(built, 0)
+    if recompute:
+        shard.checkpointing(built.blocks)
+    shard.shard(built, mesh, built.blocks)
+    place = torch.arange(t)[None]
+    with comm.counted() as counter, tracing.autocast(bf16):
+        built(place % 7, place % 7, place, None, place, 0).losses.sum().backward()
+    return sum(counter.received.values()), sum(counter.calls.values())
+
+
+@pytest.mark.parametrize("between", ["repeated", "cut"])
+@pytest.mark.parametrize("recompute, precision", [(False, "float32"), (True, "bf16")])
+@pytest.mark.parametrize("name", SHARED)
+def test_two_ranks_that_share_heads_receive_what_is_planned(name, recompute, precision, between):
+    """To the byte, and as often: layers' outputs, norms over all heads, tokens between layers, the loss over words."""
+    model = replace(SMALL, **SHARED[name])
+    run = Run(length=64, batch=1, recompute=recompute, precision=precision)
+    p = planned(model, 2, run, Assumptions(), tensor=2, between=between)
+    mine = [t for t in p.traffic if t.axis == "tensor"]
+    want = sum(t.bytes for t in mine), sum(t.calls for t in mine)
+    degrees = trainers.Degrees(tensor=2, between=between)
+    assert testing.run(2, with_shared_heads, model, degrees, recompute, precision == "bf16", 64) == [want] * 2
+
+
 def test_volumes_of_a_layer():
     """Forward, a layer, 64k tokens on 8 ranks in bf16, in MiB; by hand."""
     run = Run(length=2**16, batch=1)
@@ -288,12 +378,12 @@ def test_sharding_moves_eight_bytes_a_parameter():
     """bf16 gathered twice and float32 summed, (W - 1) / W of it; what is not in a block is gathered once."""
     for name, wanted in (("a0.3b", 9.9), ("a1b", 29.3)):
         p = planned(PLAIN[name], 2, Run(batch=2, micro=1))
-        size = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + p.counted.root * 2 / 2
+        size = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + root(p) * 2 / 2
         assert size / 1e9 == pytest.approx(wanted, abs=0.05)
 
 
 class Sent(TorchDispatchMode):
-    """Calls of torch's own collectives, and the numbers of their largest tensors."""
+    """Calls of torch's collectives, and the numbers that gathers and scatters receive."""
 
     def __init__(self):
         super().__init__()
@@ -303,41 +393,72 @@ class Sent(TorchDispatchMode):
         if "c10d" in str(function):
             name = str(function).split(".")[1].split("_base")[0]
             self.calls[name] += 1
-            self.numbers[name] += max(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+            sizes = [x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+            self.numbers[name] += max(sizes) - min(sizes)
         return function(*args, **(kwargs or {}))
 
 
-def shard_on_two_ranks(model: Model, recompute: bool) -> tuple[Counter, Counter]:
+class Moved(NamedTuple):
+    """By torch's collectives alone; and what a rank holds."""
+
+    calls: Counter
+    numbers: Counter  # received
+    held: int
+
+
+def sharded(model: Model, degrees: trainers.Degrees, recompute: bool) -> Moved:
     """Two micro-batches under FSDP, gradients summed after the second."""
-    mesh = trainers.make(trainers.Degrees(), torch.device("cpu"))
+    mesh = trainers.make(degrees, torch.device("cpu"))
     built = LanguageModel(model, trainers.over(ops, mesh))
     initialize(built, 0)
     if recompute:
         shard.checkpointing(built.blocks)
     shard.shard(built, mesh, built.blocks)
     tokens = torch.zeros(1, 64, dtype=torch.int64)
-    with Sent() as sent:
+    with Sent() as sent, comm.counted() as ours:
         for last in (False, True):
             shard.synchronize(built, last)
             built(tokens, tokens).losses.sum().backward()
-    return sent.calls, sent.numbers
+    sent.calls["_allgather"] -= ours.calls["gather"]
+    sent.numbers["_allgather"] -= ours.received["gather"] // 4
+    return Moved(sent.calls, sent.numbers, sum(shard.local(p).numel() for p in built.parameters()))
+
+
+COLLECTIVES = {
+    "gather parameters": "_allgather",
+    "reduce-scatter gradients": "_reduce_scatter",
+    "all-reduce gradients": "allreduce_",
+}
+MESHES = [
+    (2, {}),
+    (2, {"tensor": 2}),
+    (4, {"tensor": 2}),
+    (4, {"tensor": 2, "replicas": 2}),
+    (2, {"expert": 2}),
+    (4, {"expert": 2}),
+]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_fsdp_gathers_and_sums_what_is_planned(recompute):
-    """As often, and as many numbers but for padding."""
-    run = Run(length=64, batch=4, micro=1, recompute=recompute, precision="float32")
-    p = planned(SMALL, 2, run, Assumptions())
-    for calls, numbers in testing.run(2, shard_on_two_ranks, SMALL, recompute):
-        for what, name in (("gather parameters", "_allgather"), ("reduce-scatter gradients", "_reduce_scatter")):
-            (t,) = (t for t in p.traffic if t.what == what)
-            assert calls[name] == t.calls
-            assert numbers[name] == pytest.approx(t.bytes / 4 * 2, rel=0.01)
+@pytest.mark.parametrize("ranks, mesh", MESHES, ids=str)
+def test_fsdp_gathers_and_sums_what_is_planned(ranks, mesh, recompute):
+    """As often, and as many numbers but for padding; and ranks hold as many, in the mean."""
+    samples = 2 * ranks // mesh.get("tensor", 1)
+    run = Run(length=64, batch=samples, micro=1, recompute=recompute, precision="float32")
+    p = planned(SMALL, ranks, run, Assumptions(), **mesh)
+    found = testing.run(ranks, sharded, SMALL, trainers.Degrees(**mesh), recompute)
+    assert sum(moved.held for moved in found) == pytest.approx(p.memory["parameters"] / 4 * ranks)
+    for moved in found:
+        for t in (t for t in p.traffic if t.what in COLLECTIVES):
+            name = COLLECTIVES[t.what]
+            assert moved.calls[name] == t.calls
+            if name != "allreduce_":  # whose ring is the backend's
+                assert moved.numbers[name] == pytest.approx(t.bytes / 4, rel=0.01)
 
 
 def test_replicas_sum_their_own_shards():
     p = planned(PLAIN["a0.3b"], 256, Run(batch=256), replicas=32)
-    inside = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + p.counted.root * 2 * 7 / 8
+    inside = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + root(p) * 2 * 7 / 8
     assert inside / 1e9 == pytest.approx(17.3, abs=0.1)
     (between,) = (t for t in p.traffic if t.axis == "replicas")
     assert between.bytes / 1e9 == pytest.approx(2.4, abs=0.1)
@@ -406,7 +527,13 @@ def run_program(capsys, line: str) -> str:
         ("tiny --gpus 3 --batch 3 --mesh.expert 3", "8 experts cannot be shared over expert 3"),
         ("tiny --gpus 2 --mesh.expert 4", "expert 4 does not divide the 2 ranks"),
         ("llama3-8b --gpus 2 --mesh.expert 2", "no expert layer"),
-        ("tiny --gpus 8 --mesh.tensor 8", "4 heads of L do not divide over tensor 8"),
+        (
+            "tiny --gpus 8 --mesh.tensor 8",
+            "4 heads of Mamba2 cannot be shared over 8 ranks; let --mesh.tensor be one of 1",
+        ),
+        ("tiny --gpus 4 --mesh.tensor 2 --mesh.expert 2", "experts are cut over 2 ranks (--mesh.tensor) or shared out"),
+        ("mamba-25m --gpus 2 --mesh.tensor 2", "Mamba is not cut by heads (--mesh.tensor 2)"),
+        ("tiny --gpus 8 --mesh.sequence 4 --mesh.tensor 2 --mesh.attention ulysses", "sequence x tensor 8 (ulysses)"),
         ("tiny --gpus 8 --mesh.sequence 8 --mesh.attention ulysses", "4 heads of attention do not divide"),
         ("tiny --gpus 8 --mesh.pipeline 8", "4 blocks do not divide over pipeline 8"),
         ("tiny --gpus 2 --efficiency 2", "efficiency is 2.0"),
@@ -436,17 +563,14 @@ def test_proposals_fit_first_and_the_fastest_of_them_first(capsys):
     rates = [p["tokens a second"] for p in plans if p["fits"]]
     assert rates == sorted(rates, reverse=True)
     for p in plans:
-        assert p["mesh"]["data"] * p["mesh"]["sequence"] == 8
+        assert p["mesh"]["data"] * p["mesh"]["sequence"] * p["mesh"]["tensor"] == 8
         assert p["step"] == pytest.approx(sum(p["times"].values()))
 
 
-def test_degrees_that_the_trainer_lacks_are_named(capsys):
-    have = {f.name for f in fields(trainers.Degrees)}
-    said = run_program(capsys, "a0.3b-2b --gpus 8 --mesh.tensor 2 --mesh.sequence 2")
-    lacks = re.search(r"^the trainer does not have --mesh\.(.*) yet$", said, re.MULTILINE)
-    assert ("tensor" in have) == (lacks is None)
-    assert lacks is None or lacks[1] == "tensor"
-    assert "the trainer" not in run_program(capsys, "a0.3b-2b --gpus 8 --mesh.sequence 2").split("assumptions")[0]
+def test_meshes_that_the_trainer_refuses_are_named(capsys):
+    said = run_program(capsys, "tiny --gpus 4 --mesh.tensor 2 --mesh.pipeline 2")
+    assert "the trainer refuses this mesh (--mesh.pipeline 2 goes with data alone, not with --mesh.tensor 2)" in said
+    assert "the trainer" not in run_program(capsys, "tiny --gpus 4 --mesh.tensor 2").split("assumptions")[0]
 
 
 def test_what_the_trainer_refuses_is_said(capsys):

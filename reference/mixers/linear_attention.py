@@ -133,7 +133,8 @@ class Lightning(Mixer):
 
     def forward(self, x, side, state: Only | None = None):
         parts = F.silu(self.split(self.qkv(x))).split([self.key_size, self.key_size, self.value_size], -1)
-        slopes = -alibi_slopes(self.heads).to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        slopes = -alibi_slopes(self.all_heads)[self.first :][: self.heads]
+        slopes = slopes.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
         tokens = dict(zip("qkv", parts, strict=True))
         o, memory = self.advance(tokens, {"g": slopes * self.fade}, state and state.memory, side)
         o = self.ops.norm(o.flatten(-2), self.norm, self.eps, self.gate(x), "sigmoid")
@@ -156,7 +157,7 @@ class Retention(Mixer):
 
     def forward(self, x, side, state: Only | None = None):
         q, k = (rotate(self.split(project(x)), side.positions, self.base) for project in (self.q, self.k))
-        h = torch.arange(self.heads, device=x.device, dtype=torch.float64)
+        h = self.first + torch.arange(self.heads, device=x.device, dtype=torch.float64)
         g = torch.log1p(-(2.0 ** (-5 - h))).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         tokens = {"q": q * self.key_size**-0.5, "k": k, "v": self.split(self.v(x))}
         o, memory = self.advance(tokens, {"g": g}, state and state.memory, side)

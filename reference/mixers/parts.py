@@ -127,6 +127,7 @@ class Mixer(nn.Module):
                 f"{self.key_size} channels and a value {self.value_size}; use fewer heads, or give both sizes"
             )
         self.value_heads = config.value_heads or self.heads
+        self.first, self.all_heads = 0, self.heads  # this layer's place among heads that several ranks share
         self.keys, self.values = self.heads * self.key_size, self.value_heads * self.value_size
 
     @classmethod
