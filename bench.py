@@ -595,7 +595,7 @@ def clocked(run: Callable, dtype, floor: int, exps: int, ceiling: dict, times: i
 
 
 def local(args) -> Iterable[dict]:
-    """Norms and short convolutions: our kernels, plain PyTorch and FLA's on this GPU, over the byte floor."""
+    """Norms, convolutions and token shifts: our kernels, plain PyTorch and FLA's on this GPU, over the byte floor."""
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # so that a first call's seconds are a first call's
     ceiling = ceilings()
     yield ceiling
@@ -630,6 +630,9 @@ def neighbours() -> dict[str, tuple]:
 
         return causal_conv1d(x, w, activation="silu")[0]
 
+    def no_shift(x):
+        raise NotImplementedError("flash-linear-attention's shift is x_{t-1} - x_t, another function")
+
     def half(*shape):
         return torch.randn(shape).bfloat16()
 
@@ -641,9 +644,11 @@ def neighbours() -> dict[str, tuple]:
     norms = sides(lambda f: f.norm, fla_norm)
     gated = sides(lambda f: lambda x, w, z: f.norm(x, w, 1e-5, z), fla_gated)
     taps = sides(lambda f: lambda x, w: f.short_convolution(x, w, None, "silu")[0], fla_convolution)
+    shifts = sides(lambda f: lambda x: f.token_shift(x)[0], no_shift)
     return {
         "norm d 1024": ((tokens, d), (half(tokens, d), torch.randn(d)), norms, (2, 3)),
         "gated norm d 128": (heads, (half(*heads), torch.randn(128), half(*heads)), gated, (3, 5)),
+        "token shift d 1024": ((8, 2048, d), (half(8, 2048, d),), shifts, (2, 2)),
         "convolution w 4": ((8, 2048, d), (half(8, 2048, d), torch.randn(d, 4)), taps, (2, 3)),
     }
 
