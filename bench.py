@@ -21,7 +21,10 @@ Where every element of the memory needs an exponential of its own (Mamba), one a
 a clock and multiprocessor; the larger counts. Rows of one head (Mamba, Longhorn, S4) take a shape's h·d as the width of
 their layer: at 8x2048x8x128 Mamba has 2048 channels of 16 keys.
 Before anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
-Peers that cannot run are listed as unavailable, with the reason.
+Peers that cannot run are listed as unavailable, with the reason. `decode` lines (`--decode`: batches, or none) are one
+token a sequence at 8 heads of 128: the memory overwritten where that is ours to choose, 16 of them in turn as a model's
+layers have theirs, so that none is found in the cache, and a time is that of one. The floor is the memory read and
+written once in float32, and the token's inputs and outputs.
 
 `parallel`: what W ranks do together beside one alone, in W processes at once. A time is the slowest rank's, of the
 median run; what would pass `--seconds`, by the time of the measurement before, is skipped, and a line says so. `steps`:
@@ -64,6 +67,7 @@ TENSORS = {"forward": (1, 1), "forward+backward": (3, 2)}
 ONE_HEAD = {"mamba": (16, 2), "longhorn": (16, 2), "s4": (32, 1)}  # keys, and channels for each of the layer's width
 SPECIAL = 16  # exponentials a clock and multiprocessor (CUDA C++ programming guide, compute capability 9.0)
 SIDES = {"token loop": exact.recurrence, "chunked": chunked.recurrence}
+DECODED, LAYERS = (8, 128), 16  # heads and their size of a decoding step, and memories that take turns
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 AVERAGED = 2048  # tokens at which the geometric mean over the rows is taken
 
@@ -96,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--peer", nargs="*", choices=list(PEERS), default=[], help="measure these beside ours")
             sub.add_argument("--shapes", nargs="+", default=list(SHAPES), help="b x t x h x d")
             sub.add_argument("--peer-shapes", nargs="+", default=None, help="shapes for peers that tune (all)")
+            sub.add_argument("--decode", nargs="*", type=int, default=[1, 16, 128], help="batches of one token (none)")
             sub.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
             continue
         if name == "local":
@@ -392,6 +397,9 @@ def kernels(args) -> Iterable[dict]:
             except Exception as error:
                 yield {**head, "what": "unavailable", "reason": reason(error)}
             torch.cuda.empty_cache()
+        for side, step in {"ours": fast.recurrence.step, **{peer: STEPS[peer] for peer in args.peer}}.items():
+            yield from decoded(name, side, step, args.decode, dtype, ceiling)
+            torch.cuda.empty_cache()
 
 
 def contestants(name: str, peers: list[str], ours: Callable, shapes, peer_shapes) -> dict:
@@ -405,7 +413,14 @@ def fla(name: str) -> Callable:
     return recurrence
 
 
-PEERS = {"fla": fla}
+def fla_step(*given):
+    """flash-linear-attention's loop over tokens in one kernel, over one."""
+    from fast.fla import step
+
+    return step(*given)
+
+
+PEERS, STEPS = {"fla": fla}, {"fla": fla_step}
 
 
 def softmax(row, x, constants):
@@ -471,6 +486,78 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
         yield {"row": name, "side": side, "what": what, "shape": text(shape), **clocked(run, do.dtype, *floor, ceiling)}
 
 
+def decoded(name: str, side: str, step: Callable, batches, dtype, ceiling: dict, sizes=DECODED, device="cuda"):
+    """One token for each of so many sequences, after its error was looked at; a line of each batch."""
+    head = {"row": name, "side": side, "dtype": str(dtype).removeprefix("torch.")}
+    for b in batches:
+        line = {**head, "what": "decode", "shape": text((b, 1, *sizes))}
+        try:
+            if b == batches[0]:
+                yield {**head, **step_budget(name, step, sizes, dtype, device)}
+            yield {**line, **one_token(name, step, (b, *sizes), dtype, ceiling, device)}
+        except Exception as error:
+            yield {**line, "what": "unavailable", "of": "decode", "reason": reason(error)}
+
+
+@torch.no_grad()
+def step_budget(name: str, step: Callable, sizes: tuple[int, int], dtype, device: str) -> dict:
+    """As `budget`, of one token's output and the memory after it; `plain` is the token loop on the same inputs."""
+    row, tokens, constants = inputs(name, 2, 1, *sizes, dtype, as_layers=True)
+    M = memory_of(row, tokens, constants)
+
+    def run(f, wide, device):
+        given = [{n: (x if wide is None else x.to(wide)).to(device) for n, x in y.items()} for y in (tokens, constants)]
+        memory = M.clone().to(device) if wide is None else M.to(device, wide)
+        return [y.double().cpu() for y in f(row, *given, memory)]
+
+    want, plain = run(exact.step, torch.float64, "cpu"), run(exact.step, None, "cpu")
+    begin = time.perf_counter()
+    got = run(step, None, device)
+    seconds, ratios = time.perf_counter() - begin, {}
+    for what, x, y, z in zip(("o", "memory"), got, plain, want, strict=True):
+        eps = torch.finfo(dtype if what == "o" else torch.float32).eps
+        allowed = 2 * (y - z).abs().max() + eps * z.abs().max()
+        ratios[what] = round(((x - z).abs().max() / allowed).item(), 3)
+    return {
+        "what": "decode budget" if all(x <= 1 for x in ratios.values()) else "DECODE BUDGET EXCEEDED",
+        "shape": text((2, 1, *sizes)),
+        "error_over_budget": ratios,
+        "first_call_s": seconds,
+    }
+
+
+def memory_of(row, tokens: dict, constants: dict) -> torch.Tensor:
+    """Some memory that a text could have left, in float32."""
+    return torch.randn(exact.empty(row, tokens, constants).shape) / 8
+
+
+def one_token(name: str, step: Callable, shape: tuple[int, int, int], dtype, ceiling: dict, device: str) -> dict:
+    """Times of one step, its floor in bytes and exponentials, and what it holds beside the memory."""
+    b, h, d = shape
+    row, tokens, constants = on(device, inputs(name, b, 1, h, d, dtype, as_layers=True))
+    M = memory_of(row, tokens, constants).to(device)
+    memories = [M, *(M.clone() for _ in range(LAYERS - 1))]
+
+    @torch.no_grad()
+    def steps():
+        for M in memories:
+            step(row, tokens, constants, M)
+
+    alone = torch.no_grad()(lambda: step(row, tokens, constants, memories[0]))
+    o = alone()[0]
+    floor = 2 * memories[0].nbytes + sum(x.nbytes for x in tokens.values()) + o.nbytes
+    line = clocked(steps, dtype, floor, exponentials("forward", row, tokens, constants), ceiling, LAYERS, device)
+    held_mib = held(alone, device).bytes / 2**20
+    return {
+        **line,
+        "layers": LAYERS,
+        "floor_share": 1 / line["graph_over_floor"],
+        "memory_mib": memories[0].nbytes / 2**20,
+        "extra_mib": held_mib,  # of one step
+        "peak_mib": (memories[0].nbytes + sum(x.nbytes for x in tokens.values())) / 2**20 + held_mib,
+    }
+
+
 def moved(what: str, tokens: dict, o: torch.Tensor) -> int:
     """The bytes that must move at least: every input with a time axis, its gradient, and outputs like `o`."""
     of_inputs, of_outputs = TENSORS[what]
@@ -485,16 +572,13 @@ def exponentials(what: str, row, tokens: dict, constants: dict) -> int:
     return each * (1 if what == "forward" else 2)
 
 
-def clocked(run: Callable, dtype, floor: int, exps: int, ceiling: dict) -> dict:
+def clocked(run: Callable, dtype, floor: int, exps: int, ceiling: dict, times: int = 1, device: str = "cuda") -> dict:
     """First call, extra memory, eager and as a CUDA graph, and the ratio to the time that `floor` bytes or `exps`
-    exponentials take, whichever is longer."""
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    first, extra = time.perf_counter() - begin, held(run, "cuda").bytes / 2**20
+    exponentials take, whichever is longer. Times are of one of the `times` that `run` does the same."""
+    first, extra = clock(run, device), held(run, device).bytes / 2**20
     rate = ceiling["exponentials_g_s"]
     floors = floor / ceiling["copy_gb_s"] / 1e6, exps / rate / 1e6 if exps and rate else 0.0
-    eager, graph = median(run), median(captured(run))
+    eager, graph = ([x / times for x in median(f)] for f in (run, captured(run)))
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "eager_ms": eager[0],
@@ -511,7 +595,7 @@ def clocked(run: Callable, dtype, floor: int, exps: int, ceiling: dict) -> dict:
 
 
 def local(args) -> Iterable[dict]:
-    """Norms and short convolutions: our kernels, plain PyTorch and FLA's on this GPU, over the byte floor."""
+    """Norms, convolutions and token shifts: our kernels, plain PyTorch and FLA's on this GPU, over the byte floor."""
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # so that a first call's seconds are a first call's
     ceiling = ceilings()
     yield ceiling
@@ -546,6 +630,9 @@ def neighbours() -> dict[str, tuple]:
 
         return causal_conv1d(x, w, activation="silu")[0]
 
+    def no_shift(x):
+        raise NotImplementedError("flash-linear-attention's shift is x_{t-1} - x_t, another function")
+
     def half(*shape):
         return torch.randn(shape).bfloat16()
 
@@ -557,9 +644,11 @@ def neighbours() -> dict[str, tuple]:
     norms = sides(lambda f: f.norm, fla_norm)
     gated = sides(lambda f: lambda x, w, z: f.norm(x, w, 1e-5, z), fla_gated)
     taps = sides(lambda f: lambda x, w: f.short_convolution(x, w, None, "silu")[0], fla_convolution)
+    shifts = sides(lambda f: lambda x: f.token_shift(x)[0], no_shift)
     return {
         "norm d 1024": ((tokens, d), (half(tokens, d), torch.randn(d)), norms, (2, 3)),
         "gated norm d 128": (heads, (half(*heads), torch.randn(128), half(*heads)), gated, (3, 5)),
+        "token shift d 1024": ((8, 2048, d), (half(8, 2048, d),), shifts, (2, 2)),
         "convolution w 4": ((8, 2048, d), (half(8, 2048, d), torch.randn(d, 4)), taps, (2, 3)),
     }
 
@@ -1051,6 +1140,10 @@ def as_text(line: dict) -> str:
         return f"{head} unavailable: {line['reason']}"
     if "error_over_budget" in line:
         return f"{head} {line['what']}: {line['error_over_budget']}, first call {line['first_call_s']:.1f} s"
+    if line["what"] == "decode":
+        times = f"eager {1e3 * line['eager_ms']:8.1f}  graph {1e3 * line['graph_ms']:8.1f} us"
+        held = f"{100 * line['floor_share']:4.0f} % of the floor {line['peak_mib']:8.2f} MiB"
+        return f"{head} {line['shape']:20} {'decode':17} {times} {held}"
     if "graph_ms" in line:
         times = (
             f"eager {line['eager_ms']:8.3f}  graph {line['graph_ms']:8.3f} ms {line['graph_over_floor']:6.2f} x floor"

@@ -218,7 +218,7 @@ def ops_of(config: Train, device: torch.device):
     lsm = config.model.lsm
     if config.backend == "fla":
         try:
-            fla.operator(lsm) if "L" in config.model.letters else None
+            fla.operator(fla.adapter(lsm)) if "L" in config.model.letters else None
         except NotImplementedError as lack:
             raise ValueError(str(lack)) from None
         return fla.ops

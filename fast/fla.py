@@ -53,6 +53,15 @@ class Operator(NamedTuple):
     given: Callable[[Given], dict]  # the row's tokens and constants by its names
     into: Callable = lambda memory, x: memory
     back: Callable = lambda memory: memory
+    renamed: tuple[tuple[str, str], ...] = ()  # what the operator for a few tokens calls otherwise
+
+    def of_one_token(self) -> "Operator":
+        """The token loop in one kernel, which the package has beside every operator in chunks."""
+        return self._replace(function=self.function.replace("chunk_", "fused_recurrent_"), given=self.given_to_one)
+
+    def given_to_one(self, x: Given) -> dict:
+        names = dict(self.renamed)
+        return {names.get(name, name): y for name, y in self.given(x).items()}
 
 
 OPERATOR = {
@@ -60,8 +69,8 @@ OPERATOR = {
     "lightning": Operator("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkv") | {"g_gamma": x["g"]}),
     "retention": Operator("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkv") | {"g_gamma": x["g"]}),
     "mamba2": Operator("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkvg")),
-    "gla": Operator("gla", "chunk_gla", lambda x: whole(x, *"qkvg")),
-    "hgrn2": Operator("gla", "chunk_gla", tied),
+    "gla": Operator("gla", "chunk_gla", lambda x: whole(x, *"qkvg"), renamed=(("g", "gk"),)),
+    "hgrn2": Operator("gla", "chunk_gla", tied, renamed=(("g", "gk"),)),
     "rwkv6": Operator("rwkv6", "chunk_rwkv6", lambda x: whole(x, *"kvu") | {"r": x["q"], "w": x["g"]}),
     "gsa": Operator("gsa", "chunk_gsa", slots_of, two_memories, one_memory),
     "delta_net": Operator("delta_rule", "chunk_delta_rule", lambda x: whole(x, *"qkv", "beta")),
@@ -76,13 +85,18 @@ def rows() -> list[str]:
     return list(OPERATOR)
 
 
-def operator(name: str) -> Callable:
-    """flash-linear-attention's operator for that row. NotImplementedError, in one line, if there is none."""
+def adapter(name: str) -> Operator:
+    """NotImplementedError, in one line, if there is none."""
     if name not in OPERATOR:
         raise NotImplementedError(
             f"flash-linear-attention has no operator for {name!r} here (have {', '.join(rows())})"
         )
-    module, function = OPERATOR[name][:2]
+    return OPERATOR[name]
+
+
+def operator(how: Operator) -> Callable:
+    """flash-linear-attention's. NotImplementedError, in one line, if it cannot be imported."""
+    module, function = how[:2]
     try:
         return getattr(import_module(f"fla.ops.{module}"), function)
     except (ImportError, AttributeError) as error:  # without Triton it imports and exports nothing
@@ -98,18 +112,32 @@ def recurrence(
     """As the reference's. NotImplementedError, in one line, for a row without an operator, or if it refuses."""
     constants = constants or {}
     check(row, tokens, constants, memory, cu_seqlens)
-    name = next((name for name, other in LSM.items() if other == row), row.title)
-    run, x = operator(name), {**tokens, **constants}
-    how = OPERATOR[name]
-    memory = None if memory is None else how.into(memory.float().contiguous(), x)
-    borders = None if cu_seqlens is None else cu_seqlens.long()
-    o, last = run(**how.given(x), scale=1.0, initial_state=memory, output_final_state=True, cu_seqlens=borders)
-    return o, how.back(last)
+    return run(adapter(name_of(row)), {**tokens, **constants}, memory, cu_seqlens)
 
 
 def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None) -> tuple[Tensor, Memory]:
-    """One token for each sequence: `recurrence` over it."""
-    return recurrence(row, tokens, constants, memory)
+    """One token for each sequence, by the package's loop over tokens; with gradients wanted it is `recurrence` over it.
+
+    The memory comes back as a new one.
+    """
+    constants = constants or {}
+    check(row, tokens, constants, memory, None)
+    how, x = adapter(name_of(row)), {**tokens, **constants}
+    given = [*x.values(), *([] if memory is None else [memory])]
+    wanted = torch.is_grad_enabled() and any(y.requires_grad for y in given)
+    return run(how if wanted else how.of_one_token(), x, memory, None)
+
+
+def name_of(row: Row) -> str:
+    return next((name for name, other in LSM.items() if other == row), row.title)
+
+
+def run(how: Operator, x: Given, memory, cu_seqlens) -> tuple[Tensor, Memory]:
+    memory = None if memory is None else how.into(memory.float().contiguous(), x)
+    borders = None if cu_seqlens is None else cu_seqlens.long()
+    call = operator(how)
+    o, last = call(**how.given(x), scale=1.0, initial_state=memory, output_final_state=True, cu_seqlens=borders)
+    return o, how.back(last)
 
 
 def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> spans.Span:

@@ -1,4 +1,4 @@
-"""`reference.local` on Triton kernels: the same functions, the same answers. Token shifts and running sums are kept."""
+"""`reference.local` on Triton kernels: the same functions, the same answers. Running sums are kept."""
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,21 @@ def short_convolution(
     flat = x.reshape(b * t, c).contiguous()
     y = convolved(flat, weight.contiguous(), bias, activation, taps, t, cu_seqlens).view(x.shape)
     return y, newest(x, taps, reach, n, cu_seqlens)
+
+
+def token_shift(
+    x: Float[Tensor, "b t d"], last: Float[Tensor, "b d"] | None = None, cu_seqlens=None
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:
+    """x_{t-1} for every t, with `last` (zeros if None) before the first, as the reference's; and the new last.
+
+    Raises ValueError, in one line and before any launch, for a dtype or a device without kernels.
+    """
+    able("token_shift", x, last, None)
+    b, t, d = x.shape
+    n = b if cu_seqlens is None else len(cu_seqlens) - 1
+    last = None if last is None else last.to(x.dtype).contiguous()
+    y = shifted(x.reshape(b * t, d).contiguous(), last, t, cu_seqlens).view(x.shape)
+    return y, newest(x, None if last is None else last[:, None], 1, n, cu_seqlens)[:, 0]
 
 
 def newest(x: Float[Tensor, "b t c"], taps, reach: int, n: int, cu_seqlens) -> Float[Tensor, "n r c"]:
@@ -199,3 +214,40 @@ def convolution_backward(ctx, dy):
 
 
 convolved.register_autograd(convolution_backward, setup_context=convolution_context)
+
+
+@torch.library.custom_op("linear_moe::shift", mutates_args=())
+def shifted(x: Tensor, last: Tensor | None, length: int, cu_seqlens: Tensor | None) -> Tensor:
+    return kernels.shift(x, last, length, *borders(x, cu_seqlens))
+
+
+@shifted.register_fake
+def _(x, last, length, cu_seqlens):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("linear_moe::shift_gradients", mutates_args=())
+def shift_gradients(dy: Tensor, last: Tensor | None, length: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dx, dlast; the latter empty if there is no last."""
+    dx, dlast = kernels.shift_gradients(dy.contiguous(), last, length, *borders(dy, cu_seqlens))
+    return dx, dy.new_empty(0) if dlast is None else dlast
+
+
+@shift_gradients.register_fake
+def _(dy, last, length, cu_seqlens):
+    dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    return dx, dy.new_empty(0) if last is None else torch.empty_like(last)
+
+
+def shift_context(ctx, inputs, output) -> None:
+    _, last, ctx.length, cu_seqlens = inputs
+    ctx.save_for_backward(last, cu_seqlens)
+
+
+def shift_backward(ctx, dy):
+    last, cu_seqlens = ctx.saved_tensors
+    dx, dlast = shift_gradients(dy, last, ctx.length, cu_seqlens)
+    return dx, None if last is None else dlast, None, None
+
+
+shifted.register_autograd(shift_backward, setup_context=shift_context)

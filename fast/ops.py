@@ -9,6 +9,7 @@ ops = reference.ops._replace(
     span=recurrence.span,
     step=recurrence.step,
     short_convolution=local.short_convolution,
+    token_shift=local.token_shift,
     norm=local.norm,
-    kept=("token_shift", "running_sum", "attention", "experts", "token_losses", "total"),
+    kept=("running_sum", "attention", "experts", "token_losses", "total"),
 )

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 import bench
@@ -86,6 +87,57 @@ def test_floors_of_kernels():
     exps = [bench.exponentials(what, row, tokens, constants) for what in bench.TENSORS]
     assert exps == [2 * 4 * 96 * 16, 2 * 2 * 4 * 96 * 16]
     assert bench.inputs("mamba", 1, 2, 3, 16, torch.float32)[1]["v"].shape == (1, 2, 3, 16)  # on a CPU as all others
+
+
+@pytest.fixture
+def slow_motion(monkeypatch):
+    """Every run once and 0.5 ms; without a GPU there is no graph, and a cache that is emptied means nothing."""
+
+    def once(run):
+        run()
+        return [0.5, 0.5, 0.5]
+
+    monkeypatch.setattr(bench, "median", once)
+    monkeypatch.setattr(bench, "captured", lambda run: run)
+
+
+CEILING = {"copy_gb_s": 1000.0, "exponentials_g_s": 1.0}
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off on a GPU")
+
+
+def one_tokens(name, side, step, batches=(1, 3), sizes=(2, 16)):
+    return list(bench.decoded(name, side, step, batches, torch.float32, CEILING, sizes, "cpu"))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["linear_attention", "gla", "gated_delta_net", "rwkv7", "mamba"])
+def test_decoding_is_checked_and_measured_in_every_batch(name, slow_motion):
+    from fast import recurrence as quick
+
+    checked, *lines = one_tokens(name, "ours", quick.step)
+    assert checked["what"] == "decode budget" and set(checked["error_over_budget"]) == {"o", "memory"}
+    assert [x["shape"] for x in lines] == ["B1 T1 H2 D16", "B3 T1 H2 D16"] and {x["what"] for x in lines} == {"decode"}
+    for b, x in zip((1, 3), lines, strict=True):
+        row, tokens, constants = bench.inputs(name, b, 1, 2, 16, torch.float32, as_layers=True)
+        memory = bench.memory_of(row, tokens, constants)
+        assert x["memory_mib"] == memory.numel() * 4 / 2**20
+        assert x["floor_bytes"] == 2 * memory.nbytes + sum(y.nbytes for y in tokens.values()) + tokens["v"].nbytes
+        assert x["eager_ms"] == x["graph_ms"] == 0.5 / bench.LAYERS
+        assert abs(x["floor_share"] * x["graph_ms"] / max(x["floor_ms"], x["exponentials_ms"]) - 1) < 1e-9
+        assert x["peak_mib"] >= x["memory_mib"]
+        assert f"{x['shape']:20} decode" in bench.as_text(x) and "% of the floor" in bench.as_text(x)
+
+
+def test_a_wrong_step_is_seen_and_a_missing_one_said(slow_motion):
+    def wrong(*given):
+        o, M = bench.exact.step(*given)
+        return o * 1.01, M
+
+    assert one_tokens("gla", "wrong", wrong)[0]["what"] == "DECODE BUDGET EXCEEDED"
+    lines = one_tokens("mesa", "fla", bench.STEPS["fla"])
+    assert {(x["what"], x["of"]) for x in lines} == {("unavailable", "decode")} and len(lines) == 2
+    assert "no operator for 'mesa'" in bench.as_text(lines[0])
+    assert one_tokens("gla", "ours", wrong, batches=()) == []
 
 
 def over_two_ranks(tmp_path, *arguments) -> list[dict]:

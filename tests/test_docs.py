@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.mathtext import MathTextParser
 
-from docs import cost, figure, gallery, tables
+from docs import cost, figure, gallery, speed, tables
 from docs.words import DECAYS, FEATURES, MEANING, READS, UPDATES, meaning
 from reference import printed, recurrence
 from reference.lsm import LSM
@@ -365,3 +365,34 @@ def test_layers_cost_what_their_formulas_say():
     assert 1 <= cost.layer("linear_attention").training / (8 * 3 * products) < 1.02
     assert cost.layer("gla").bytes == tables.layer_bytes("gla")
     assert cost.layer("linear_attention").parameters == 5 * 1024 * 1024 + 128
+
+
+# ------------------------------------------------------------------------------------------------------ speeds
+
+
+def test_speeds_are_drawn_from_what_was_recorded(tmp_path):
+    for file in speed.write(tmp_path):
+        assert file.read_bytes()[:4] == b"\x89PNG" and file.stat().st_size < 150_000
+        assert (ROOT / "docs" / file.name).stat().st_size < 150_000
+    lines = speed.recorded()
+    for ax, machine in zip(speed.lengths(lines).axes, speed.machines(lines), strict=True):
+        assert ax.get_title().startswith(machine)
+        for line in ax.get_lines():  # every point is a line of that machine
+            times = {x["graph_ms"] for x in lines if x["machine"] == machine and x["what"] == speed.BOTH}
+            assert set(line.get_ydata()) <= times
+    bars = speed.floors(lines).axes[0].patches
+    assert {round(bar.get_width(), 6) for bar in bars} <= {round(100 / x["graph_over_floor"], 6) for x in lines}
+
+
+def test_curves_mix_no_runs_and_stars_mark_old_kernels():
+    def line(length, ms, row="gla", **more):
+        shape = next(s for s, t in speed.LENGTHS.items() if t == length)
+        given = {"side": "ours", "what": speed.BOTH, "machine": "A", "triton": "1", "kernels_sha256": "x"}
+        return {"row": row, "shape": shape, "graph_ms": ms, "graph_over_floor": 2.0, **given, **more}
+
+    old = [line(t, float(t), kernels_sha256=speed.REWRITTEN[0]) for t in (16384, 2048)]
+    found = speed.curves([*old, line(2048, 1.0)])
+    assert {name: [x["graph_ms"] for x in points] for name, points in found.items()} == {"gla*": [2048.0, 16384.0]}
+    assert list(speed.shares([*old, line(2048, 1.0)])) == ["gla"]  # the newest
+    new = speed.curves([*old, line(2048, 1.0), line(16384, 2.0)])
+    assert {name: [x["graph_ms"] for x in points] for name, points in new.items()} == {"gla": [1.0, 2.0]}

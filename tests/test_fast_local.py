@@ -126,6 +126,31 @@ def test_short_convolution(dtype, packed, lengths, c, w, activation, biased, tap
     compare(call(quick.short_convolution), call(local.short_convolution), inputs, seeds, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True])
+@given(lengths=LENGTHS, c=st.integers(1, 70), tapped=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=12)
+def test_token_shift(dtype, packed, lengths, c, tapped, seed):
+    """To the bit, since nothing is added: but for dx, where the new last's gradient comes on top."""
+    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    n, (b, t) = (len(lengths), (1, sum(lengths))) if packed else (2, (2, sum(lengths)))
+    inputs = {"x": draw(b, t, c, seed=seed)} | ({"last": draw(n, c, seed=seed + 1)} if tapped else {})
+
+    def call(f):
+        return lambda x, last=None: f(x, last, borders.to(x.device) if packed else None)
+
+    seeds = [draw(b, t, c, seed=seed + 2), draw(n, c, seed=seed + 3)]
+    compare(call(quick.token_shift), call(local.token_shift), inputs, seeds, dtype)
+    given = {name: x.to(dtype) for name, x in inputs.items()}
+    ours = call(quick.token_shift)(**{name: x.to(DEVICE) for name, x in given.items()})
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(ours, call(local.token_shift)(**given), strict=True))
+
+
+def test_shifts_over_many_tiles():
+    inputs, seeds = {"x": draw(2, 40, 40), "last": draw(2, 40, seed=1)}, [draw(2, 40, 40, seed=2), draw(2, 40, seed=3)]
+    compare(quick.token_shift, local.token_shift, inputs, seeds, torch.float32)
+
+
 def test_many_tiles():
     """More tokens and channels than one program takes, over a border between two of them."""
     inputs = {
@@ -164,6 +189,8 @@ def test_a_document_that_is_not_a_number_spoils_no_other():
             "no fast kernel for 9 taps, at most 8; use 'reference'",
         ),
         (lambda x: quick.short_convolution(x.long(), x.new_zeros(3, 4)), "no fast kernel for torch.int64"),
+        (lambda x: quick.token_shift(x.double()), "token_shift: no fast kernel for torch.float64; allowed are float32"),
+        (lambda x: quick.token_shift(x, x[:, 0].to("meta")), "token_shift: inputs on several devices: .*, meta"),
     ],
 )
 def test_errors_are_one_clear_line(call, message):

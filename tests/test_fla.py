@@ -29,6 +29,15 @@ NAMES = {
     "chunk_gated_delta_rule": {"q", "k", "v", "g", "beta"},
     "chunk_kda": {"q", "k", "v", "g", "beta"},
     "chunk_rwkv7": {"r", "w", "k", "v", "a", "b"},
+    "fused_recurrent_linear_attn": {"q", "k", "v", "normalize"},
+    "fused_recurrent_simple_gla": {"q", "k", "v", "g", "g_gamma"},
+    "fused_recurrent_gla": {"q", "k", "v", "gk"},
+    "fused_recurrent_rwkv6": {"r", "k", "v", "w", "u"},
+    "fused_recurrent_gsa": {"q", "k", "v", "s", "g"},
+    "fused_recurrent_delta_rule": {"q", "k", "v", "beta"},
+    "fused_recurrent_gated_delta_rule": {"q", "k", "v", "g", "beta"},
+    "fused_recurrent_kda": {"q", "k", "v", "g", "beta"},
+    "fused_recurrent_rwkv7": {"r", "w", "k", "v", "a", "b"},
 }
 
 
@@ -48,9 +57,10 @@ def handed(monkeypatch):
 
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    for module, function, *_ in fla.OPERATOR.values():
-        there = ModuleType(f"fla.ops.{module}")
-        setattr(there, function, operator(function))
+    for how in fla.OPERATOR.values():
+        there = ModuleType(f"fla.ops.{how.module}")
+        for function in (how.function, how.of_one_token().function):
+            setattr(there, function, operator(function))
         monkeypatch.setitem(sys.modules, there.__name__, there)
     return seen
 
@@ -74,6 +84,21 @@ def test_an_operator_is_handed_everything_by_its_own_names(name, handed):
             torch.testing.assert_close(x, 1 - given["g"].exp())
     assert {renamed.get(n, n) for n in mine} >= set(given) - {"k"} and torch.equal(o, tokens["v"] * 2)
     torch.testing.assert_close(last.to(M.dtype), M.float().to(M.dtype))  # the memory's layout survives the way
+
+
+@pytest.mark.parametrize("name", fla.rows())
+def test_one_token_goes_to_the_loop_in_one_kernel(name, handed):
+    row, tokens, constants = make(name, b=2, t=1, h=2, k=4, v=6)
+    M = start(name, row, tokens, constants)
+    o, last = fla.step(row, tokens, constants, M)
+    assert handed["operator"].startswith("fused_recurrent_") and handed["cu_seqlens"] is None
+    assert set(handed) - {"operator"} <= NAMES[handed["operator"]] | COMMON
+    gate = next((n for n in ("gk", "w", "g_gamma", "g") if n in handed), None)
+    assert (gate is None) == ("g" not in {**tokens, **constants})
+    assert gate is None or handed[gate] is {**tokens, **constants}["g"]
+    assert torch.equal(o, tokens["v"] * 2) and torch.equal(last.to(M.dtype), M.float().to(M.dtype))
+    fla.step(row, {n: x.requires_grad_() for n, x in tokens.items()}, constants, M)
+    assert handed["operator"].startswith("chunk_")  # the loop over tokens has not every gradient
 
 
 def test_slots_are_two_memories(handed):

@@ -1,10 +1,13 @@
-"""Triton kernels for what looks at a token and its nearest neighbours: RMS norm, gated or not, and short convolution.
+"""Triton kernels for what looks at a token and its nearest neighbours: RMS norm, short convolution, token shift.
 
     norm          y = x r w · act(z),  r = 1 / sqrt(mean(x²) + eps)                       a row x : d, its gate z : d
       backwards   u = dy w act(z),  dx = r (u - x r mean(u x r)),  dw = Σ dy act(z) x r,  dz = dy x r w act'(z)
 
     convolution   y_t = act(s_t),  s_t = Σ_j w_j x_{t-j} + bias                    channel by channel, j = 0 ... W - 1
       backwards   ds = dy act'(s),  dx_t = Σ_j w_j ds_{t+j},  dw_j = Σ_t ds_t x_{t-j},  dbias = Σ_t ds_t
+
+    shift         y_t = x_{t-1}
+      backwards   dx_t = dy_{t+1}
 
 Before a sequence's first token stand its taps, which belong to it alone: x_{-r} is tap W - 1 - r. All sums in float32.
 
@@ -285,3 +288,57 @@ def convolution_gradients(dy, x, w, bias, activation, taps, length: int, starts,
         meta.pop("T")
         launch(taps_backward, taps.shape[0] * across, *args, W=W, ACT=ACTIVATIONS[activation], **meta)
     return dx, dw.sum(0).T, None if dbias is None else dbias.sum(0), dtaps
+
+
+# --------------------------------------------------------------------------------------------------------- shift
+#
+# Bytes: 2 U either way, each number read once and written once. `last` is the one tap of a window of two.
+
+
+@triton.jit
+def shift_forward(
+    x, last, y, starts, sequences, tokens, length, c,
+    PACKED: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(c, C)
+    t = (tl.program_id(0) // blocks * T + tl.arange(0, T))[:, None]
+    channel = (tl.program_id(0) % blocks * C + tl.arange(0, C))[None, :]
+    ok = (t < tokens) & (channel < c)
+    sequence, start, _ = token_of(t, tokens, length, starts, sequences, PACKED)
+    value = input_at(x, last, sequence, t - start - 1, start, channel, ok, c, 2)
+    tl.store(y + t.to(tl.int64) * c + channel, value.to(y.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def shift_backward(
+    dy, dx, dlast, starts, sequences, tokens, length, c,
+    PACKED: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A sequence's first dy is its `last`'s; where there is no token, nobody writes: dlast is zeros before."""
+    blocks = tl.cdiv(c, C)
+    t = (tl.program_id(0) // blocks * T + tl.arange(0, T))[:, None]
+    channel = (tl.program_id(0) % blocks * C + tl.arange(0, C))[None, :]
+    ok = (t < tokens) & (channel < c)
+    sequence, start, size = token_of(t, tokens, length, starts, sequences, PACKED)
+    at = t.to(tl.int64) * c + channel
+    up = tl.load(dy + at + c, mask=ok & (t - start + 1 < size), other=0.0)
+    tl.store(dx + at, up, mask=ok)
+    if dlast is not None:
+        first = ok & (t == start)
+        tl.store(dlast + sequence.to(tl.int64) * c + channel, tl.load(dy + at, mask=first, other=0.0), mask=first)
+
+
+def shift(x: Tensor, last: Tensor | None, length: int, starts, sequences) -> Tensor:
+    """x : n c as in `convolution`; last : s c."""
+    y, (meta, along, across) = torch.empty_like(x), tiles(x, length, starts, sequences)
+    launch(shift_forward, along * across, x, last, y, starts, sequences, x.shape[0], length, x.shape[1], **meta)
+    return y
+
+
+def shift_gradients(dy: Tensor, last: Tensor | None, length: int, starts, sequences):
+    """dx, dlast; None for what is not there."""
+    dx, (meta, along, across) = torch.empty_like(dy), tiles(dy, length, starts, sequences)
+    dlast = None if last is None else torch.zeros_like(last)
+    args = (dy, dx, dlast, starts, sequences, dy.shape[0], length, dy.shape[1])
+    launch(shift_backward, along * across, *args, **meta)
+    return dx, dlast
