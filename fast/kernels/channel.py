@@ -59,9 +59,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels import decay
-from fast.kernels.decay import CHUNK, FLOOR, LOG2_E, padded, part_of, place_of, places, run_of, sequences_of
-
-NOTHING = tl.constexpr(-150.0)  # 2^-150 is 0 in float32
+from fast.kernels.decay import (
+    CHUNK,
+    FLOOR,
+    LOG2_E,
+    NOTHING,
+    chunk_of,
+    chunks_of,
+    padded,
+    part_of,
+    place_of,
+    places,
+    run_of,
+    sequences_of,
+)
 
 # exponents of 2 up to which queries and keys are decayed from the middle of a block, too; in float16 as in its range
 MILD = {torch.float16: 8.0, torch.bfloat16: 60.0, torch.float32: 60.0}
@@ -84,32 +95,6 @@ CUT = {(128, 2): (64, 4, 2)}
 # bytes of a number -> (channels of K at a time, warps)
 FOLDING = {2: (64, 4), 4: (32, 4)}
 FINISHING = {2: (64, 4), 4: (32, 4)}
-
-
-@triton.jit
-def gates_of(g, at, ok):
-    """Gates in units of log 2, so that exp2 follows; 0 where there is no token."""
-    gate = tl.load(g + at, mask=ok, other=0.0)
-    return tl.maximum(gate, FLOOR, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
-
-
-@triton.jit
-def chunk_of(borders, place, sequences, tokens, C: tl.constexpr, PACKED: tl.constexpr):
-    """(sequence, its first row, the token at which the chunk begins, its length) of the chunk at a `place_of`, which is
-    empty if it begins at or after the end."""
-    if PACKED:  # the last sequence whose first place is not after this one
-        n, after = 0, sequences
-        while after - n > 1:
-            between = (n + after) // 2
-            if tl.load(borders + between) // C + between <= place:
-                n = between
-            else:
-                after = between
-    else:
-        n = tl.minimum(((place + 1) * C - 1) // (tokens + C), sequences - 1)
-    start, length = run_of(borders, n, tokens, PACKED)
-    begin = (place - start // C - n).to(tl.int32) * C
-    return n, start, begin, length
 
 
 @triton.jit
@@ -155,14 +140,14 @@ def channel_gates(
 
     Reads q, k and g; b again from the cache. C·C·K multiply-adds a chunk and level, and 2·C·C·K for b.
     """
-    place, h = tl.program_id(0) // heads, tl.program_id(0) % heads
-    _, start, begin, stop = chunk_of(borders, place, sequences, tokens, C, PACKED)
-    if begin >= stop:
+    h = tl.program_id(0) % heads
+    n, start, begin, count = chunk_of(borders, tl.program_id(0) // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
         return
+    line = (place_of(start, n, begin, C) * heads + h) * K
     ic = tl.arange(0, C)
     here, other = ic[:, None], ic[None, :]
     row = (start + begin) * heads + h
-    count = tl.minimum(stop - begin, C)
     inside = ic < count
     A = tl.zeros((C, C), tl.float32)
     own = tl.zeros((C,), tl.float32)
@@ -186,7 +171,7 @@ def channel_gates(
         total = tl.load(sums + (row + (count - 1) * heads) * K + ik, mask=in_k, other=0.0)
         tl.store(asked + at, query * tl.exp2(r.to(tl.float32)), mask=ok)
         tl.store(written + at, key * tl.exp2((total[None, :] - b).to(tl.float32)), mask=ok)
-        tl.store(fades + (place * heads + h) * K + ik, tl.exp2(total.to(tl.float32)), mask=in_k)
+        tl.store(fades + line + ik, tl.exp2(total.to(tl.float32)), mask=in_k)
         if SCORES:
             if BEFORE:
                 weight = tl.load(u + h * K + ik, mask=in_k, other=0.0)
@@ -284,9 +269,9 @@ def channel_gradients(
     where b does. Multiply-adds: 2·C·C·V + 2·C·V·BK, and 2·C·C·BK for each level.
     """
     s = tl.program_id(0) % SLICES
-    place, h = tl.program_id(0) // SLICES // heads, tl.program_id(0) // SLICES % heads
-    _, start, begin, stop = chunk_of(borders, place, sequences, tokens, C, PACKED)
-    if begin >= stop:
+    h = tl.program_id(0) // SLICES % heads
+    n, start, begin, count = chunk_of(borders, tl.program_id(0) // SLICES // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
         return
     ic, iv = tl.arange(0, C), tl.arange(0, BV)
     ik = s * BK + tl.arange(0, BK)
@@ -294,9 +279,8 @@ def channel_gradients(
     here, other = ic[:, None], ic[None, :]
     kind = q.dtype.element_ty
     row = (start + begin) * heads + h
-    count = tl.minimum(stop - begin, C)
     inside = ic < count
-    place = place * heads + h
+    place = place_of(start, n, begin, C) * heads + h
     at_k = row * K + here * (heads * K) + ik[None, :]
     at_v = row * V + here * (heads * V) + iv[None, :]
     ok_k, ok_v = inside[:, None] & in_k[None, :], inside[:, None] & in_v[None, :]
@@ -519,7 +503,7 @@ def gates(q, k, g, u, borders, scores=None) -> tuple[Tensor, Tensor, Tensor, Ten
     fades = g.new_empty(places(q, borders, CHUNK[width]), h, K)
     sums = torch.empty_like(g, dtype=torch.float64 if width == 4 else torch.float32)
     decay.launch(
-        channel_gates, fades.shape[0] * h,
+        channel_gates, chunks_of(q, borders, CHUNK[width]) * h,
         q, k, g, u, borders, asked, written, fades, sums, scores, t, h, sequences_of(q, borders),
         **pairs_of(q, u, borders, FOLDING[width]), SCORES=scores is not None,
     )  # fmt: skip
@@ -602,7 +586,7 @@ def gradients(do, q, k, v, u, sums, states, cotangents, borders, into, want_g: b
     dg = None if not want_g else sums if same else torch.empty_like(sums, dtype=torch.float32)
     du = sums.new_zeros(places(q, borders, shape["C"]), h, K, dtype=torch.float32) if want_u else None
     decay.launch(
-        channel_gradients, places(q, borders, shape["C"]) * h * shape["SLICES"],
+        channel_gradients, chunks_of(q, borders, shape["C"]) * h * shape["SLICES"],
         do, q, k, v, u, sums, states, cotangents, borders, *into, dg, du, t, h, sequences_of(q, borders),
         V=V, BV=max(shape["BK"], padded(V)), **shape, GATES=want_g, BONUS=want_u,
     )  # fmt: skip

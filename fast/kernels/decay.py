@@ -50,6 +50,7 @@ from torch import Tensor
 
 FLOOR = tl.constexpr(-200.0)  # e^-200 is 0 in float32 (the least number is e^-103)
 LOG2_E = tl.constexpr(1.4426950408889634)
+NOTHING = tl.constexpr(-150.0)  # 2^-150 is 0 in float32
 NONE, HEAD, TOKEN = 0, 1, 2  # the kinds of gate
 
 CHUNK = {2: 64, 4: 16}  # tokens a chunk by bytes of a number: float32 products are not done by tensor cores
@@ -99,6 +100,33 @@ def part_of(length, segment, segments):
 def place_of(start, n, begin, C: tl.constexpr):
     """Where the chunk that begins at token `begin` of sequence n has a place of its own (`places` is how many)."""
     return start // C + n + begin // C
+
+
+@triton.jit
+def chunk_of(borders, place, tokens, sequences, C: tl.constexpr, PACKED: tl.constexpr):
+    """(n, the first row of sequence n, where in it the chunk at `place` begins, how many tokens it has; none if <= 0).
+
+    Places in order: `place_of`, or one sequence after the other. The last sequence that begins at or before `place` is
+    found by halves.
+    """
+    if PACKED:
+        n, end = 0, sequences
+        while n + 1 < end:
+            middle = (n + end) // 2
+            start = tl.minimum(tl.maximum(tl.load(borders + middle), 0), tokens)
+            ahead = start // C + middle > place
+            end = tl.where(ahead, middle, end)
+            n = tl.where(ahead, n, middle)
+        start, length = run_of(borders, n, tokens, PACKED)
+        begin = (place - start // C - n).to(tl.int32) * C
+        count = tl.where(begin < 0, 0, tl.minimum(length - begin, C))
+    else:
+        chunks = tl.cdiv(tokens, C)
+        n = place // chunks
+        begin = place % chunks * C
+        start = n.to(tl.int64) * tokens
+        count = tl.minimum(tokens - begin, C)
+    return n, start, begin, count
 
 
 @triton.jit
@@ -564,6 +592,11 @@ def sequences_of(x: Tensor, borders: Tensor | None) -> int:
 def places(x: Tensor, borders: Tensor | None, chunk: int) -> int:
     """How many places the chunks of all sequences need: `place_of`."""
     return x.shape[0] * x.shape[1] // chunk + sequences_of(x, borders)
+
+
+def chunks_of(x: Tensor, borders: Tensor | None, chunk: int) -> int:
+    """How many chunks all sequences have, for `chunk_of`; where documents share a row, as many as there can be."""
+    return x.shape[0] * triton.cdiv(x.shape[1], chunk) if borders is None else places(x, borders, chunk)
 
 
 def parts_of(x: Tensor, borders: Tensor | None) -> int:

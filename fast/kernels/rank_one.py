@@ -89,8 +89,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels import decay
-from fast.kernels.channel import NOTHING, gates_of
-from fast.kernels.decay import padded, place_of, places, run_of, sequences_of
+from fast.kernels.decay import (
+    FLOOR,
+    LOG2_E,
+    NOTHING,
+    chunk_of,
+    chunks_of,
+    padded,
+    place_of,
+    places,
+    run_of,
+    sequences_of,
+)
 from fast.kernels.delta import SOLVING, solved_by_halves
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
@@ -120,30 +130,10 @@ CHUNKS = {
 
 
 @triton.jit
-def chunk_of(borders, place, tokens, sequences, C: tl.constexpr, PACKED: tl.constexpr):
-    """(n, the first row of sequence n, where in it the chunk at `place` begins, how many tokens it has; none if <= 0).
-
-    Places in order: `place_of`, or one sequence after the other. The last sequence that begins at or before `place` is
-    found by halves.
-    """
-    if PACKED:
-        n, end = 0, sequences
-        while n + 1 < end:
-            middle = (n + end) // 2
-            start = tl.minimum(tl.maximum(tl.load(borders + middle), 0), tokens)
-            ahead = start // C + middle > place
-            end = tl.where(ahead, middle, end)
-            n = tl.where(ahead, n, middle)
-        start, length = run_of(borders, n, tokens, PACKED)
-        begin = (place - start // C - n).to(tl.int32) * C
-        count = tl.where(begin < 0, 0, tl.minimum(length - begin, C))
-    else:
-        chunks = tl.cdiv(tokens, C)
-        n = place // chunks
-        begin = place % chunks * C
-        start = n.to(tl.int64) * tokens
-        count = tl.minimum(tokens - begin, C)
-    return n, start, begin, count
+def gates_of(g, at, ok):
+    """Gates in units of log 2, so that exp2 follows; 0 where there is no token."""
+    gate = tl.load(g + at, mask=ok, other=0.0)
+    return tl.maximum(gate, FLOOR, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
 
 
 @triton.jit
@@ -906,10 +896,7 @@ def slots_of(q: Tensor, borders: Tensor | None) -> int:
 
 
 def in_chunks(q: Tensor, borders: Tensor | None, kernel: str) -> tuple[dict, int]:
-    """The sizes of a kernel that takes chunks in any order, a program each, and the chunks of all sequences and heads.
-
-    Where documents share a row there are places for as many as there can be.
-    """
+    """The sizes of a kernel that takes chunks in any order, a program each; the chunks of all sequences and heads."""
     K, C = q.shape[-1], chunk_for(q)
     columns, warps, registers = CHUNKS[q.element_size()][kernel]
     block = min(columns, padded(K))
@@ -917,8 +904,9 @@ def in_chunks(q: Tensor, borders: Tensor | None, kernel: str) -> tuple[dict, int
     options = {"num_warps": warps, "num_stages": 1 if q.element_size() == 4 else 2}
     if registers is not None and not decay.INTERPRETED:
         options["maxnreg"] = registers
-    chunks = q.shape[0] * triton.cdiv(q.shape[1], C) if borders is None else slots_of(q, borders)
-    return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": C, **kind, **options}, chunks * q.shape[2]
+    return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": C, **kind, **options}, chunks_of(
+        q, borders, C
+    ) * q.shape[2]
 
 
 def levels_of(q: Tensor) -> int:
