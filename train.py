@@ -218,7 +218,8 @@ def ops_of(config: Train, device: torch.device):
     lsm = config.model.lsm
     if config.backend == "fla":
         try:
-            fla.operator(fla.adapter(lsm)) if "L" in config.model.letters else None
+            if "L" in config.model.letters:
+                fla.operator(fla.adapter(lsm))
         except NotImplementedError as lack:
             raise ValueError(str(lack)) from None
         return fla.ops

@@ -82,7 +82,8 @@ class Saver:
             write(self.folder, step, stored(state), self.keep, self.group)
         else:
             values = apart(stored(state), self.copies)
-            torch.cuda.synchronize() if torch.cuda.is_initialized() else None
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             self.pending = self.thread.submit(write, self.folder, step, values, self.keep, self.group)
 
     def failed(self) -> bool:

@@ -328,14 +328,20 @@ def test_two_ranks_receive_what_is_planned(change, attention, states):
         assert [calls for _, calls in found] == [sum(t.calls for t in mine)] * 2
 
 
-def with_shared_heads(model: Model, degrees: trainers.Degrees, recompute: bool, bf16: bool, t: int) -> tuple[int, int]:
-    """Bytes and calls of this file's collectives, forward and backward, of one row of tokens."""
+def over_ranks(model: Model, degrees: trainers.Degrees, recompute: bool) -> LanguageModel:
+    """The model on these ranks, its parameters cut as the trainer does it."""
     mesh = trainers.make(degrees, torch.device("cpu"))
     built = LanguageModel(model, trainers.over(ops, mesh))
     initialize(built, 0)
     if recompute:
         shard.checkpointing(built.blocks)
     shard.shard(built, mesh, built.blocks)
+    return built
+
+
+def with_shared_heads(model: Model, degrees: trainers.Degrees, recompute: bool, bf16: bool, t: int) -> tuple[int, int]:
+    """Bytes and calls of this file's collectives, forward and backward, of one row of tokens."""
+    built = over_ranks(model, degrees, recompute)
     place = torch.arange(t)[None]
     with comm.counted() as counter, tracing.autocast(bf16):
         built(place % 7, place % 7, place, None, place, 0).losses.sum().backward()
@@ -408,12 +414,7 @@ class Moved(NamedTuple):
 
 def sharded(model: Model, degrees: trainers.Degrees, recompute: bool) -> Moved:
     """Two micro-batches under FSDP, gradients summed after the second."""
-    mesh = trainers.make(degrees, torch.device("cpu"))
-    built = LanguageModel(model, trainers.over(ops, mesh))
-    initialize(built, 0)
-    if recompute:
-        shard.checkpointing(built.blocks)
-    shard.shard(built, mesh, built.blocks)
+    built = over_ranks(model, degrees, recompute)
     tokens = torch.zeros(1, 64, dtype=torch.int64)
     with Sent() as sent, comm.counted() as ours:
         for last in (False, True):

@@ -164,6 +164,15 @@ def weighed(x, w, bias, taps, sequence, place, start, channel, ok, here, c, W: t
 
 
 @triton.jit
+def tile_of(c, T: tl.constexpr, C: tl.constexpr):
+    """This program's tokens (a column), its channels (a row), and which of these there are."""
+    blocks = tl.cdiv(c, C)
+    t = (tl.program_id(0) // blocks * T + tl.arange(0, T))[:, None]
+    channel = (tl.program_id(0) % blocks * C + tl.arange(0, C))[None, :]
+    return t, channel, channel < c
+
+
+@triton.jit
 def token_of(t, tokens, length, starts, sequences, PACKED: tl.constexpr):
     """Of a row of the flat tensor: its sequence, the sequence's first row, and its length."""
     if PACKED:
@@ -180,10 +189,7 @@ def convolution_forward(
     x, w, bias, taps, y, starts, sequences, tokens, length, c,
     W: tl.constexpr, ACT: tl.constexpr, PACKED: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(c, C)
-    t = (tl.program_id(0) // blocks * T + tl.arange(0, T))[:, None]
-    channel = (tl.program_id(0) % blocks * C + tl.arange(0, C))[None, :]
-    here = channel < c
+    t, channel, here = tile_of(c, T, C)
     ok = (t < tokens) & here
     sequence, start, _ = token_of(t, tokens, length, starts, sequences, PACKED)
     s = weighed(x, w, bias, taps, sequence, t - start, start, channel, ok, here, c, W)
@@ -300,10 +306,8 @@ def shift_forward(
     x, last, y, starts, sequences, tokens, length, c,
     PACKED: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(c, C)
-    t = (tl.program_id(0) // blocks * T + tl.arange(0, T))[:, None]
-    channel = (tl.program_id(0) % blocks * C + tl.arange(0, C))[None, :]
-    ok = (t < tokens) & (channel < c)
+    t, channel, here = tile_of(c, T, C)
+    ok = (t < tokens) & here
     sequence, start, _ = token_of(t, tokens, length, starts, sequences, PACKED)
     value = input_at(x, last, sequence, t - start - 1, start, channel, ok, c, 2)
     tl.store(y + t.to(tl.int64) * c + channel, value.to(y.dtype.element_ty), mask=ok)
@@ -315,10 +319,8 @@ def shift_backward(
     PACKED: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A sequence's first dy is its `last`'s; where there is no token, nobody writes: dlast is zeros before."""
-    blocks = tl.cdiv(c, C)
-    t = (tl.program_id(0) // blocks * T + tl.arange(0, T))[:, None]
-    channel = (tl.program_id(0) % blocks * C + tl.arange(0, C))[None, :]
-    ok = (t < tokens) & (channel < c)
+    t, channel, here = tile_of(c, T, C)
+    ok = (t < tokens) & here
     sequence, start, size = token_of(t, tokens, length, starts, sequences, PACKED)
     at = t.to(tl.int64) * c + channel
     up = tl.load(dy + at + c, mask=ok & (t - start + 1 < size), other=0.0)
