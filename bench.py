@@ -453,17 +453,19 @@ def budget(name: str, f: Callable, d: int, dtype) -> dict:
     begin = time.perf_counter()
     got = run(f, None, "cuda")
     seconds = time.perf_counter() - begin
-    eps, worst = torch.finfo(dtype).eps, {}
-    for what, x, y, z in zip(("o", *(f"d{n}" for n in tokens)), got, plain, want, strict=True):
-        allowed = 2 * (y - z).abs().max() + eps * z.abs().max()
-        worst[what] = round(((x - z).abs().max() / allowed).item(), 3)
-    passed = all(ratio <= 1 for ratio in worst.values())  # NaN fails
-    return {
-        "what": "budget" if passed else "BUDGET EXCEEDED",
-        "shape": text((*CHECKED, d)),
-        "error_over_budget": worst,
-        "first_call_s": seconds,
-    }
+    names = ("o", *(f"d{n}" for n in tokens))
+    said = verdict("budget", names, got, plain, want, [torch.finfo(dtype).eps] * len(names))
+    return {**said, "shape": text((*CHECKED, d)), "first_call_s": seconds}
+
+
+def verdict(kind: str, names: Iterable[str], got, plain, want, eps: Iterable[float]) -> dict:
+    """Each error over its budget, twice that of `plain` and one rounding, and whether all are within; NaN is not."""
+    ratios = {}
+    for what, x, y, z, rounding in zip(names, got, plain, want, eps, strict=True):
+        allowed = 2 * (y - z).abs().max() + rounding * z.abs().max()
+        ratios[what] = round(((x - z).abs().max() / allowed).item(), 3)
+    passed = all(ratio <= 1 for ratio in ratios.values())
+    return {"what": kind if passed else f"{kind.upper()} EXCEEDED", "error_over_budget": ratios}
 
 
 def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) -> Iterable[dict]:
@@ -513,17 +515,10 @@ def step_budget(name: str, step: Callable, sizes: tuple[int, int], dtype, device
     want, plain = run(exact.step, torch.float64, "cpu"), run(exact.step, None, "cpu")
     begin = time.perf_counter()
     got = run(step, None, device)
-    seconds, ratios = time.perf_counter() - begin, {}
-    for what, x, y, z in zip(("o", "memory"), got, plain, want, strict=True):
-        eps = torch.finfo(dtype if what == "o" else torch.float32).eps
-        allowed = 2 * (y - z).abs().max() + eps * z.abs().max()
-        ratios[what] = round(((x - z).abs().max() / allowed).item(), 3)
-    return {
-        "what": "decode budget" if all(x <= 1 for x in ratios.values()) else "DECODE BUDGET EXCEEDED",
-        "shape": text((2, 1, *sizes)),
-        "error_over_budget": ratios,
-        "first_call_s": seconds,
-    }
+    seconds = time.perf_counter() - begin
+    eps = [torch.finfo(x).eps for x in (dtype, torch.float32)]
+    said = verdict("decode budget", ("o", "memory"), got, plain, want, eps)
+    return {**said, "shape": text((2, 1, *sizes)), "first_call_s": seconds}
 
 
 def memory_of(row, tokens: dict, constants: dict) -> torch.Tensor:
