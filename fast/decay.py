@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import decay as kernels
-from fast.operators import packed, results
+from fast.operators import by_columns, packed, results
 from reference.normal import Normal
 
 WHOLE = 128
@@ -19,13 +19,11 @@ def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: 
     """Columns of v beyond WHOLE, such as the count of a normalised row's, on their own: the backward sweeps would hold
     all of them as 256."""
     V = x.v.shape[-1]
-    columns = [WHOLE, V - WHOLE] if WHOLE < V < 2 * WHOLE else [V]
-    memories = [None] * len(columns) if memory is None else memory.split(columns, -1)
-    parts = [
-        decay(x.q, x.k, v, x.g, M, cu_seqlens, kernels.segments_for(x.q, v, x.g, sequences), wide)[:2]
-        for v, M in zip(x.v.split(columns, -1), memories, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(y, -1) for y in zip(*parts, strict=True))
+
+    def some(v: Tensor, M: Tensor | None) -> tuple[Tensor, Tensor]:
+        return decay(x.q, x.k, v, x.g, M, cu_seqlens, kernels.segments_for(x.q, v, x.g, sequences), wide)[:2]
+
+    return by_columns(some, x.v, memory, [WHOLE, V - WHOLE] if WHOLE < V < 2 * WHOLE else [V])
 
 
 def step(x: Normal, memory: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from fast.kernels import delta as kernels
-from fast.operators import packed, results
+from fast.operators import by_columns, packed, results
 from reference.normal import Normal
+
+WHOLE = 128
 
 
 def takes(x: Normal) -> bool:
@@ -14,11 +16,17 @@ def takes(x: Normal) -> bool:
 
 
 def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
-    segments = kernels.segments_for(x.q, x.v, sequences)
-    given = (x.q, x.k, x.v, x.beta, x.g, memory)
-    keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in given)
-    o, last, *_ = delta(*given, cu_seqlens, segments, wide, keep)
-    return o, last
+    """Columns of v beyond WHOLE on their own: `delta_chunks` holds all of them, and 256 do not fit."""
+    V = x.v.shape[-1]
+    keep = torch.is_grad_enabled() and any(
+        y is not None and y.requires_grad for y in (x.q, x.k, x.v, x.beta, x.g, memory)
+    )
+
+    def some(v: Tensor, M: Tensor | None) -> tuple[Tensor, Tensor]:
+        segments = kernels.segments_for(x.q, v, sequences)
+        return delta(x.q, x.k, v, x.beta, x.g, M, cu_seqlens, segments, wide, keep)[:2]
+
+    return by_columns(some, x.v, memory, [WHOLE, V - WHOLE] if V > WHOLE else [V])
 
 
 def step(x: Normal, memory: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What the operators of all families have in common, as torch sees them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,3 +27,12 @@ def even(x: Tensor, rows: int = 0) -> Tensor:
     """The last axis filled with zeros to a multiple of 16 (and the one before with `rows` zeros)."""
     columns = -x.shape[-1] % 16
     return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
+
+
+def by_columns(run: Callable, v: Tensor, memory: Tensor | None, widths: list[int]) -> tuple[Tensor, Tensor]:
+    """(o, the last memory) of columns of v on their own, since no column of a memory knows of another."""
+    if len(widths) == 1:  # no split, whose gradient would be a copy
+        return run(v, memory)
+    memories = [None] * len(widths) if memory is None else memory.split(widths, -1)
+    parts = [run(x, M) for x, M in zip(v.split(widths, -1), memories, strict=True)]
+    return tuple(torch.cat(y, -1) for y in zip(*parts, strict=True))

@@ -1,6 +1,8 @@
-"""Compile what a forward and backward pass would launch, by channel, rank one or element, for a Hopper GPU without one.
+"""Compile what a forward and backward pass would launch, as a whole, by channel, rank one or element, for a Hopper GPU
+without one.
 
-    python tests/hopper.py 128 128 bfloat16
+    python tests/hopper.py 128 128 bfloat16                    by channel and by rank one
+    python tests/hopper.py 128 128 bfloat16 whole              decays as a whole, and delta rules with one
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
 
 Each line: the kernel, its shared memory, and the registers and bytes of stack of a thread (a stack means spills).
@@ -20,7 +22,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fast.kernels import channel, decay, rank_one, scan
+from fast.kernels import channel, decay, delta, rank_one, scan
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -29,6 +31,7 @@ TYPES = {
     torch.float64: "*fp64",
     torch.int32: "*i32",
 }
+SHARED = 232448  # bytes of shared memory that a program may have
 
 
 def compiled(kernel, programs, *args, **meta):
@@ -45,6 +48,8 @@ def compiled(kernel, programs, *args, **meta):
         signature[name], constants[(names.index(name),)] = "constexpr", value
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    if done.metadata.shared > SHARED:
+        raise MemoryError(f"{kernel.__name__} needs {done.metadata.shared} bytes of shared memory, there are {SHARED}")
     print(kernel.__name__, f"{done.metadata.shared} bytes of shared memory, {thread(done.asm['cubin'])}", flush=True)
 
 
@@ -64,7 +69,10 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
     b, t, h, K, V = 1, 600, 2, int(K), int(V)
     q, k, v = (torch.empty(b, t, h, n, dtype=getattr(torch, dtype)) for n in (K, K, V))
     for kind in kinds:
-        scans(getattr(scan, kind.upper()).value, q, k, v)
+        if kind == "whole":
+            whole(q, k, v)
+        else:
+            scans(getattr(scan, kind.upper()).value, q, k, v)
     if not kinds:
         channels(q, k, v)
 
@@ -98,6 +106,22 @@ def channels(q, k, v) -> None:
         _, _, news, states, *found = rank_one.forward(q, k, v, *given, memory, borders, False, True)
         rank_one.backward(v, memory, q, k, v, *given, borders, news, states, found, True)
         rank_one.step(*(None if x is None else x[:, 0] for x in (q, k, v, *given)), memory)
+
+
+def whole(q, k, v) -> None:
+    """Memories that fade as a whole: by decay alone, with a gate a token and without, and by delta rules with one."""
+    b, t, h, K = q.shape
+    V = v.shape[-1]
+    beta, memory, borders = torch.empty(b, t, h), torch.empty(1, h, K, V), torch.tensor([0, t], dtype=torch.int32)
+    for g in (None, torch.empty(h), beta):
+        given = (q, k, v, g, memory, borders)
+        _, last, states = decay.forward(*given, 2, False)
+        decay.backward(v, memory, *given, last, states, g is not None)
+        decay.step(q[:, 0], k[:, 0], v[:, 0], g if g is None or g.ndim == 1 else g[:, 0], memory)
+    given = (q, k, v, beta, beta, memory, borders)
+    _, _, *kept = delta.forward(*given, 2, False, True)
+    delta.backward(v, memory, *given, *kept, True)
+    delta.step(*(x[:, 0] for x in (q, k, v, beta, beta)), memory)
 
 
 if __name__ == "__main__":

@@ -604,6 +604,13 @@ def test_errors(launched):
     assert not launched
 
 
+@pytest.mark.parametrize("name", ["linear_attention_normalized", "mamba2", "gated_delta_net"])
+def test_columns_on_their_own(name, monkeypatch):
+    family = getattr(fast, family_of(name))
+    monkeypatch.setattr(family, "WHOLE", 32)
+    compare(name, torch.float32, b=1, h=2, t=21, k=5, v=33)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiles_for_hopper_without_one(dtype, tmp_path):
     """Kernels by channel and by rank one, in a process whose Triton compiles: it takes less than the interpreter."""
@@ -652,7 +659,7 @@ def test_every_row_has_a_kernel_or_says_so():
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k, v", [(64, 64), (128, 128), (128, 64), (96, 256)])
+@pytest.mark.parametrize("k, v", [(64, 64), (128, 128), (128, 64), (96, 256), (256, 256)])
 def test_head_sizes(k, v, dtype):
     for name in GATED:
         compare(name, dtype, b=1, h=2, t=200, k=k, v=v)

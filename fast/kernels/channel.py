@@ -119,7 +119,7 @@ def faded(sums, level, mild, count, heads, ik, C: tl.constexpr, K: tl.constexpr,
     r = at_token(sums, ic - 1, count, heads, ik, K) if BEFORE else b
     asking = tl.where((side + both > 0)[:, None], r - there, -float("inf"))
     writing = tl.where((side - both < 1)[:, None], there - b, -float("inf"))
-    return tl.exp2(asking.to(tl.float32)), tl.exp2(writing.to(tl.float32))
+    return tl.exp2(asking).to(tl.float32), tl.exp2(writing).to(tl.float32)
 
 
 @triton.jit
@@ -169,9 +169,9 @@ def channel_gates(
         b = at_token(sums + row * K, ic, count, heads, ik, K)
         r = at_token(sums + row * K, ic - 1, count, heads, ik, K) if BEFORE else b
         total = tl.load(sums + (row + (count - 1) * heads) * K + ik, mask=in_k, other=0.0)
-        tl.store(asked + at, query * tl.exp2(r.to(tl.float32)), mask=ok)
-        tl.store(written + at, key * tl.exp2((total[None, :] - b).to(tl.float32)), mask=ok)
-        tl.store(fades + line + ik, tl.exp2(total.to(tl.float32)), mask=in_k)
+        tl.store(asked + at, query * tl.exp2(r).to(tl.float32), mask=ok)
+        tl.store(written + at, key * tl.exp2(total[None, :] - b).to(tl.float32), mask=ok)
+        tl.store(fades + line + ik, tl.exp2(total).to(tl.float32), mask=in_k)
         if SCORES:
             if BEFORE:
                 weight = tl.load(u + h * K + ik, mask=in_k, other=0.0)
@@ -297,7 +297,7 @@ def channel_gradients(
 
     M = tl.load(states + cell, mask=in_cell, other=0.0)
     queried = tl.dot(answer, tl.trans(M), input_precision="ieee")
-    queried *= tl.exp2((before if BEFORE else b).to(tl.float32))
+    queried *= tl.exp2(before if BEFORE else b).to(tl.float32)
     P = tl.dot(answer, tl.trans(value), input_precision="ieee")
     own = tl.sum(tl.where(here == other, P, 0.0), 1)
     P = P.to(kind)
@@ -320,10 +320,10 @@ def channel_gradients(
     D = tl.load(cotangents + cell, mask=in_cell, other=0.0)
     total = tl.load(sums + (row + (count - 1) * heads) * K + ik, mask=in_k, other=0.0)
     b = at_token(sums + row * K, ic, count, heads, ik, K)
-    keyed = tl.dot(value, tl.trans(D), input_precision="ieee") * tl.exp2((total[None, :] - b).to(tl.float32))
+    keyed = tl.dot(value, tl.trans(D), input_precision="ieee") * tl.exp2(total[None, :] - b).to(tl.float32)
     if GATES:
         M = tl.load(states + cell, mask=in_cell, other=0.0)
-        end = tl.exp2(total.to(tl.float32)) * tl.sum(M.to(tl.float32) * D.to(tl.float32), 1)
+        end = tl.exp2(total).to(tl.float32) * tl.sum(M.to(tl.float32) * D.to(tl.float32), 1)
         end += tl.sum(tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * keyed, 0)
     turned = tl.dot(value, tl.trans(answer), input_precision="ieee").to(kind)
     level = LEVELS - 1

@@ -75,6 +75,14 @@ PAIRED = {(16, 4): (16, 4, 1), (32, 4): (32, 4, 1), (64, 2): (64, 4, 2), (128, 2
 
 
 @triton.jit
+def power_of_2(x, EXACT: tl.constexpr):
+    """2^x in float32. EXACT: by way of float64, since a GPU's own is right to 2^-22 and float32 to 2^-24."""
+    if EXACT:
+        x = x.to(tl.float64)
+    return tl.exp2(x).to(tl.float32)
+
+
+@triton.jit
 def run_of(borders, n, tokens, PACKED: tl.constexpr):
     """The first row and the number of tokens of sequence n. Borders are clamped: no bad one reads foreign memory."""
     if PACKED:
@@ -170,7 +178,7 @@ def decays_of(hi, lo, g, h, ic, GATE: tl.constexpr, EXACT: tl.constexpr, REVERSE
         if EXACT:
             exponent += lo[:, None] - lo[None, :]
     before = (ic[:, None] <= ic[None, :]) if REVERSE else (ic[:, None] >= ic[None, :])
-    return tl.exp2(tl.where(before, exponent, -float("inf")))
+    return power_of_2(tl.where(before, exponent, -float("inf")), EXACT)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
@@ -278,13 +286,13 @@ def decay_sweep(
             before = (ic[:, None] <= ic[None, :]) if REVERSE else (ic[:, None] >= ic[None, :])
             scores = tl.where(before, scores, 0.0)
         else:
-            reading, writing = tl.exp2(hi), tl.exp2(after)
+            reading, writing = power_of_2(hi, EXACT), power_of_2(after, EXACT)
             if REVERSE:
                 reading, writing = writing, reading
             scores = scores * decays_of(hi, lo, g, h, ic, GATE, EXACT, REVERSE)
             seen = seen * reading[:, None]
             written = (bz.to(tl.float32) * writing[:, None]).to(bz.dtype)
-            S = S * tl.exp2(total)
+            S = S * power_of_2(total, EXACT)
         if PART and EXACT:  # the token's own term cancels in dg: add it to out after the sum
             diagonal = ic[:, None] == ic[None, :]
             own = tl.sum(tl.where(diagonal, scores, 0.0), 1)
@@ -345,9 +353,9 @@ def decay_span(
             hi, _, after, total = sums_of(
                 g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
             )
-            writing = tl.exp2(hi) if REVERSE else tl.exp2(after)
+            writing = power_of_2(hi if REVERSE else after, EXACT)
             bz = (bz.to(tl.float32) * writing[:, None]).to(bz.dtype)
-            S = S * tl.exp2(total)
+            S = S * power_of_2(total, EXACT)
             sum_of_totals += total
         S = tl.dot(tl.trans(by), bz, S, input_precision=PRECISION)
 
@@ -388,7 +396,7 @@ def decay_fold(
             segment = i
             slot = states + (i + 1) * CELLS + cell
         if GATE != 0:
-            M = M * tl.exp2(tl.load(totals + nh * segments + segment))
+            M = M * power_of_2(tl.load(totals + nh * segments + segment), True)
         M += tl.load(slot, mask=inside, other=0.0)
         tl.store(slot, M, mask=inside)
     tl.store(last + nh * CELLS + cell, M, mask=inside)

@@ -63,7 +63,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels import decay
-from fast.kernels.decay import decays_of, padded, part_of, place_of, places, run_of, sequences_of, sums_of
+from fast.kernels.decay import (
+    decays_of,
+    padded,
+    part_of,
+    place_of,
+    places,
+    power_of_2,
+    run_of,
+    sequences_of,
+    sums_of,
+)
 
 # padded row size of the state, bytes of a number -> (columns of the output a program, warps, stages)
 CONFIG = {
@@ -225,11 +235,11 @@ def delta_values(
         if not SPAN:
             seen = tl.dot(bq, before, input_precision=PRECISION)
         if GATE != 0:
-            reading = tl.exp2(hi)
+            reading = power_of_2(hi, EXACT)
             found = found * reading[:, None]
             if not SPAN:
                 seen = seen * reading[:, None]
-            S = S * tl.exp2(total)
+            S = S * power_of_2(total, EXACT)
         r = bv.to(tl.float32) - found
         r -= tl.dot(Y, (strength[:, None] * r).to(bk.dtype), input_precision=PRECISION)
         written = strength[:, None] * r
@@ -239,7 +249,7 @@ def delta_values(
         if KEEP:
             tl.store(news + row * Z + at_z, r, mask=in_rows_z)
         if GATE != 0:
-            written = written * tl.exp2(after)[:, None]
+            written = written * power_of_2(after, EXACT)[:, None]
         S = tl.dot(tl.trans(bk), written.to(bk.dtype), S, input_precision=PRECISION)
 
     if SPAN:
@@ -321,10 +331,10 @@ def delta_answers(
         wide = bdo.to(tl.float32)
         asking = bdo
         if GATE != 0:
-            du = du * tl.exp2(after)[:, None]
-            writing = tl.exp2(hi)
+            du = du * power_of_2(after, EXACT)[:, None]
+            writing = power_of_2(hi, EXACT)
             asking = (wide * writing[:, None]).to(bk.dtype)
-            E = E * tl.exp2(total)
+            E = E * power_of_2(total, EXACT)
         du = tl.dot(tl.trans(A), bdo, du + own[:, None] * wide, input_precision=PRECISION)
         du -= tl.dot(tl.trans(Y), (strength[:, None] * du).to(bk.dtype), input_precision=PRECISION)
         answer = strength[:, None] * du
@@ -476,7 +486,7 @@ def delta_chunks(
 
         asked = tl.dot(bdo, tl.trans(M), input_precision=PRECISION)
         if GATE != 0:
-            asked = asked * tl.exp2(hi)[:, None]
+            asked = asked * power_of_2(hi, EXACT)[:, None]
         asked = tl.dot(P, written, asked, input_precision=PRECISION)
         asked += (strength * itself)[:, None] * bk.to(tl.float32)
         if MET > 0:
@@ -485,14 +495,14 @@ def delta_chunks(
 
         erased = tl.dot(bdv, tl.trans(M), input_precision=PRECISION)
         if GATE != 0:
-            erased = erased * tl.exp2(hi)[:, None]
+            erased = erased * power_of_2(hi, EXACT)[:, None]
         erased = tl.dot(D, written, erased, input_precision=PRECISION)
         if MET > 0:
             change -= tl.sum(erased * bk.to(tl.float32), 1)
 
         answered = tl.dot(br, tl.trans(E), input_precision=PRECISION)
         if GATE != 0:
-            answered = answered * tl.exp2(after)[:, None]
+            answered = answered * power_of_2(after, EXACT)[:, None]
         if MET > 0:
             later = tl.sum(strength * tl.sum(answered * bk.to(tl.float32), 1), 0)
         answered = tl.dot(tl.trans(P), bq, answered, input_precision=PRECISION)
@@ -506,7 +516,7 @@ def delta_chunks(
             if s == 0:
                 change -= tl.load(own + count_rows + line + t, mask=inside, other=0.0)
                 for slice in tl.static_range(MET):
-                    later += tl.load(met + chunk * MET + slice) * tl.exp2(total)
+                    later += tl.load(met + chunk * MET + slice) * power_of_2(total, EXACT)
             value = later + tl.cumsum(change, 0, reverse=True)
             gate = tl.load(g + rows, mask=inside, other=0.0)
             tl.store(dg + at, tl.where(gate < -104.0, 0.0, value), mask=inside)

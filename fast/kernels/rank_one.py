@@ -98,6 +98,7 @@ from fast.kernels.decay import (
     padded,
     place_of,
     places,
+    power_of_2,
     run_of,
     sequences_of,
 )
@@ -152,7 +153,7 @@ def fading(hi, lo, hi2, lo2, EXACT: tl.constexpr):
     exponent = hi - hi2
     if EXACT:
         exponent += lo - lo2
-    return tl.exp2(-tl.abs(exponent))
+    return power_of_2(-tl.abs(exponent), EXACT)
 
 
 @triton.jit
@@ -172,12 +173,12 @@ def fades_of(
     inside = ic < count
     if GATE == 2:
         gates = gates_of(g, row + ic * (step // K), inside)
-        reading = tl.exp2(summed(other <= here, gates))
+        reading = power_of_2(summed(other <= here, gates), EXACT)
         finding = reading
         if BEFORE:
-            finding = tl.exp2(summed(other < here, gates))
-        writing = tl.exp2(summed(other > here, gates))
-        total = tl.exp2(tl.sum(gates, 0))
+            finding = power_of_2(summed(other < here, gates), EXACT)
+        writing = power_of_2(summed(other > here, gates), EXACT)
+        total = power_of_2(tl.sum(gates, 0), EXACT)
     else:
         in_k = ik < K
         ok = inside[:, None] & in_k[None, :]
@@ -186,13 +187,13 @@ def fades_of(
             rest += row * K
         hi, lo = sums_at(sums, rest, at, ok, EXACT)
         last, last_lo = sums_at(sums, rest, (count - 1) * step + ik, in_k & (count > 0), EXACT)
-        reading = tl.exp2(hi)
+        reading = power_of_2(hi, EXACT)
         finding = reading
         if BEFORE:
             before, _ = sums_at(sums, rest, at - step, ok & (here > 0), EXACT)
-            finding = tl.exp2(before)
+            finding = power_of_2(before, EXACT)
         writing = fading(hi, lo, last[None, :], last_lo[None, :], EXACT)
-        total = tl.exp2(last)
+        total = power_of_2(last, EXACT)
     return reading, finding, writing, total
 
 
@@ -232,7 +233,7 @@ def decays_between(gates, ic, BEFORE: tl.constexpr, TURNED: tl.constexpr, EXACT:
     else:
         exponent = (asked[:, None] - until[None, :]).to(tl.float32)
         exponent = tl.where(ic[:, None] > ic[None, :], exponent, -float("inf"))
-    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return power_of_2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL), EXACT)
 
 
 @triton.jit

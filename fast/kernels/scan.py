@@ -59,7 +59,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels import decay
-from fast.kernels.decay import LOG2_E, padded, part_of, run_of, sequences_of
+from fast.kernels.decay import LOG2_E, padded, part_of, power_of_2, run_of, sequences_of
 
 # what a_t is made of; RATE ... CROSS are real and have a gate of columns, ROTATE and SPIRAL are complex
 RATE, ERASE, COLUMN, CROSS, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(6))
@@ -147,17 +147,18 @@ def tokens_of(
 
 
 @triton.jit
-def decay_of(bk, gate, turn, step, rate, spin, ok, KIND: tl.constexpr):
+def decay_of(bk, gate, turn, step, rate, spin, ok, KIND: tl.constexpr, EXACT: tl.constexpr):
     """a_t, and its imaginary part."""
     a, b = rate, spin
     if KIND == RATE:
-        a = tl.exp2(rate * step[None, :])
+        each = rate.to(tl.float64) if EXACT else rate
+        a = power_of_2(each * step[None, :], EXACT)
     if KIND == ERASE:
         a = 1 - (bk * bk)[:, None] * step[None, :]
     if KIND == COLUMN:
-        a = tl.exp2(step)[None, :]
+        a = power_of_2(step, EXACT)[None, :]
     if KIND == CROSS:
-        a = tl.exp2(gate)[:, None] * tl.exp2(step)[None, :]
+        a = power_of_2(gate, EXACT)[:, None] * power_of_2(step, EXACT)[None, :]
     if KIND == ROTATE:
         a, b = gate[:, None], turn[:, None]
     if KIND == SPIRAL:
@@ -262,7 +263,7 @@ def scan_forward(
         for j in tl.static_range(R):
             ok = begin + j < stop
             bv, bk, gate, turn, step, bq = now[j]
-            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
+            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             M, N = times(a, b, M, N, COMPLEX)
             M = written(M, bk, bv, KIND)
             if KIND == SPIRAL:
@@ -299,7 +300,7 @@ def walked(
         )
         for j in tl.static_range(R):
             bv, bk, gate, turn, step, _ = now[j]
-            a, b = decay_of(bk, gate, turn, step, rate, spin, begin + j < stop, KIND)
+            a, b = decay_of(bk, gate, turn, step, rate, spin, begin + j < stop, KIND, v.dtype.element_ty == tl.float32)
             M, N = times(a, b, M, N, COMPLEX)
             M = written(M, bk, bv, KIND)
     return M, N
@@ -399,7 +400,7 @@ def scan_backward(
             ok = begin + j < stop
             bv, bk, gate, turn, step, _ = now[j]
             bdo = cotangents[j]
-            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
+            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             states += (M,)
             turns += (N,)
             if KIND == RATE:
@@ -421,7 +422,7 @@ def scan_backward(
             if KIND == RATE:
                 a, b = decays[R - 1 - back], decays[R - 1 - back]
             else:
-                a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
+                a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             before, turned_before = states[R - 1 - back], turns[R - 1 - back]
             if KIND == SPIRAL:
                 D += asked * bdo[None, :]
@@ -507,7 +508,7 @@ def scan_span(
         for j in tl.static_range(R):
             bv, bk, gate, turn, step, bx = now[R - 1 - j if REVERSE else j]
             ok = (begin + R - 1 - j >= first) if REVERSE else (begin + j < stop)
-            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND)
+            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             if REVERSE:
                 if KIND == SPIRAL:
                     M += asked * bv[None, :]
