@@ -52,12 +52,12 @@ sweep backwards takes. `rank_one_gradients`: ' above, and the scores do rᵀ, y 
 it. `rank_one_step`: one token. All but the sweep take a chunk a program.
 
 Gates. As in `decay.py` a gate is raised to FLOOR first, and every decay is a difference of two running sums from the
-chunk's start, for float32 tokens taken in float64 and kept as two float32, for 16-bit tokens as one: off by 1e-3 at
-worst, behind gates of FLOOR. Where the gate is a number a channel pairs of tokens meet by halves, as in
-`reference/chunked.py`: queries of the later half meet keys of the earlier at the middle, both decayed towards it, at
-log C levels. So no exponent is positive and any g in [-inf, 0] is right and finite. The sum at the middle is loaded
-from where `rank_one_sums` left it, since that is one load a number, from the cache, where sums found anew for every
-level and slice were products or scans. A gate that is not a number spoils what follows in its chunk.
+chunk's start, for float32 tokens in float64, for 16-bit tokens in float32: off by 1e-3 at worst, behind gates of FLOOR.
+Where the gate is a number a channel pairs of tokens meet as in `channel.py`: by halves, both decayed towards the middle
+of their block, at log C levels, so that no exponent is positive and any g in [-inf, 0] is right and finite; or, where
+the gates are mild, all pairs of a block at its middle in one product. The sums are loaded from where `rank_one_sums`
+left them, since that is one load a number, from the cache, where sums found anew for every level and slice were
+products or scans. A gate that is not a number spoils what follows in its chunk.
 
 Precision. T is found as in `delta.py` in float32, by halves from single tokens up; it is stored as the tokens are. Its
 diagonal of ones is exact in any dtype, so T v is v and a correction. r is what is kept, not w'ᵀ T v and w'ᵀ W S, so
@@ -89,6 +89,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels import decay
+from fast.kernels.channel import MILD, at_token, faded
 from fast.kernels.decay import (
     FLOOR,
     LOG2_E,
@@ -138,25 +139,6 @@ def gates_of(g, at, ok):
 
 
 @triton.jit
-def sums_at(sums, rest, at, ok, EXACT: tl.constexpr):
-    """(hi, lo): running sums of gates as `rank_one_sums` left them; 0 where there is no token. lo only with EXACT."""
-    hi = tl.load(sums + at, mask=ok, other=0.0)
-    lo = hi
-    if EXACT:
-        lo = tl.load(rest + at, mask=ok, other=0.0)
-    return hi, lo
-
-
-@triton.jit
-def fading(hi, lo, hi2, lo2, EXACT: tl.constexpr):
-    """e^{-|b - b'|}: what is left of a vector on the way from one of two tokens to the other, at most 1."""
-    exponent = hi - hi2
-    if EXACT:
-        exponent += lo - lo2
-    return power_of_2(-tl.abs(exponent), EXACT)
-
-
-@triton.jit
 def summed(which, gates):
     """Row i: the sum of the gates (C) of the tokens s with which[i, s]."""
     return tl.sum(tl.where(which, gates[None, :], 0.0), 1)[:, None]
@@ -164,15 +146,13 @@ def summed(which, gates):
 
 @triton.jit
 def fades_of(
-    g, sums, rest, row, at, step, count, ic, ik,
-    K: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    g, sums, row, count, heads, ic, ik, K: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, EXACT: tl.constexpr
+):
     """(e^b, e^c, e^{b_C - b}, e^{b_C}) of a chunk of `count` tokens that begins at `row`: C × K, or C × 1; the last
-    without its first axis. at : C × K within the chunk, `step` from token to token."""
-    here, other = ic[:, None], ic[None, :]
-    inside = ic < count
+    without its first axis."""
     if GATE == 2:
-        gates = gates_of(g, row + ic * (step // K), inside)
+        here, other = ic[:, None], ic[None, :]
+        gates = gates_of(g, row + ic * heads, ic < count)
         reading = power_of_2(summed(other <= here, gates), EXACT)
         finding = reading
         if BEFORE:
@@ -180,21 +160,38 @@ def fades_of(
         writing = power_of_2(summed(other > here, gates), EXACT)
         total = power_of_2(tl.sum(gates, 0), EXACT)
     else:
-        in_k = ik < K
-        ok = inside[:, None] & in_k[None, :]
         sums += row * K
-        if EXACT:
-            rest += row * K
-        hi, lo = sums_at(sums, rest, at, ok, EXACT)
-        last, last_lo = sums_at(sums, rest, (count - 1) * step + ik, in_k & (count > 0), EXACT)
-        reading = power_of_2(hi, EXACT)
+        b = at_token(sums, ic, count, heads, ik, K)
+        last = tl.load(sums + (count - 1) * heads * K + ik, mask=ik < K, other=0.0)
+        reading = tl.exp2(b).to(tl.float32)
         finding = reading
         if BEFORE:
-            before, _ = sums_at(sums, rest, at - step, ok & (here > 0), EXACT)
-            finding = power_of_2(before, EXACT)
-        writing = fading(hi, lo, last[None, :], last_lo[None, :], EXACT)
-        total = power_of_2(last, EXACT)
+            finding = tl.exp2(at_token(sums, ic - 1, count, heads, ik, K)).to(tl.float32)
+        writing = tl.exp2(last[None, :] - b).to(tl.float32)
+        total = tl.exp2(last).to(tl.float32)
     return reading, finding, writing, total
+
+
+@triton.jit
+def gates_between(sums, count, heads, ic, ik, K: tl.constexpr):
+    """The gates of a chunk's tokens, as differences of their sums: C × K."""
+    return at_token(sums, ic, count, heads, ik, K) - at_token(sums, ic - 1, count, heads, ik, K)
+
+
+@triton.jit
+def meeting(
+    sums, level, steepest, count, heads, ic, ik, C: tl.constexpr, K: tl.constexpr, BEFORE: tl.constexpr,
+    MILD: tl.constexpr,
+):  # fmt: skip
+    """e^{b - b_m}, e^{c - b_m}, e^{b_m - b} for tokens that meet at level's middles m; which pairs are in one block of
+    twice 2^level tokens; the level that is left to do, none if this one was mild."""
+    mild = steepest * (1 << level) > -MILD
+    asking, writing = faded(sums, level, mild, count, heads, ik, C, K, False)
+    finding = asking
+    if BEFORE:
+        finding, _ = faded(sums, level, mild, count, heads, ik, C, K, True)
+    block = (ic[:, None] ^ ic[None, :]) >> level < 2
+    return asking, finding, writing, block, level - 1 - mild.to(tl.int32) * C
 
 
 @triton.jit
@@ -210,15 +207,9 @@ def pinned(x):
 
 
 @triton.jit
-def faded(x, fade):
+def weighed(x, fade):
     """x · fade in x's dtype, for dots."""
     return pinned((pinned(x).to(tl.float32) * fade).to(x.dtype))
-
-
-@triton.jit
-def middle_of(ic, half):
-    """The last token of the earlier half of a token's block of 2·half."""
-    return (ic | (2 * half - 1)) - half
 
 
 @triton.jit
@@ -236,29 +227,13 @@ def decays_between(gates, ic, BEFORE: tl.constexpr, TURNED: tl.constexpr, EXACT:
     return power_of_2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL), EXACT)
 
 
-@triton.jit
-def meeting(ic, half):
-    """Whether row and column are of the two halves of a block of 2·half tokens: whether `half` is their highest bit
-    that differs."""
-    differ = ic[:, None] ^ ic[None, :]
-    return (differ >= half) & (differ < 2 * half)
-
-
-@triton.jit
-def middle_at(sums, rest, row, ic, ik, level, count, heads, K: tl.constexpr, EXACT: tl.constexpr):
-    """`sums_at` the middle of each token's block of 2^(level + 1): C × K."""
-    middle = middle_of(ic, 1 << level)
-    at = row * K + middle[:, None] * (heads * K) + ik[None, :]
-    return sums_at(sums, rest, at, (middle < count)[:, None] & (ik < K)[None, :], EXACT)
-
-
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def rank_one_sums(
-    g, borders, sums, rest, tokens, heads, sequences,
+    g, borders, sums, tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Running sums of a gate a channel within every chunk, in units of log 2; with EXACT what float32 leaves over, too.
+    """Running sums of a gate a channel within every chunk, in units of log 2; with EXACT in float64.
 
     A decay between two tokens is then one difference, for every level of halves, in every kernel.
     """
@@ -271,21 +246,17 @@ def rank_one_sums(
     ok = (ic < count)[:, None] & (ik < K)[None, :]
     gates = gates_of(g, at, ok)
     if EXACT:
-        b = tl.cumsum(gates.to(tl.float64), 0)
-        hi = b.to(tl.float32)
-        tl.store(rest + at, (b - hi.to(tl.float64)).to(tl.float32), mask=ok)
-    else:
-        hi = tl.cumsum(gates, 0)
-    tl.store(sums + at, hi, mask=ok)
+        gates = gates.to(tl.float64)
+    tl.store(sums + at, tl.cumsum(gates, 0), mask=ok)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def rank_one_prepare(
-    q, e, w, k, beta, g, sums, rest, borders, inverse, mixed, reads, more_reads, finding, asking, writing, adding,
+    q, e, w, k, beta, g, sums, borders, inverse, mixed, reads, more_reads, finding, asking, writing, adding,
     totals, tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, PACKED: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr, SOLVING: tl.constexpr,
+    EXACT: tl.constexpr, MILD: tl.constexpr, PRECISION: tl.constexpr, SOLVING: tl.constexpr,
 ):  # fmt: skip
     """Of every chunk T, -T N, R, R with two writes (b t h C each), -W, q e^b - P W, w', k' (b t h K) and e^{b_C}.
 
@@ -294,6 +265,8 @@ def rank_one_prepare(
     pid = tl.program_id(0)
     h = pid % heads
     n, start, begin, count = chunk_of(borders, pid // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
+        return
     ic = tl.arange(0, C)
     here, other = ic[:, None], ic[None, :]
     inside = ic < count
@@ -325,22 +298,18 @@ def rank_one_prepare(
             more += tl.sum(bq.to(tl.float32) * bk.to(tl.float32), 1)
         own += tl.sum(bq.to(tl.float32) * bw.to(tl.float32), 1)
         if GATE == 3:
-            hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
-            if BEFORE:
-                before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
-            for level in tl.static_range(LEVELS + 4):
-                meet = meeting(ic, 1 << level) & (here > other)
-                to, to_lo = middle_at(sums, rest, row, ic, ik, level, count, heads, K, EXACT)
-                fade = fading(hi, lo, to, to_lo, EXACT)
-                asked = faded(bq, fade)
-                keys = faded(bw, fade)
-                found = keys
-                if BEFORE:
-                    found = faded(be, fading(before, before_lo, to, to_lo, EXACT))
+            steepest = tl.min(gates_between(sums + row * K, count, heads, ic, ik, K))
+            level = LEVELS + 3
+            while level >= 0:
+                to_ask, to_find, to_write, block, level = meeting(
+                    sums + row * K, level, steepest, count, heads, ic, ik, C, K, BEFORE, MILD
+                )
+                meet = block & (here > other)
+                asked, found, keys = weighed(bq, to_ask), weighed(be, to_find), weighed(bw, to_write)
                 L += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
                 P += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
                 if TWO:
-                    keys = faded(bk, fade)
+                    keys = weighed(bk, to_write)
                     N += tl.where(meet, tl.dot(found, tl.trans(keys), input_precision=PRECISION), 0.0)
                     Q += tl.where(meet, tl.dot(asked, tl.trans(keys), input_precision=PRECISION), 0.0)
         else:
@@ -388,9 +357,7 @@ def rank_one_prepare(
             be = -be
         written = strength[:, None] * bw.to(tl.float32)
         if GATE != 0:
-            reach, find, last, total = fades_of(
-                g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT
-            )
+            reach, find, last, total = fades_of(g, sums, row, count, heads, ic, ik, K, GATE, BEFORE, EXACT)
             seen = seen * reach
             be = (be.to(tl.float32) * find).to(be.dtype)
             written = written * last
@@ -412,7 +379,7 @@ def rank_one_prepare(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def rank_one_reverse(
-    q, e, w, k, beta, g, sums, rest, borders, inverse, mixed, finding, asking, writing, adding,
+    q, e, w, k, beta, g, sums, borders, inverse, mixed, finding, asking, writing, adding,
     tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
@@ -423,6 +390,8 @@ def rank_one_reverse(
     ik = (pid % SLICES) * BK + tl.arange(0, BK)
     h = (pid // SLICES) % heads
     _, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
+        return
     ic = tl.arange(0, C)
     inside = ic < count
     row = (start + begin) * heads + h
@@ -442,7 +411,7 @@ def rank_one_reverse(
     if BETA:
         written = written * tl.load(beta + row + ic * heads, mask=inside, other=0.0)[:, None]
     if GATE != 0:
-        reach, find, last, _ = fades_of(g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT)
+        reach, find, last, _ = fades_of(g, sums, row, count, heads, ic, ik, K, GATE, BEFORE, EXACT)
         seen = seen * reach
         found = found * find
         written = written * last
@@ -577,7 +546,7 @@ def gate_sums(begun, later, kept, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.c
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
 def rank_one_gradients(
-    do, y, r, v, q, e, w, k, beta, g, sums, rest, borders, states, cotangents, seen, erased, seen_v, erased_v,
+    do, y, r, v, q, e, w, k, beta, g, sums, borders, states, cotangents, seen, erased, seen_v, erased_v,
     dq, de, dw, dk, dbeta, dg, tokens, heads, sequences, count_rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr, GATES: tl.constexpr,
@@ -595,6 +564,8 @@ def rank_one_gradients(
     ik = s * BK + tl.arange(0, BK)
     h = (pid // SLICES) % heads
     n, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
+        return
     ic = tl.arange(0, C)
     here, other = ic[:, None], ic[None, :]
     in_k, inside = ik < K, ic < count
@@ -648,7 +619,7 @@ def rank_one_gradients(
         strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
     found = -found
     if GATE != 0:
-        reach, find, last, total = fades_of(g, sums, rest, row, at, heads * K, count, ic, ik, K, GATE, BEFORE, EXACT)
+        reach, find, last, total = fades_of(g, sums, row, count, heads, ic, ik, K, GATE, BEFORE, EXACT)
         asked, found, written = asked * reach, found * find, written * last
         begun = begun * total
         if TWO:
@@ -695,11 +666,11 @@ def scores_at(seen, erased, at, ok, decay, decay_before, which, GATE: tl.constex
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
 def rank_one_pairs(
-    q, e, w, k, beta, g, sums, rest, borders, seen, erased, seen_v, erased_v, dq, de, dw, dk, dbeta, dg,
+    q, e, w, k, beta, g, sums, borders, seen, erased, seen_v, erased_v, dq, de, dw, dk, dbeta, dg,
     tokens, heads, sequences, count_rows,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr,
-    GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, MILD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to what `rank_one_gradients` left what comes from other tokens of the chunk, and from a token itself."""
     pid = tl.program_id(0)
@@ -707,6 +678,8 @@ def rank_one_pairs(
     ik = s * BK + tl.arange(0, BK)
     h = (pid // SLICES) % heads
     _, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
+        return
     ic = tl.arange(0, C)
     here, other = ic[:, None], ic[None, :]
     in_k, inside = ik < K, ic < count
@@ -746,38 +719,32 @@ def rank_one_pairs(
         pairs = tl.zeros((C, BK), tl.float32)
         if TWO:
             more = tl.zeros((C, BK), tl.float32)
-        hi, lo = sums_at(sums, rest, row * K + at, ok, EXACT)
-        if BEFORE:
-            before, before_lo = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
-        for level in range(0, LEVELS + 4):
-            meet = meeting(ic, 1 << level)
-            to, to_lo = middle_at(sums, rest, row, ic, ik, level, count, heads, K, EXACT)
-            fade = fading(hi, lo, to, to_lo, EXACT)
-            find = fade
-            if BEFORE:
-                find = fading(before, before_lo, to, to_lo, EXACT)
-            keys = faded(bw, fade)
-            queries = faded(bq, fade)
-            finders = keys
-            if BEFORE:
-                finders = faded(be, find)
-            change = tl.dot(pinned(tl.where(meet, pinned(A), 0.0)), keys, input_precision=PRECISION)
-            change_found = tl.dot(pinned(tl.where(meet, pinned(B), 0.0)), keys, input_precision=PRECISION)
+        gates = gates_between(sums + row * K, count, heads, ic, ik, K)
+        steepest = tl.min(gates)
+        level = LEVELS + 3
+        while level >= 0:
+            to_ask, to_find, to_write, block, level = meeting(
+                sums + row * K, level, steepest, count, heads, ic, ik, C, K, BEFORE, MILD
+            )
+            keys = weighed(bw, to_write)
+            change = tl.dot(pinned(tl.where(block, pinned(A), 0.0)), keys, input_precision=PRECISION)
+            change_found = tl.dot(pinned(tl.where(block, pinned(B), 0.0)), keys, input_precision=PRECISION)
             if TWO:
-                keys = faded(bk, fade)
-                change = tl.dot(pinned(tl.where(meet, pinned(Av), 0.0)), keys, change, input_precision=PRECISION)
+                keys = weighed(bk, to_write)
+                change = tl.dot(pinned(tl.where(block, pinned(Av), 0.0)), keys, change, input_precision=PRECISION)
                 change_found = tl.dot(
-                    pinned(tl.where(meet, pinned(Bv), 0.0)), keys, change_found, input_precision=PRECISION
+                    pinned(tl.where(block, pinned(Bv), 0.0)), keys, change_found, input_precision=PRECISION
                 )
-            asked += fade * change
-            found += find * change_found
-            change = tl.dot(pinned(tl.where(meet, pinned(At), 0.0)), queries, input_precision=PRECISION)
-            change = tl.dot(pinned(tl.where(meet, pinned(Bt), 0.0)), finders, change, input_precision=PRECISION)
-            pairs += fade * change
+            asked += to_ask * change
+            found += to_find * change_found
+            queries, finders = weighed(bq, to_ask), weighed(be, to_find)
+            change = tl.dot(pinned(tl.where(block, pinned(At), 0.0)), queries, input_precision=PRECISION)
+            change = tl.dot(pinned(tl.where(block, pinned(Bt), 0.0)), finders, change, input_precision=PRECISION)
+            pairs += to_write * change
             if TWO:
-                change = tl.dot(pinned(tl.where(meet, pinned(Avt), 0.0)), queries, input_precision=PRECISION)
-                change = tl.dot(pinned(tl.where(meet, pinned(Bvt), 0.0)), finders, change, input_precision=PRECISION)
-                more += fade * change
+                change = tl.dot(pinned(tl.where(block, pinned(Avt), 0.0)), queries, input_precision=PRECISION)
+                change = tl.dot(pinned(tl.where(block, pinned(Bvt), 0.0)), finders, change, input_precision=PRECISION)
+                more += to_write * change
     else:
         asked = tl.dot(A, bw, input_precision=PRECISION)
         found = tl.dot(B, bw, input_precision=PRECISION)
@@ -799,8 +766,6 @@ def rank_one_pairs(
         if GATE == 3:
             value = sums_behind_of_channels(later, erasing, ic, BEFORE, EXACT)
             value += tl.load(dg + row * K + at, mask=ok, other=0.0)
-            before, _ = sums_at(sums, rest, row * K + at - heads * K, ok & (here > 0), EXACT)
-            gates = sums_at(sums, rest, row * K + at, ok, EXACT)[0] - before
             tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
         else:
             to_gates = dg + s.to(tl.int64) * count_rows + row + ic * heads
@@ -914,20 +879,20 @@ def levels_of(q: Tensor) -> int:
     return (chunk_for(q) // 16).bit_length() - 1
 
 
-def sums_in_chunks(q: Tensor, g: Tensor | None, borders: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """`rank_one_sums`: running sums of a gate a channel (b t h K), for float32 tokens also what they leave over."""
+def sums_in_chunks(q: Tensor, g: Tensor | None, borders: Tensor | None) -> Tensor | None:
+    """`rank_one_sums`: running sums of a gate a channel (b t h K), for float32 tokens in float64."""
     if g is None or g.ndim == 3:
-        return None, None
+        return None
     shape, programs = in_chunks(q, borders, "prepare")
     block = min(128, padded(shape["K"]))  # with one warp a thread has all tokens of its channels, and a scan is sums
     slices, exact = triton.cdiv(shape["K"], block), shape["EXACT"]
-    sums, rest = torch.empty_like(g), torch.empty_like(g) if exact else None
+    sums = torch.empty_like(g, dtype=torch.float64 if exact else g.dtype)
     decay.launch(
         rank_one_sums, programs * slices,
-        g, borders, sums, rest, q.shape[1], q.shape[2], sequences_of(q, borders),
+        g, borders, sums, q.shape[1], q.shape[2], sequences_of(q, borders),
         K=shape["K"], BK=block, SLICES=slices, C=shape["C"], PACKED=shape["PACKED"], EXACT=exact, num_warps=1,
     )  # fmt: skip
-    return sums, rest
+    return sums
 
 
 def solved(q: Tensor, g: Tensor | None, b: Tensor | None, borders: Tensor | None) -> list[Tensor]:
@@ -946,9 +911,9 @@ def prepare(q, k, beta, g, a, b, borders) -> tuple[list[Tensor], list[Tensor | N
     rows = [torch.empty_like(q) if b is not None or i < 3 else None for i in range(4)]
     decay.launch(
         rank_one_prepare, programs,
-        q, *vectors_of(k, a, b), beta, g, *sums_in_chunks(q, g, borders), borders, *found[:4], *rows, found[4],
+        q, *vectors_of(k, a, b), beta, g, sums_in_chunks(q, g, borders), borders, *found[:4], *rows, found[4],
         q.shape[1], q.shape[2], sequences_of(q, borders),
-        **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), SOLVING=SOLVING[q.dtype],
+        **shape, **kind_of(q, beta, g, a, b), LEVELS=levels_of(q), MILD=MILD[q.dtype], SOLVING=SOLVING[q.dtype],
     )  # fmt: skip
     return found, rows
 
@@ -959,7 +924,7 @@ def reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed) -> list:
     rows = [torch.empty_like(q) if b is not None or i < 3 else None for i in range(4)]
     decay.launch(
         rank_one_reverse, programs * shape["SLICES"],
-        q, *vectors_of(k, a, b), beta, g, *sums, borders, inverse, mixed, *rows,
+        q, *vectors_of(k, a, b), beta, g, sums, borders, inverse, mixed, *rows,
         q.shape[1], q.shape[2], sequences_of(q, borders),
         **shape, **kind_of(q, beta, g, a, b),
     )  # fmt: skip
@@ -1029,14 +994,24 @@ def gradients(do, answers, news, v, q, k, beta, g, a, b, sums, borders, states, 
     dg = None
     if want_g:
         dg = torch.empty_like(g) if kind["GATE"] == CHANNEL else g.new_empty(slices, *g.shape)
-    given = (q, *vectors_of(k, a, b), beta, g, *sums, borders)
+    given = (q, *vectors_of(k, a, b), beta, g, sums, borders)
     to = (dq, de, dw, dk, dbeta, dg, q.shape[1], q.shape[2], sequences_of(q, borders), decay.rows_of(q))
     decay.launch(
         rank_one_gradients, programs * slices, do, answers, news, v, *given, states, cotangents, *scores, *to,
         V=v.shape[-1], BV=min(32 if exact else 64, padded(v.shape[-1])), **shape, **kind,
     )  # fmt: skip
     shape, programs = in_chunks(q, borders, "pairs")
-    decay.launch(rank_one_pairs, programs * slices, *given, *scores, *to, LEVELS=levels_of(q), **shape, **kind)
+    decay.launch(
+        rank_one_pairs,
+        programs * slices,
+        *given,
+        *scores,
+        *to,
+        LEVELS=levels_of(q),
+        MILD=MILD[q.dtype],
+        **shape,
+        **kind,
+    )
     if want_g and kind["GATE"] == TOKEN:
         dg = dg.sum(0)
     dk, db = (dw, None) if b is None else (dk, dw)
