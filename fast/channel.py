@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import channel as kernels
-from fast.operators import packed, results
+from fast.operators import operator, packed, results
 from reference.normal import Normal
 
 
@@ -25,7 +25,7 @@ def step(x: Normal, memory: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- the operators, as torch sees
 
 
-@torch.library.custom_op("linear_moe::channel", mutates_args=())
+@operator("channel")
 def channel(
     q: Tensor,
     k: Tensor,
@@ -47,7 +47,7 @@ def _(q, k, v, g, u, memory, cu_seqlens, segments, wide):
     return o, last, states, q.new_empty(*q.shape[:3], kernels.CHUNK[q.element_size()])
 
 
-@torch.library.custom_op("linear_moe::channel_gradients", mutates_args=())
+@operator("channel_gradients")
 def channel_gradients(
     do: Tensor,
     dlast: Tensor | None,
@@ -96,7 +96,7 @@ def channel_backward(ctx, do, dlast, *_):
 channel.register_autograd(channel_backward, setup_context=channel_context)
 
 
-@torch.library.custom_op("linear_moe::channel_step", mutates_args=("memory",))
+@operator("channel_step", "memory")
 def channel_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, memory: Tensor) -> Tensor:
     """o : b h v, in float32; memory is overwritten."""
     return kernels.step(q, k, v, g, u, memory)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import decay as kernels
-from fast.operators import by_columns, packed, results
+from fast.operators import by_columns, operator, packed, results
 from reference.normal import Normal
 
 WHOLE = 128
@@ -33,7 +33,7 @@ def step(x: Normal, memory: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- the operators, as torch sees
 
 
-@torch.library.custom_op("linear_moe::decay", mutates_args=())
+@operator("decay")
 def decay(
     q: Tensor,
     k: Tensor,
@@ -53,7 +53,7 @@ def _(q, k, v, g, memory, cu_seqlens, segments, wide):
     return results(q, v, cu_seqlens, segments, wide)
 
 
-@torch.library.custom_op("linear_moe::decay_gradients", mutates_args=())
+@operator("decay_gradients")
 def decay_gradients(
     do: Tensor,
     dlast: Tensor | None,
@@ -98,7 +98,7 @@ def decay_backward(ctx, do, dlast, _):
 decay.register_autograd(decay_backward, setup_context=decay_context)
 
 
-@torch.library.custom_op("linear_moe::decay_step", mutates_args=("memory",))
+@operator("decay_step", "memory")
 def decay_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor) -> Tensor:
     """o : b h v, in float32; memory is overwritten."""
     return kernels.step(q, k, v, g, memory)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import delta as kernels
-from fast.operators import by_columns, packed, results
+from fast.operators import by_columns, operator, packed, results
 from reference.normal import Normal
 
 WHOLE = 128
@@ -36,7 +36,7 @@ def step(x: Normal, memory: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- the operators, as torch sees
 
 
-@torch.library.custom_op("linear_moe::delta", mutates_args=())
+@operator("delta")
 def delta(
     q: Tensor,
     k: Tensor,
@@ -66,7 +66,7 @@ def _(q, k, v, beta, g, memory, cu_seqlens, segments, wide, keep):
     return o, last, news, states, moves, scores, beta.new_empty(h, b * t), solved
 
 
-@torch.library.custom_op("linear_moe::delta_gradients", mutates_args=())
+@operator("delta_gradients")
 def delta_gradients(
     do: Tensor,
     dlast: Tensor | None,
@@ -119,7 +119,7 @@ def delta_backward(ctx, do, dlast, *_):
 delta.register_autograd(delta_backward, setup_context=delta_context)
 
 
-@torch.library.custom_op("linear_moe::delta_step", mutates_args=("memory",))
+@operator("delta_step", "memory")
 def delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, memory: Tensor) -> Tensor:
     """o : b h v, in float32; memory is overwritten."""
     return kernels.step(q, k, v, beta, g, memory)

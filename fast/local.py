@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fast.kernels import decay
 from fast.kernels import local as kernels
+from fast.operators import operator
 from reference.documents import document_of
 from reference.local import ACTIVATION
 
@@ -111,7 +112,7 @@ def runnable(what: str, x: Tensor) -> None:
 # ------------------------------------------------------------------------------------- the operators, as torch sees
 
 
-@torch.library.custom_op("linear_moe::norm", mutates_args=())
+@operator("norm")
 def normed(x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None, activation: str | None) -> Tensor:
     return kernels.norm(x, weight, eps, gate, activation)
 
@@ -121,7 +122,7 @@ def _(x, weight, eps, gate, activation):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("linear_moe::norm_gradients", mutates_args=())
+@operator("norm_gradients")
 def norm_gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +152,7 @@ def norm_backward(ctx, dy):
 normed.register_autograd(norm_backward, setup_context=norm_context)
 
 
-@torch.library.custom_op("linear_moe::convolution", mutates_args=())
+@operator("convolution")
 def convolved(
     x: Tensor,
     weight: Tensor,
@@ -177,7 +178,7 @@ def _(x, weight, bias, activation, taps, length, cu_seqlens):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("linear_moe::convolution_gradients", mutates_args=())
+@operator("convolution_gradients")
 def convolution_gradients(
     dy: Tensor,
     x: Tensor,
@@ -216,7 +217,7 @@ def convolution_backward(ctx, dy):
 convolved.register_autograd(convolution_backward, setup_context=convolution_context)
 
 
-@torch.library.custom_op("linear_moe::shift", mutates_args=())
+@operator("shift")
 def shifted(x: Tensor, last: Tensor | None, length: int, cu_seqlens: Tensor | None) -> Tensor:
     return kernels.shift(x, last, length, *borders(x, cu_seqlens))
 
@@ -226,7 +227,7 @@ def _(x, last, length, cu_seqlens):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("linear_moe::shift_gradients", mutates_args=())
+@operator("shift_gradients")
 def shift_gradients(dy: Tensor, last: Tensor | None, length: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """dx, dlast; the latter empty if there is no last."""
     dx, dlast = kernels.shift_gradients(dy.contiguous(), last, length, *borders(dy, cu_seqlens))

@@ -5,6 +5,53 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+
+class Operator:
+    """A function as torch's operator `linear_moe::name`, with a rule for shapes and perhaps a gradient.
+
+    An operator is what a compiler sees as a whole. But every call of one passes torch's dispatcher and many layers of
+    Python, which takes longer than the kernels of a short sequence: where nobody looks on, the function is called as it
+    is, with the same gradient.
+    """
+
+    def __init__(self, name: str, function: Callable, mutated: tuple[str, ...]):
+        self.function, self.differentiable = function, None
+        self.seen = torch.library.custom_op(f"linear_moe::{name}", function, mutates_args=mutated)
+        self.register_fake = self.seen.register_fake
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        self.seen.register_autograd(backward, setup_context=setup_context)
+        function = self.function
+
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *inputs):
+                output = function(*inputs)
+                setup_context(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            @once_differentiable
+            def backward(ctx, *cotangents):
+                return backward(ctx, *cotangents)
+
+        self.differentiable = Differentiable
+
+    def __call__(self, *inputs):
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return self.seen(*inputs)
+        if self.differentiable is None or not torch.is_grad_enabled():
+            return self.function(*inputs)
+        wanted = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        return self.differentiable.apply(*inputs) if wanted else self.function(*inputs)
+
+
+def operator(name: str, *mutated: str) -> Callable[[Callable], Operator]:
+    """A decorator: the function as an `Operator` that overwrites the arguments `mutated`."""
+    return lambda function: Operator(name, function, mutated)
 
 
 def results(

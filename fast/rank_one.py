@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import rank_one as kernels
-from fast.operators import packed, results
+from fast.operators import operator, packed, results
 from reference.normal import Normal
 
 
@@ -26,7 +26,7 @@ def step(x: Normal, memory: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- the operators, as torch sees
 
 
-@torch.library.custom_op("linear_moe::rank_one", mutates_args=())
+@operator("rank_one")
 def rank_one(
     q: Tensor,
     k: Tensor,
@@ -55,7 +55,7 @@ def _(q, k, v, beta, g, a, b, memory, cu_seqlens, wide, keep):
     return o, last, *(x if keep else x.new_empty(0) for x in kept)
 
 
-@torch.library.custom_op("linear_moe::rank_one_gradients", mutates_args=())
+@operator("rank_one_gradients")
 def rank_one_gradients(
     do: Tensor,
     dlast: Tensor | None,
@@ -111,7 +111,7 @@ def rank_one_backward(ctx, do, dlast, *_):
 rank_one.register_autograd(rank_one_backward, setup_context=rank_one_context)
 
 
-@torch.library.custom_op("linear_moe::rank_one_step", mutates_args=("memory",))
+@operator("rank_one_step", "memory")
 def rank_one_step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, a: Tensor | None, b: Tensor | None,
     memory: Tensor,

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fast.kernels import scan as kernels
-from fast.operators import packed
+from fast.operators import operator, packed
 from reference import recurrence as words
 from reference.recurrence import Inputs, Row
 
@@ -106,7 +106,7 @@ def step(x: Elements, memory: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- the operators, as torch sees
 
 
-@torch.library.custom_op("linear_moe::scan", mutates_args=())
+@operator("scan")
 def scan(
     kind: int,
     q: Tensor | None,
@@ -135,7 +135,7 @@ def _(kind, q, k, v, rows, columns, fixed, memory, cu_seqlens, segments, keep):
     return torch.empty_like(v), last, states, totals, last.new_empty(kernels.marks_of(kind, k, v, fixed, n, keep))
 
 
-@torch.library.custom_op("linear_moe::scan_gradients", mutates_args=())
+@operator("scan_gradients")
 def scan_gradients(
     do: Tensor,
     dlast: Tensor | None,
@@ -186,7 +186,7 @@ def scan_backward(ctx, do, dlast, *_):
 scan.register_autograd(scan_backward, setup_context=scan_context)
 
 
-@torch.library.custom_op("linear_moe::scan_step", mutates_args=("memory",))
+@operator("scan_step", "memory")
 def scan_step(
     kind: int,
     q: Tensor | None,

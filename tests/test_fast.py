@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast
 import reference
@@ -505,6 +506,40 @@ def test_rank_one_keeps_torchs_rules(name):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     operator = torch.ops.linear_moe.rank_one.default
     torch.library.opcheck(operator, (*given, None, None, name == "kda", True), test_utils=checks)
+
+
+class Watched(TorchDispatchMode):
+    """Counts this project's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.seen.update([f.name()] if f.namespace == "linear_moe" else [])
+        return f(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gla", "gated_delta_net", "kda", "mamba"])
+def test_operators_only_where_somebody_looks(name):
+    """The same bits by way of torch's operators and without them; neither is differentiated twice."""
+    row, tokens, constants = some(name, t=7)
+
+    def both():
+        given = leaves(dict(tokens), dict(constants))
+        mine = dict(zip([*tokens, *constants], given, strict=True))
+        o, _ = quick.recurrence(row, {n: mine[n] for n in tokens}, {n: mine[n] for n in constants})
+        return [o.detach(), *torch.autograd.grad(o.square().sum(), given)]
+
+    with Watched() as watched:
+        want = both()
+    assert watched.seen == {f"linear_moe::{family_of(name)}": 1, f"linear_moe::{family_of(name)}_gradients": 1}
+    assert all(torch.equal(a, b) for a, b in zip(both(), want, strict=True))
+    given = leaves(tokens)
+    o = quick.recurrence(row, tokens, constants)[0]
+    grads = torch.autograd.grad(o.square().sum(), given, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.sum() for g in grads).backward()
 
 
 # ------------------------------------------------------------------------------------------------ spans and steps

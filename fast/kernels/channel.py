@@ -64,8 +64,10 @@ from fast.kernels.decay import (
     FLOOR,
     LOG2_E,
     NOTHING,
+    cdiv,
     chunk_of,
     chunks_of,
+    next_power_of_2,
     padded,
     part_of,
     place_of,
@@ -462,7 +464,7 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
 
     def fit(cut: bool) -> int:
         columns = min(line_of(padded(q.shape[-1]), q.element_size(), cut)[0], padded(v.shape[-1]))
-        programs = sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns)
+        programs = sequences * q.shape[2] * cdiv(v.shape[-1], columns)
         return 2 * decay.multiprocessors(q.device) // max(programs, 1)
 
     wanted = fit(cut=True) if fit(cut=False) > 1 else 1
@@ -478,7 +480,7 @@ def shape_of(x: Tensor, z: Tensor, borders: Tensor | None, segments: int) -> dic
     X, Z = x.shape[-1], z.shape[-1]
     columns, warps, stages = line_of(padded(X), x.element_size(), segments > 1)
     columns = min(columns, padded(Z))
-    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": triton.cdiv(Z, columns)}
+    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns)}
     kind = {"C": CHUNK[x.element_size()], "PACKED": borders is not None, "PRECISION": "ieee"}
     return {**sizes, **kind, "num_warps": warps, "num_stages": stages}
 
@@ -486,7 +488,7 @@ def shape_of(x: Tensor, z: Tensor, borders: Tensor | None, segments: int) -> dic
 def pairs_of(q: Tensor, u: Tensor | None, borders: Tensor | None, line: tuple[int, int]) -> dict:
     """The compile-time arguments of a kernel that takes chunks one by one, some channels at a time."""
     K, chunk, (channels, warps) = q.shape[-1], CHUNK[q.element_size()], line
-    sizes = {"K": K, "BK": channels, "SLICES": triton.cdiv(K, channels), "C": chunk, "LEVELS": chunk.bit_length() - 1}
+    sizes = {"K": K, "BK": channels, "SLICES": cdiv(K, channels), "C": chunk, "LEVELS": chunk.bit_length() - 1}
     kind = {
         "BEFORE": u is not None,
         "PACKED": borders is not None,
@@ -534,8 +536,8 @@ def between(y, z, fades, borders, first, segments, reverse=False) -> tuple[Tenso
         channel_span, shape["SLICES"] * segments * h * n, y, z, fades, borders, states, totals, y.shape[1], h, segments,
         **shape, REVERSE=reverse,
     )  # fmt: skip
-    block = min(1024, triton.next_power_of_2(K * V))
-    blocks = triton.cdiv(K * V, block)
+    block = min(1024, next_power_of_2(K * V))
+    blocks = cdiv(K * V, block)
     decay.launch(
         channel_fold, n * h * blocks, states, totals, first, last, segments,
         X=K, Z=V, BLOCK=block, BLOCKS=blocks, REVERSE=reverse, FIRST=first is not None,

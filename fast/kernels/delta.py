@@ -64,6 +64,7 @@ from torch import Tensor
 
 from fast.kernels import decay
 from fast.kernels.decay import (
+    cdiv,
     decays_of,
     padded,
     part_of,
@@ -565,7 +566,7 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
     not a quarter of the GPU would be busy; two programs a multiprocessor, and at least 512 tokens a segment."""
     if padded(q.shape[-1]) > FOLDED:
         return 1
-    programs = max(1, sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns_of(q, v)))
+    programs = max(1, sequences * q.shape[2] * cdiv(v.shape[-1], columns_of(q, v)))
     wanted = 2 * decay.multiprocessors(q.device) // programs
     return 1 if wanted < 8 else min(wanted, max(1, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
 
@@ -579,7 +580,7 @@ def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, chu
     """The compile-time arguments of a sweep whose state is x's columns × z's columns."""
     X, Z, columns = x.shape[-1], z.shape[-1], columns_of(x, z)
     _, warps, stages = CONFIG[padded(X), x.element_size()]
-    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": triton.cdiv(Z, columns)}
+    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns)}
     return {**sizes, "C": chunk, **kind_of(x, g, borders), "num_warps": warps, "num_stages": stages}
 
 
@@ -608,7 +609,7 @@ def fold(states, moves, first, reverse: bool, exact: bool) -> Tensor:
     n, h, _, K, V = states.shape
     last = torch.empty_like(states[:, :, 0])
     columns = min(32, padded(V))
-    slices = triton.cdiv(V, columns)
+    slices = cdiv(V, columns)
     decay.launch(
         delta_fold, n * h * slices, states, moves, first, last, moves.shape[2],
         X=K, Z=V, BX=padded(K), BZ=columns, SLICES=slices, REVERSE=reverse, FIRST=first is not None,
@@ -636,7 +637,7 @@ def forward(q, k, v, beta, g, memory, borders, segments: int, wide: bool, keep: 
     if segments > 1:
         slots = segments + 1
         entry, moves = beta.new_empty(n, h, slots, K, V), beta.new_empty(n, h, segments, K, K)
-        more = triton.cdiv(K, shape["BZ"])
+        more = cdiv(K, shape["BZ"])
         decay.launch(
             delta_values, (shape["SLICES"] + more) * segments * h * n,
             *given, None, None, None, None, entry, moves, t, h, segments, slots, beta.numel(),
@@ -686,7 +687,7 @@ def backward(
 
     columns, warps, stages = CHUNKS[padded(K), q.element_size()]
     columns = min(columns, padded(K))
-    slices, parts = triton.cdiv(K, columns), decay.parts_of(k, borders)
+    slices, parts = cdiv(K, columns), decay.parts_of(k, borders)
     told, gone, own = torch.empty_like(scores), torch.empty_like(scores), beta.new_empty(2, h, b * t)
     decay.launch(
         delta_pairs, parts * h * n, do, dv, news, g, sums, borders, told, gone, own, t, h, parts, count,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fast.kernels.decay import INTERPRETED, launch, multiprocessors
+from fast.kernels.decay import INTERPRETED, cdiv, launch, multiprocessors, next_power_of_2
 
 ACTIVATIONS = {None: 0, "silu": 1, "sigmoid": 2, "relu": 3, "gelu": 4}
 WIDEST = 16384  # of a norm: one row stands in registers
@@ -113,7 +113,7 @@ def norm_backward(
 
 def block_of(d: int) -> tuple[int, int, int]:
     """Rows a program takes at once, channels with padding, warps: 2048 to 4096 numbers at once where rows are short."""
-    D = triton.next_power_of_2(d)
+    D = next_power_of_2(d)
     return max(1, 2048 // D), D, 4 if D <= 4096 else 8
 
 
@@ -121,14 +121,14 @@ def norm(x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation: 
     """x, z : n d, contiguous; w : d."""
     (rows, d), (N, D, warps), y = x.shape, block_of(x.shape[1]), torch.empty_like(x)
     meta = {"WEIGHT": w is not None, "ACT": ACTIVATIONS[activation], "GATED": z is not None, "N": N, "D": D}
-    launch(norm_forward, triton.cdiv(rows, N), x, w, z, y, rows, d, eps, **meta, num_warps=warps)
+    launch(norm_forward, cdiv(rows, N), x, w, z, y, rows, d, eps, **meta, num_warps=warps)
     return y
 
 
 def norm_gradients(dy: Tensor, x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation: str | None):
     """dx, dw (float32), dz; None for what is not there."""
     (rows, d), (N, D, warps) = x.shape, block_of(x.shape[1])
-    programs = min(triton.cdiv(rows, N), 4 * multiprocessors(x.device))
+    programs = min(cdiv(rows, N), 4 * multiprocessors(x.device))
     dx, dz = torch.empty_like(x), None if z is None else torch.empty_like(z)
     dw = None if w is None else x.new_empty(programs, d, dtype=torch.float32)
     meta = {"WEIGHT": w is not None, "ACT": ACTIVATIONS[activation], "GATED": z is not None, "N": N, "D": D}
@@ -266,8 +266,8 @@ def tiles(x: Tensor, length: int, starts, sequences) -> tuple[dict, int, int]:
     """What all kernels of the convolution are told, and the number of tiles along t and along c."""
     c = x.shape[-1]
     T, C = (16, 32) if INTERPRETED else (32, 128)
-    C = min(C, max(16, triton.next_power_of_2(c)))
-    return {"PACKED": starts is not None, "T": T, "C": C}, triton.cdiv(x.shape[0], T), triton.cdiv(c, C)
+    C = min(C, max(16, next_power_of_2(c)))
+    return {"PACKED": starts is not None, "T": T, "C": C}, cdiv(x.shape[0], T), cdiv(c, C)
 
 
 def convolution(x, w, bias, activation, taps, length: int, starts, sequences) -> Tensor:
@@ -282,7 +282,7 @@ def convolution(x, w, bias, activation, taps, length: int, starts, sequences) ->
 def convolution_gradients(dy, x, w, bias, activation, taps, length: int, starts, sequences):
     """dx, dw, dbias (float32), dtaps; None for what is not there."""
     (n, c), W, (meta, along, across) = x.shape, w.shape[1], tiles(x, length, starts, sequences)
-    programs = max(1, min(along, triton.cdiv(8 * multiprocessors(x.device), across)))
+    programs = max(1, min(along, cdiv(8 * multiprocessors(x.device), across)))
     dx, dw = torch.empty_like(x), x.new_empty(programs, W, c, dtype=torch.float32)
     dbias = None if bias is None else x.new_empty(programs, c, dtype=torch.float32)
     args = (x, dy, w, bias, taps, dx, dw, dbias, starts, sequences, n, length, c, programs)

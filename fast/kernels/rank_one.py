@@ -94,6 +94,7 @@ from fast.kernels.decay import (
     FLOOR,
     LOG2_E,
     NOTHING,
+    cdiv,
     chunk_of,
     chunks_of,
     padded,
@@ -870,7 +871,7 @@ def in_chunks(q: Tensor, borders: Tensor | None, kernel: str) -> tuple[dict, int
     options = {"num_warps": warps, "num_stages": 1 if q.element_size() == 4 else 2}
     if registers is not None and not decay.INTERPRETED:
         options["maxnreg"] = registers
-    return {"K": K, "BK": block, "SLICES": triton.cdiv(K, block), "C": C, **kind, **options}, chunks_of(
+    return {"K": K, "BK": block, "SLICES": cdiv(K, block), "C": C, **kind, **options}, chunks_of(
         q, borders, C
     ) * q.shape[2]
 
@@ -885,7 +886,7 @@ def sums_in_chunks(q: Tensor, g: Tensor | None, borders: Tensor | None) -> Tenso
         return None
     shape, programs = in_chunks(q, borders, "prepare")
     block = min(128, padded(shape["K"]))  # with one warp a thread has all tokens of its channels, and a scan is sums
-    slices, exact = triton.cdiv(shape["K"], block), shape["EXACT"]
+    slices, exact = cdiv(shape["K"], block), shape["EXACT"]
     sums = torch.empty_like(g, dtype=torch.float64 if exact else g.dtype)
     decay.launch(
         rank_one_sums, programs * slices,
@@ -937,7 +938,7 @@ def sweep(z, A, B, A2, B2, F, F2, g, totals, borders, entry, *, reverse=False, k
     X, Z, h = B.shape[-1], z.shape[-1], z.shape[2]
     columns, warps, stages = CONFIG[padded(X), z.element_size()]
     columns = min(columns, padded(Z))
-    slices, n = triton.cdiv(Z, columns), sequences_of(z, borders)
+    slices, n = cdiv(Z, columns), sequences_of(z, borders)
     x = torch.empty_like(z) if keep else z.new_empty(0)
     states = z.new_empty((slots_of(B, borders), h, X, Z) if keep else 0)
     end = z.new_empty(n, h, X, Z, dtype=torch.float32)

@@ -59,7 +59,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels import decay
-from fast.kernels.decay import LOG2_E, padded, part_of, power_of_2, run_of, sequences_of
+from fast.kernels.decay import LOG2_E, cdiv, next_power_of_2, padded, part_of, power_of_2, run_of, sequences_of
 
 # what a_t is made of; RATE ... CROSS are real and have a gate of columns, ROTATE and SPIRAL are complex
 RATE, ERASE, COLUMN, CROSS, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(6))
@@ -610,7 +610,7 @@ def segments_for(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, s
     """In how many segments to cut each sequence: four warps a multiprocessor, and at least 512 tokens a segment."""
     b, t, h, V = v.shape
     columns, warps, _ = line_of(kind, keys_of(k, fixed))
-    running = sequences * h * triton.cdiv(V, columns) * warps
+    running = sequences * h * cdiv(V, columns) * warps
     wanted = 4 * decay.multiprocessors(v.device) // max(running, 1)
     return max(1, min(wanted, b * t // max(sequences, 1) // 512))
 
@@ -623,7 +623,7 @@ def shape_of(
     columns, warps, tokens = line_of(kind, K, backward)
     columns, full = min(columns, padded(V)), columns
     warps = max(1, warps * columns // full)
-    sizes = {"K": K, "V": V, "BK": padded(K), "BV": columns, "SLICES": triton.cdiv(V, columns)}
+    sizes = {"K": K, "V": V, "BK": padded(K), "BV": columns, "SLICES": cdiv(V, columns)}
     return {**sizes, "KIND": kind, "R": tokens, "PACKED": borders is not None, "num_warps": warps}
 
 
@@ -640,7 +640,7 @@ def marks_of(
     """The shape of the memories kept for the gradient. Those inside a sequence are `far_of` rows apart, also from those
     of its neighbours: their rows over that are a place of their own."""
     (b, t, h, V), far = v.shape, far_of(kind, k, v, fixed, sequences)
-    return (triton.cdiv(b * t, far), h, memories(kind) * keys_of(k, fixed), V) if keep else (0,)
+    return (cdiv(b * t, far), h, memories(kind) * keys_of(k, fixed), V) if keep else (0,)
 
 
 def between(kind, x, k, v, rows, columns, fixed, borders, first, totals, segments: int, reverse=False):
@@ -655,8 +655,8 @@ def between(kind, x, k, v, rows, columns, fixed, borders, first, totals, segment
         t, h, segments, **shape, REVERSE=reverse,
     )  # fmt: skip
     cells = shape["K"] * V
-    block = min(1024, triton.next_power_of_2(cells))
-    blocks = triton.cdiv(cells, block)
+    block = min(1024, next_power_of_2(cells))
+    blocks = cdiv(cells, block)
     decay.launch(
         scan_fold, n * h * blocks, states, totals, first, last, segments,
         CELLS=cells, BLOCK=block, BLOCKS=blocks, COMPLEX=memories(kind) == 2, REVERSE=reverse, FIRST=first is not None,
