@@ -1,7 +1,10 @@
-"""The Triton backend behind the seam of `reference.ops`: what has a kernel is replaced, the rest is kept by name."""
+"""The Triton backend behind the seam of `reference.ops`: what has a kernel is replaced, the rest is kept by name.
+
+Where a function itself hands some dtypes, sizes or devices on to the reference, its docstring says which.
+"""
 
 import reference
-from fast import local, recurrence
+from fast import experts, local, recurrence
 
 ops = reference.ops._replace(
     name="fast",
@@ -10,6 +13,7 @@ ops = reference.ops._replace(
     step=recurrence.step,
     short_convolution=local.short_convolution,
     token_shift=local.token_shift,
+    experts=experts.experts,
     norm=local.norm,
-    kept=("running_sum", "attention", "experts", "token_losses", "total"),
+    kept=("running_sum", "attention", "token_losses", "total"),
 )

@@ -32,6 +32,7 @@ from reference.routers import (
     counted,
     hashed,
     load,
+    ranked,
     rooms,
     route,
     row,
@@ -500,7 +501,8 @@ class MoE(nn.Module):
             more["drop"] = Drop(c.dropout, self.key(side, 1), side.index.flatten())
         if c.pad:
             factor = capacity_of(self.router, c.capacity_factor, training=side.key is not None)
-            room = rooms(self.router, factor, c.top_k, c.columns, counted(documents, documents[:, None]))
+            size = counted(documents, documents[:, None]).bincount()
+            room = rooms(self.router, factor, c.top_k, c.columns, size)
             more["room"] = int(room.sum())
         return more
 
@@ -556,5 +558,4 @@ def numbered(documents: Int[Tensor, "b t"] | None, x: Float[Tensor, "b t d"]) ->
     batch = torch.arange(x.shape[0], device=x.device)[:, None]
     if documents is None:
         return batch.expand(x.shape[:2]).flatten()
-    names, number = documents.unique(return_inverse=True)
-    return (batch * len(names) + number).flatten()
+    return (batch * documents.numel() + ranked(documents.flatten()).view_as(documents)).flatten()

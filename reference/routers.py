@@ -326,32 +326,40 @@ def one_by_one(router: Router, x: Asked) -> Chosen:
 
 
 def within_capacity(
-    index: Int[Tensor, "n k"], queue: Int[Tensor, " nk"], room: Float[Tensor, " m"], experts: int, number
+    index: Int[Tensor, "n k"], queue: Int[Tensor, " nk"], room: Float[Tensor, " n"], experts: int, number
 ) -> Bool[Tensor, "n k"]:
-    """Which pairs find room: of each document m every expert serves the first `room` pairs of its queue. `number` (n)
-    is each token's document. Documents do not see each other, and empty slots take no room."""
+    """Which pairs find room: of each document every expert serves the first pairs of its queue. `number` (n) is each
+    token's document, `room` how many those are. Documents do not see each other, and empty slots take no room."""
     expert = index.masked_fill(index < 0, experts)
     line = (number[:, None] * (experts + 1) + expert).flatten()  # where each pair stands in line: a document's expert
-    served = queue[line[queue].sort(stable=True).indices]  # line after line, each in the order of the queue
-    lengths = line.bincount()
-    starts = lengths.cumsum(0) - lengths
+    ordered, order = line[queue].sort(stable=True)
+    served = queue[order]  # line after line, each in the order of the queue
     place = torch.empty_like(line)
-    place[served] = torch.arange(len(line), device=line.device) - starts[line[served]]
-    return (place.view_as(index) < room[number][:, None]) & (index >= 0)
+    place[served] = torch.arange(len(line), device=line.device) - torch.searchsorted(ordered, ordered)
+    return (place.view_as(index) < room[:, None]) & (index >= 0)
 
 
-def rooms(router: Router, factor: float, k: int, experts: int, number: Int[Tensor, " n"]) -> Float[Tensor, " m"]:
-    """C = room(factor k n_m / e): the pairs that an expert serves of each document, which has n_m tokens."""
-    return router.room(factor * k * number.bincount().double() / experts)
+def rooms(router: Router, factor: float, k: int, experts: int, size: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """C = room(factor k n_m / e): the pairs that an expert serves of documents that have n_m tokens."""
+    return router.room(factor * k * size.double() / experts)
 
 
 def counted(documents: Int[Tensor, " n"] | None, like: Tensor) -> Int[Tensor, " n"]:
     """Each token's document as a number 0, 1, ..., none of them without tokens."""
-    return (
-        torch.zeros_like(like[:, 0], dtype=torch.int64)
-        if documents is None
-        else documents.unique(return_inverse=True)[1]
-    )
+    return torch.zeros_like(like[:, 0], dtype=torch.int64) if documents is None else ranked(documents)
+
+
+def ranked(names: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Each name's number 0, 1, ... among those that there are, in order. (`unique` tells the host how many there are,
+    which would wait for the GPU.)"""
+    ordered, order = names.sort(stable=True)
+    return torch.empty_like(order).scatter_(0, order, ordered.diff(prepend=ordered[:1]).ne(0).cumsum(0))
+
+
+def tally(index: Int[Tensor, "..."], many: int, which: Bool[Tensor, "..."] | None = None) -> Int[Tensor, " many"]:
+    """How often each number below `many` comes, of those that `which` says. (`bincount` would ask for the largest.)"""
+    one = torch.ones_like(index) if which is None else which.to(index.dtype)
+    return index.new_zeros(many).index_add_(0, index.flatten(), one.flatten())
 
 
 def check(
@@ -412,7 +420,7 @@ def route(
     kept = index >= 0
     if factor < math.inf:
         number = counted(x.documents, index)
-        room = rooms(router, factor, k, experts, number)
+        room = rooms(router, factor, k, experts, tally(number, len(number))[number])
         kept = within_capacity(index, (queue or router.queue)(gate.detach()), room, experts, number)
         index = index.masked_fill(~kept, -1) if router.offered else index
     routing = Routing(index, gate.masked_fill(~kept, 0), kept)
@@ -455,11 +463,11 @@ def load(router: Router, logits: Float[Tensor, "n e"], routing: Routing, *limits
     scores = router.score(x.logits)
     p = scores / (scores.sum(-1, keepdim=True) + 1e-20)
     slots = routing.index.masked_fill(routing.index < 0, e)  # e: empty
-    counts = slots.flatten().bincount(minlength=e + 1)[:e]
+    counts = tally(slots, e + 1)[:e]
     return Load(
         counts=counts,
-        dropped=slots[~routing.kept].bincount(minlength=e + 1)[:e],
-        first=slots[:, 0].bincount(minlength=e + 1)[:e],
+        dropped=tally(slots, e + 1, ~routing.kept)[:e],
+        first=tally(slots[:, 0], e + 1)[:e],
         probability=p.sum(0),
         mass=scores.sum(0),
         importance=dense(routing, e).sum(0),
@@ -467,7 +475,7 @@ def load(router: Router, logits: Float[Tensor, "n e"], routing: Routing, *limits
         sequence=by_document(router, x, p, routing),
         z=x.logits.logsumexp(-1).square().sum(),
         entropy=torch.special.entr(p.detach()).sum(),
-        tokens=torch.tensor(n, device=logits.device),
+        tokens=torch.full((), n, device=logits.device),  # a number that is not copied from the host
     )
 
 
@@ -487,10 +495,10 @@ def by_document(router: Router, x: Asked, p: Float[Tensor, "n e"], routing: Rout
     plain = router.choose is None and x.bias is None and x.groups == x.groups_kept
     index = routing.index if plain else top(p.detach(), x.k)
     document = counted(x.documents, index)
-    size = document.bincount()
-    counts = (document[:, None] * e + index).flatten().bincount(minlength=e * len(size)).view(-1, e)
-    weight = counts.to(p) * e / (x.k * size.to(p)[:, None])
-    return (p * weight[document]).sum() if n else p.sum()
+    # Counts of as many documents as there are tokens, which is never too few.
+    counts = tally(document[:, None] * e + index, n * e).view(n, e)
+    weight = counts[document].to(p) * e / (x.k * tally(document, n)[document, None].to(p))
+    return (p * weight).sum()
 
 
 def hashed(words: Int[Tensor, " n"], experts: int, k: int, key: int) -> Int[Tensor, "n k"]:

@@ -257,8 +257,8 @@ MUTANTS = [
     Mutant(
         "the sequence loss pools documents",
         "reference/routers.py",
-        "counts = (document[:, None] * e + index)",
-        "counts = (0 * document[:, None] + index)",
+        "tally(document[:, None] * e + index, n * e)",
+        "tally(0 * document[:, None] + index, n * e)",
         "tests/test_balance.py tests/test_routers.py -k 'sequence or additive'",
     ),
     Mutant(
@@ -610,6 +610,34 @@ MUTANTS = [
         'isinstance(error, RuntimeError) and re.search(r"gloo/|NCCL", line)',
         "isinstance(error, RuntimeError)",
         "tests/test_killing.py -k network",
+    ),
+    Mutant(
+        "rows of pairs that nobody computes keep what memory held",
+        "fast/experts.py",
+        "return torch.where(mine, product(a.to(dtype), w2, b2, ends), 0)",
+        "return product(a.to(dtype), w2, b2, ends)",
+        "tests/test_fast_experts.py",
+    ),
+    Mutant(
+        "gradients of pairs that nobody computes keep what memory held",
+        "fast/experts.py",
+        "product(torch.where(mine, rows, 0), w13, b13, ends)",
+        "product(rows, w13, b13, ends)",
+        "tests/test_fast_experts.py -k grouped_experts",
+    ),
+    Mutant(
+        "the gradient of an expert that nobody visits keeps what memory held",
+        "fast/experts.py",
+        "D.masked_fill(~visited.view(-1, *[1] * (D.ndim - 1)), 0)",
+        "D",
+        "tests/test_fast_experts.py -k exactly_zero",
+    ),
+    Mutant(
+        "a router's load asks the GPU",
+        "reference/routers.py",
+        "counts = tally(slots, e + 1)[:e]",
+        "counts = slots.flatten().bincount(minlength=e + 1)[:e]",
+        "tests/test_fast_experts.py -k asks_nothing",
     ),
     Mutant(
         "a kernel's read does not decay",

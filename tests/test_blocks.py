@@ -401,7 +401,7 @@ def test_two_experts_a_token_are_those_of_nllb(name, n, e, seed, factor):
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeConfig, NllbMoeTop2Router
 
     router, logits = ROUTER[name], randn(n, e, seed=seed).double().requires_grad_()
-    room = int(rooms(router, factor, 2, e, torch.zeros(n, dtype=torch.int64)))
+    room = int(rooms(router, factor, 2, e, torch.tensor(n)))
     theirs = NllbMoeTop2Router(NllbMoeConfig(d_model=4, num_experts=e, expert_capacity=room))
     theirs.dtype = torch.float64
     theirs.second_expert_policy, theirs.normalize_router_prob_before_dropping = "all", True
