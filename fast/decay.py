@@ -16,8 +16,7 @@ def takes(x: Normal) -> bool:
 
 
 def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
-    """Columns of v beyond WHOLE, such as the count of a normalised row's, on their own: the backward sweeps would hold
-    all of them as 256."""
+    """Columns of v beyond WHOLE on their own: the backward sweeps would hold all of them as 256."""
     V = x.v.shape[-1]
 
     def some(v: Tensor, M: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,8 @@ def compiled(kernel, programs, *args, **meta):
     options = {name: meta.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in meta}
     names, signature, constants, attributes = kernel.arg_names, {}, {}, {}
     for i, (name, x) in enumerate(zip(names, args, strict=False)):
-        signature[name] = TYPES[x.dtype] if isinstance(x, torch.Tensor) else "constexpr" if x is None else "i32"
+        other = {type(None): "constexpr", float: "fp32"}
+        signature[name] = TYPES[x.dtype] if isinstance(x, torch.Tensor) else other.get(type(x), "i32")
         if x is None:
             constants[(i,)] = None
         if isinstance(x, torch.Tensor):

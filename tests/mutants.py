@@ -640,6 +640,27 @@ MUTANTS = [
         "tests/test_fast_experts.py -k asks_nothing",
     ),
     Mutant(
+        "a weighted mean's weights have no gradient through the sum that divides",
+        "fast/kernels/decay.py",
+        "scores += more[None, :]",
+        "scores += 0.0 * more[None, :]",
+        "tests/test_fast.py -k normalized",
+    ),
+    Mutant(
+        "the sum of the weights starts anew in every segment",
+        "fast/kernels/decay.py",
+        "side_entry + (nh * slots + segment) * WIDTH",
+        "side_entry + (nh * slots) * WIDTH",
+        "tests/test_fast.py -k normalized",
+    ),
+    Mutant(
+        "mild gates are decayed towards the middle from one side only",
+        "fast/kernels/channel.py",
+        "(side - both < 1)",
+        "(side < 1)",
+        "tests/test_fast.py -k 'kda or gla'",
+    ),
+    Mutant(
         "a kernel's read does not decay",
         "fast/kernels/decay.py",
         "seen = seen * reading[:, None]",
@@ -648,9 +669,9 @@ MUTANTS = [
     ),
     Mutant(
         "the columns of values beyond the first state begin from its memory",
-        "fast/decay.py",
-        "memory.split(columns, -1)",
-        "[memory[..., :c] for c in columns]",
+        "fast/operators.py",
+        "memory.split(widths, -1)",
+        "[memory[..., :c] for c in widths]",
         "tests/test_fast.py -k more_columns",
     ),
     Mutant(

@@ -186,7 +186,7 @@ def test_from_an_empty_memory(name):
 def test_segments(name, segments, monkeypatch, launched):
     cut(monkeypatch, segments)
     compare(name, t=150, k=16, v=16)
-    family = family_of(name)
+    family = {"ratio": "decay"}.get(family_of(name), family_of(name))
     assert launched[f"{family}_fold"] == 2  # the memories, and their cotangents
     spans = ("delta_values", "delta_answers") if family == "delta" else (f"{family}_span",)
     assert all(launched[span] == 2 for span in spans)  # a delta rule's spans are its sweeps without their outputs
@@ -430,11 +430,12 @@ def test_a_scan_that_kept_nothing_has_no_gradient():
         torch.ops.linear_moe.scan(scans.ERASE.value, q, k, v, None, dt, None, None, None, 1, False)
 
 
-@pytest.mark.parametrize("name, v", [("linear_attention_normalized", 128), ("mamba2", 150)])
-def test_more_columns_of_values_than_one_state_holds(name, v):
-    """The count of a normalised row is one more: 128 and what is beyond are computed apart."""
-    compare(name, b=1, h=1, t=40, k=16, v=v)
-    compare(name, b=1, h=1, t=20, k=16, v=v, cu_seqlens=torch.tensor([0, 9, 20], dtype=torch.int32))
+@pytest.mark.parametrize("name", ["mamba2", "gated_delta_net"])
+def test_more_columns_of_values_than_one_state_holds(name, monkeypatch):
+    """They are computed apart from the first."""
+    monkeypatch.setattr(getattr(fast, family_of(name)), "WHOLE", 32)
+    compare(name, b=1, h=1, t=40, k=16, v=50)
+    compare(name, b=1, h=1, t=20, k=16, v=50, cu_seqlens=torch.tensor([0, 9, 20], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("segments", [1, 2])
@@ -480,6 +481,15 @@ def test_a_delta_rule_that_kept_nothing_has_no_gradient():
         torch.ops.linear_moe.delta(*given, None, None, None, 1, False, False)
     with pytest.raises(RuntimeError, match="keep = True"):
         torch.ops.linear_moe.rank_one(*given, *[None] * 5, False, False)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_weighted_means_keep_torchs_rules(segments):
+    _, tokens, _ = some("linear_attention_normalized", t=7)
+    given = [tokens[n].requires_grad_() for n in "qkv"]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    operator = torch.ops.linear_moe.ratio.default
+    torch.library.opcheck(operator, (*given, None, None, None, segments, 1e-10), test_utils=checks)
 
 
 @pytest.mark.parametrize("segments, wide", [(1, False), (2, True)])
@@ -566,7 +576,7 @@ def test_steps_are_the_whole(name, launched):
         o.append(y)
     torch.testing.assert_close(torch.cat(o, 1), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(memory, last, rtol=1e-5, atol=1e-5)
-    kernels = {"scan": ["scan_forward"], "slots": ["scan_forward", "channel_step"]}
+    kernels = {"ratio": ["decay_step"], "scan": ["scan_forward"], "slots": ["scan_forward", "channel_step"]}
     assert launched == dict.fromkeys(kernels.get(family_of(name), [f"{family_of(name)}_step"]), 5)
 
 
@@ -637,13 +647,6 @@ def test_errors(launched):
     if not CUDA:
         error(ValueError, "interpreter", change=cast(torch.bfloat16))
     assert not launched
-
-
-@pytest.mark.parametrize("name", ["linear_attention_normalized", "mamba2", "gated_delta_net"])
-def test_columns_on_their_own(name, monkeypatch):
-    family = getattr(fast, family_of(name))
-    monkeypatch.setattr(family, "WHOLE", 32)
-    compare(name, torch.float32, b=1, h=2, t=21, k=5, v=33)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

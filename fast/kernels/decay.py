@@ -29,6 +29,11 @@ dg_t = dg_{t+1} + q_t·dq_t - k_t·dk_t, and dg_{T+1} = <M_T, dM_T>. The product
 are rounded. The token's own term q_t·k_t v_t·do_t is in both and cancels: with EXACT it is left out of both, so that
 what remains is as small as dg is. One number a head has a kernel of its own (`decay_slope`).
 
+A weighted mean, o_t = q_t M_t / q_t N_t with N_t = k_1 + ... + k_t (no gates), is the same sweeps with a column of ones
+beside v, which none of them needs to read: with w_i = q_i N_i, x = do / w and d_i = -x_i·o_i (`decay_quotient`), the
+forward sweep sums its scores to w and divides by it, that of dq adds d_i to each of its scores do·v, that of dk d_j.
+What N is at the end of a segment is one sum (`decay_counts`). 3 U more backward, and per token b t h four bytes.
+
 Bytes and operations. In U = one b t h d tensor, K = V = d: the forward sweep moves 4 U and each of the three backward
 ones 4 U (reads three, writes one; where the gate's gradient is wanted dq and dk read a fifth), 12 U against a floor of
 7. Every sweep does slices·C·d + C·d + 2·d² multiply-adds a token and head. The slices of one head are neighbours in
@@ -213,12 +218,13 @@ def decay_sums(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
 def decay_sweep(
-    x, y, z, w, g, sums, borders, entry, out, end, part, x2, out2,
-    tokens, heads, segments, slots, count_rows,
+    x, y, z, w, g, sums, borders, entry, out, end, part, x2, out2, side, side_entry, side_end,
+    tokens, heads, segments, slots, count_rows, least,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     SX: tl.constexpr, SZ: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
     ENTRY: tl.constexpr, END: tl.constexpr, PART: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    PAIR: tl.constexpr,
+    PAIR: tl.constexpr, SIDE: tl.constexpr, SIDE_ENTRY: tl.constexpr,
+    SIDE_END: tl.constexpr,
 ):  # fmt: skip
     """One slice of `out` over one segment of one head of one sequence; with PART also Σ_z w·out.
 
@@ -226,6 +232,9 @@ def decay_sweep(
     C·C·X + C·C·BZ + 2·C·X·BZ multiply-adds. State X × BZ float32 in registers: 64 a thread at 128 × 64 and 4 warps.
     With PAIR (K = V) every second program makes dv where its neighbour makes dk, from the same q and do: a chain of
     chunks waits more than it computes, and two on one multiprocessor fill each other's gaps.
+    With SIDE (no gates) one column more, of which the other side's are ones: of z, whose output, a sum of weights, is
+    left in `side` and divides `out` (1); of x (2) or of y (3), which is in `side`. Its own state is a row or column
+    N beside S: from `side_entry`, and at the end to `side_end`.
     """
     pid = tl.program_id(0)
     second = False
@@ -256,6 +265,19 @@ def decay_sweep(
         S = tl.load(entry + (nh * slots + segment) * X * Z + cell, mask=in_cell, other=0.0)
     else:
         S = tl.zeros((BX, BZ), tl.float32)
+    if SIDE != 0:
+        WIDTH: tl.constexpr = X if SIDE == 1 else Z
+        if SIDE == 1:
+            side_at = ix
+        else:
+            side_at = iz
+        N = tl.zeros(side_at.shape, tl.float32)
+        if SIDE_ENTRY:
+            N = tl.load(side_entry + (nh * slots + segment) * WIDTH + side_at, mask=side_at < WIDTH, other=0.0)
+        if SIDE == 1:  # a tile for dots, all of whose columns are N
+            i16 = tl.arange(0, 16)[None, :]
+            ones = tl.full((C, 16), 1.0, z.dtype.element_ty)
+            N = N[:, None] + tl.zeros((BX, 16), tl.float32)
 
     at_x = ic[:, None] * (heads * X) + ix[None, :]
     at_z = ic[:, None] * (heads * Z) + iz[None, :]
@@ -279,8 +301,19 @@ def decay_sweep(
                 g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
             )
 
+        if SIDE > 1:
+            more = tl.load(side + row + ic * heads, mask=inside, other=0.0)
+
         seen = tl.dot(bx, S.to(bx.dtype), input_precision=PRECISION)
         scores = tl.dot(bx, tl.trans(by), input_precision=PRECISION)
+        if SIDE == 2:
+            scores += more[:, None]
+            seen += more[:, None] * N[None, :]
+            N += tl.sum(bz.to(tl.float32), 0)
+        if SIDE == 3:
+            scores += more[None, :]
+            seen += N[None, :]
+            N += tl.sum(bz.to(tl.float32) * more[:, None], 0)
         written = bz
         if GATE == 0:
             before = (ic[:, None] <= ic[None, :]) if REVERSE else (ic[:, None] >= ic[None, :])
@@ -299,6 +332,14 @@ def decay_sweep(
             scores = tl.where(diagonal, 0.0, scores)
         o = tl.dot(scores.to(bz.dtype), bz, seen, input_precision=PRECISION)
         S = tl.dot(tl.trans(by), written, S, input_precision=PRECISION)
+        if SIDE == 1:
+            rough = N.to(bx.dtype)  # and what it leaves over: a sum of all keys needs more than 8 bits
+            rest = (N - rough.to(tl.float32)).to(bx.dtype)
+            both = tl.where(i16 == 0, rough, tl.where(i16 == 1, rest, 0.0)).to(bx.dtype)
+            weights = tl.sum(scores, 1) + tl.sum(tl.dot(bx, both, input_precision=PRECISION), 1)
+            N = tl.dot(tl.trans(by), ones, N, input_precision=PRECISION)
+            tl.store(side + row + ic * heads, weights, mask=inside & (s == 0))
+            o = o / (weights + least)[:, None]
         if PART:
             tl.store(
                 part + s.to(tl.int64) * count_rows + line + t,
@@ -311,6 +352,11 @@ def decay_sweep(
 
     if END:
         tl.store(end + nh * X * Z + cell, S, mask=in_cell & second if PAIR else in_cell)
+    if SIDE_END:
+        mine = side_at < WIDTH
+        if SIDE == 1:
+            N, mine = tl.sum(N, 1) / 16, mine & (s == 0)
+        tl.store(side_end + nh * WIDTH + side_at, N, mask=mine)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "count_rows"])
@@ -400,6 +446,48 @@ def decay_fold(
         M += tl.load(slot, mask=inside, other=0.0)
         tl.store(slot, M, mask=inside)
     tl.store(last + nh * CELLS + cell, M, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "segments"])
+def decay_counts(
+    y, weights, borders, counts, tokens, heads, segments,
+    X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Σ_t y_t over each segment, with WEIGHTED Σ_t weights_t y_t: what it does to N. Reads y (1 U)."""
+    pid = tl.program_id(0)
+    segment = pid % segments
+    h = (pid // segments) % heads
+    n = pid // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+    ix, ic = tl.arange(0, BX), tl.arange(0, C)
+    N = tl.zeros((BX,), tl.float32)
+    for i in range(0, tl.cdiv(stop - first, C)):
+        t = first + i * C + ic
+        row = (start + t) * heads + h
+        inside = t < stop
+        by = tl.load(y + row[:, None] * X + ix[None, :], mask=inside[:, None] & (ix < X)[None, :], other=0.0)
+        by = by.to(tl.float32)
+        if WEIGHTED:
+            by *= tl.load(weights + row, mask=inside, other=0.0)[:, None]
+        N += tl.sum(by, 0)
+    tl.store(counts + ((n * heads + h) * segments + segment).to(tl.int64) * X + ix, N, mask=ix < X)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def decay_quotient(
+    do, o, weights, dx, dweights, rows, least, V: tl.constexpr, BV: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """Back through o = x / (weights + least): dx, and dweights = -Σ_v dx o. Reads do and o, writes dx: 3 U."""
+    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    iv = tl.arange(0, BV)
+    at = row[:, None] * V + iv[None, :]
+    ok = (row < rows)[:, None] & (iv < V)[None, :]
+    by = tl.load(weights + row, mask=row < rows, other=1.0) + least
+    down = tl.load(do + at, mask=ok, other=0.0).to(tl.float32) / by[:, None]
+    bo = tl.load(o + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dx + at, down, mask=ok)
+    tl.store(dweights + row, -tl.sum(down * bo, 1), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
@@ -646,11 +734,12 @@ def sums_in_chunks(g: Tensor | None, borders: Tensor | None, like: Tensor, chunk
 
 def sweep(
     x, y, z, g, sums, borders, entry=None, *, slots=1, segments=1, reverse=False, swapped=False, end=None, weight=None,
-    wide=False, pair=None,
+    wide=False, pair=None, side=0, sides=(None, None, None), least=0.0,
 ) -> tuple:  # fmt: skip
     """`decay_sweep`: (out, part). `swapped`: the state lies transposed in `entry`. `end` receives the last state.
 
-    `pair`: the x of a second sweep with y and z exchanged, whose output comes as a third result.
+    `pair`: the x of a second sweep with y and z exchanged, whose output comes as a third result. `sides`: what the
+    kernel has for SIDE.
     """
     shape = shape_of(x, z, g, borders, pair is not None)
     out = torch.empty_like(z, dtype=torch.float32 if wide else z.dtype)
@@ -661,10 +750,11 @@ def sweep(
     programs = shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders) * (1 if pair is None else 2)
     SX, SZ = (1, x.shape[-1]) if swapped else (z.shape[-1], 1)
     launch(
-        decay_sweep, programs, x, y, z, weight, g, sums, borders, entry, out, end, part, pair, second,
-        x.shape[1], x.shape[2], segments, slots, rows_of(x),
+        decay_sweep, programs, x, y, z, weight, g, sums, borders, entry, out, end, part, pair, second, *sides,
+        x.shape[1], x.shape[2], segments, slots, rows_of(x), least,
         **shape, SX=SX, SZ=SZ, REVERSE=reverse, ENTRY=entry is not None, END=end is not None, PART=part is not None,
-        PAIR=pair is not None,
+        PAIR=pair is not None, SIDE=side, SIDE_ENTRY=sides[1] is not None,
+        SIDE_END=sides[2] is not None,
     )  # fmt: skip
     return (out, part) if pair is None else (out, part, second)
 
@@ -731,6 +821,68 @@ def backward(do, dlast, q, k, v, g, memory, borders, last, states, want_g: bool)
     elif want_g:
         dg = slope_gradient(q, k, v, do, g, borders, before, after, run["segments"], run["slots"])
     return dq, dk, dv, dg, dmemory
+
+
+def counts_between(y, weights, borders, first, segments, reverse=False) -> tuple[Tensor, Tensor]:
+    """N between segments (n h segments+1 X) and at the far end (n h X), from `first` (None: zeros): `decay_counts`,
+    and sums of what few numbers it leaves."""
+    n, h, X = sequences_of(y, borders), y.shape[2], y.shape[-1]
+    counts = y.new_empty(n, h, segments, X, dtype=torch.float32)
+    launch(
+        decay_counts, n * h * segments, y, weights, borders, counts, y.shape[1], h, segments,
+        X=X, BX=padded(X), C=64, PACKED=borders is not None, WEIGHTED=weights is not None,
+    )  # fmt: skip
+    first = counts.new_zeros(n, h, X) if first is None else first
+    counts = torch.cat([counts, first[:, :, None]] if reverse else [first[:, :, None], counts], 2)
+    counts = counts.flip(2).cumsum(2).flip(2) if reverse else counts.cumsum(2)
+    return counts.contiguous(), counts[:, :, 0 if reverse else -1].contiguous()
+
+
+def ratio(q, k, v, memory, count, borders, segments: int, least: float) -> tuple[Tensor, ...]:
+    """(o, the last memory, the last N, the weights' sums b t h, memories and Ns between segments) of a memory that does
+    not fade: o_t = q_t M_t / (q_t N_t + least), N_t = N_{t-1} + k_t."""
+    n, h, K, V = sequences_of(q, borders), *q.shape[2:], v.shape[-1]
+    weights = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if segments > 1:
+        states, last = between(k, v, None, None, borders, memory, segments)
+        counts, total = counts_between(k, None, borders, count, segments)
+        run = {"slots": segments + 1, "segments": segments}
+        entry, sides = states, (weights, counts, None)
+    else:
+        last, total = weights.new_empty(n, h, K, V), weights.new_empty(n, h, K)
+        states, counts = last.new_empty(0), last.new_empty(0)
+        run, entry, sides = {"end": last}, memory, (weights, count, total)
+    o, _ = sweep(q, k, v, None, None, borders, entry, side=1, sides=sides, least=least, **run)
+    return o, last, total, weights, states, counts
+
+
+def ratio_gradients(
+    do, dlast, dtotal, q, k, v, memory, count, borders, o, weights, states, counts, least: float
+) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, dmemory, dcount) from the cotangents of o, of the last memory and the last N (None: zeros)."""
+    n, h, K, V = sequences_of(q, borders), *q.shape[2:], v.shape[-1]
+    cut = states.numel() > 0
+    segments = states.shape[2] - 1 if cut else 1
+    run = {"segments": segments, "slots": segments + 1 if cut else 1}
+    dx, dweights, rows = torch.empty_like(do), torch.empty_like(weights), max(1, 4096 // padded(V))
+    launch(
+        decay_quotient, cdiv(rows_of(q), rows), do, o, weights, dx, dweights, rows_of(q), least,
+        V=V, BV=padded(V), N=rows,
+    )  # fmt: skip
+    if cut:
+        cotangents, dmemory = between(q, dx, None, None, borders, dlast, segments, reverse=True)
+        later, dcount = counts_between(q, dweights, borders, dtotal, segments, reverse=True)
+        before, after, end = states, cotangents[:, :, 1:], None
+        early, late, far = counts, later[:, :, 1:], None
+    else:
+        dmemory, dcount = weights.new_empty(n, h, K, V), weights.new_empty(n, h, K)
+        before, after, end = memory, dlast, dmemory
+        early, late, far = count, dtotal, dcount
+    dq, _ = sweep(dx, v, k, None, None, borders, before, swapped=True, side=2, sides=(dweights, early, None), **run)
+    run |= {"reverse": True}
+    dk, _ = sweep(v, dx, q, None, None, borders, after, swapped=True, side=3, sides=(dweights, late, far), **run)
+    dv, _ = sweep(k, q, dx, None, None, borders, after, end=end, **run)
+    return dq, dk, dv, dmemory, dcount
 
 
 def gate_gradient(asked, answered, g, borders, memory, cotangent, q, v, segments, slots) -> Tensor:
