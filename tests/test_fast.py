@@ -79,13 +79,8 @@ def family_of(name):
     return quick.family_of(form).__name__.removeprefix("fast.")
 
 
-def in_segments(name):
-    """Whether the row's family cuts sequences in segments."""
-    return family_of(name) != "rank_one"
-
-
 def cut(monkeypatch, segments):
-    for family in (kernels, channels, deltas, scans):
+    for family in (kernels, channels, deltas, ones, scans):
         monkeypatch.setattr(family, "segments_for", lambda *_: segments)
 
 
@@ -181,17 +176,21 @@ def test_from_an_empty_memory(name):
 
 
 @pytest.mark.parametrize("segments", [2, 3])
-@pytest.mark.parametrize("name", [name for name in ROWS if in_segments(name)])
+@pytest.mark.parametrize("name", ROWS)
 def test_segments(name, segments, monkeypatch, launched):
     cut(monkeypatch, segments)
     compare(name, t=150, k=16, v=16)
     family = family_of(name)
-    assert launched[f"{family}_fold"] == 2  # the memories, and their cotangents
-    spans = ("delta_values", "delta_answers") if family == "delta" else (f"{family}_span",)
-    assert all(launched[span] == 2 for span in spans)  # a delta rule's spans are its sweeps without their outputs
+    fold = "delta_fold" if family == "rank_one" else f"{family}_fold"
+    assert launched[fold] == 2  # the memories, and their cotangents
+    # spans of delta rules and of steps of rank one are their sweeps without outputs
+    sweeps = {"delta": {"delta_values": 2, "delta_answers": 2}, "rank_one": {"rank_one_sweep": 4}}
+    spans = sweeps.get(family, {f"{family}_span": 2})
+    assert {span: launched[span] for span in spans} == spans
 
 
-@pytest.mark.parametrize("name, segments", [(name, n) for name in ROWS for n in (1, 2) if n == 1 or in_segments(name)])
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("name", ROWS)
 def test_documents(name, segments, monkeypatch):
     cut(monkeypatch, segments)
     compare(name, t=150, k=20, v=24, cu_seqlens=torch.tensor([0, 7, 7, 137, 150, 150], dtype=torch.int32))
@@ -233,7 +232,8 @@ def test_extreme_gates_in_sixteen_bits(name, dtype):
     compare(name, dtype, t=140, change=extreme)
 
 
-@pytest.mark.parametrize("name, segments", [(name, n) for name in GATED for n in (1, 2) if n == 1 or in_segments(name)])
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("name", GATED)
 def test_extreme_gates(name, segments, monkeypatch):
     cut(monkeypatch, segments)
     compare(name, t=140, change=extreme)
@@ -478,7 +478,7 @@ def test_a_delta_rule_that_kept_nothing_has_no_gradient():
     with pytest.raises(RuntimeError, match="keep = True"):
         torch.ops.linear_moe.delta(*given, None, None, None, 1, False, False)
     with pytest.raises(RuntimeError, match="keep = True"):
-        torch.ops.linear_moe.rank_one(*given, *[None] * 5, False, False)
+        torch.ops.linear_moe.rank_one(*given, *[None] * 5, 1, False, False)
 
 
 @pytest.mark.parametrize("segments, wide", [(1, False), (2, True)])
@@ -497,14 +497,15 @@ def test_the_operators_keep_torchs_rules(name, segments, wide):
     torch.library.opcheck(operator, (*given, None, None, segments, wide, *more), test_utils=checks)
 
 
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("name", ["kda", "comba", "rwkv7", "ttt_printed"])
-def test_rank_one_keeps_torchs_rules(name):
+def test_rank_one_keeps_torchs_rules(name, segments):
     row, tokens, constants = some(name, t=7)
     form = quick.ready(row, quick.form_of(row, tokens), constants, lambda x: x)
     given = [None if x is None else x.detach().requires_grad_() for x in (getattr(form, n) for n in INPUTS)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     operator = torch.ops.linear_moe.rank_one.default
-    torch.library.opcheck(operator, (*given, None, None, name == "kda", True), test_utils=checks)
+    torch.library.opcheck(operator, (*given, None, None, segments, name == "kda", True), test_utils=checks)
 
 
 # ------------------------------------------------------------------------------------------------ spans and steps

@@ -465,8 +465,7 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
         programs = sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns)
         return 2 * decay.multiprocessors(q.device) // max(programs, 1)
 
-    wanted = fit(cut=True) if fit(cut=False) > 1 else 1
-    return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
+    return decay.long_enough(fit(cut=True) if fit(cut=False) > 1 else 1, q, sequences)
 
 
 def line_of(size: int, width: int, cut: bool) -> tuple[int, int, int]:

@@ -566,8 +566,12 @@ def segments_for(q: Tensor, v: Tensor, g: Tensor | None, sequences: int) -> int:
     """In how many segments to cut each sequence: 64 columns a multiprocessor, and at least 512 tokens a segment."""
     columns = tile_of(q, g)[0]
     programs = sequences * q.shape[2] * triton.cdiv(v.shape[-1], columns)
-    wanted = multiprocessors(q.device) * 64 // columns // max(programs, 1)
-    return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
+    return long_enough(multiprocessors(q.device) * 64 // columns // max(programs, 1), q, sequences)
+
+
+def long_enough(segments: int, x: Tensor, sequences: int) -> int:
+    """So many segments of each sequence, or fewer: a segment has at least 512 tokens."""
+    return max(1, min(segments, x.shape[0] * x.shape[1] // max(sequences, 1) // 512))
 
 
 def tile_of(x: Tensor, g: Tensor | None, pair: bool = False) -> tuple[int, int, int]:

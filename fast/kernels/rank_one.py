@@ -96,12 +96,13 @@ from fast.kernels.decay import (
     chunk_of,
     chunks_of,
     padded,
+    part_of,
     place_of,
     places,
     run_of,
     sequences_of,
 )
-from fast.kernels.delta import SOLVING, solved_by_halves
+from fast.kernels.delta import FOLDED, SOLVING, fold, solved_by_halves
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
 COMPILED = tl.constexpr(not decay.INTERPRETED)
@@ -122,6 +123,8 @@ CONFIG = {
     (128, 4): (16, 8, 1),
     (256, 4): (16, 8, 1),
 }
+# where a segment is gone through for what it does to a state: V and K columns at once, twice as many programs
+SPANS = {(128, 2): (64, 4, 3)}
 # the kernels of chunks, by bytes of a number: (channels of K a program, warps, registers a thread may have)
 CHUNKS = {
     2: {"prepare": (64, 4, None), "reverse": (64, 4, None), "gradients": (64, 4, None), "pairs": (64, 8, 128)},
@@ -456,23 +459,28 @@ def rank_one_reverse(
         tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots"])
 def rank_one_sweep(
-    z, A, B, A2, B2, F, F2, totals, borders, entry, x, out, states, end, tokens, heads,
+    z, A, B, A2, B2, F, F2, totals, borders, entry, x, out, states, end, moves, tokens, heads, segments, slots,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    ENTRY: tl.constexpr, OUT: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr,
+    ENTRY: tl.constexpr, OUT: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr, SPAN: tl.constexpr,
+    MOVES: tl.constexpr,
 ):  # fmt: skip
-    """x = A z + B S, with OUT out = A2 z + B2 S, S <- e^{b_C} S + Fᵀ x, with MORE + F2ᵀ z: one slice of V, X = K.
+    """x = A z + B S, with OUT out = A2 z + B2 S, S <- e^{b_C} S + Fᵀ x, with MORE + F2ᵀ z: one slice of V, X = K, over
+    one segment.
 
     REVERSE: from the last chunk to the first, with A and A2 transposed. With KEEP x is stored, and the state that comes
-    into every chunk, in the tokens' dtype.
+    into every chunk, in the tokens' dtype. SPAN: nothing but what the segment does to a state, S -> (moves) S + (end);
+    by MOVES more programs `moves`, the state that the segment makes of the identity without z.
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    h = (pid // SLICES) % heads
-    n = pid // SLICES // heads
+    s = pid % (SLICES + MOVES)
+    segment = (pid // (SLICES + MOVES)) % segments
+    h = (pid // (SLICES + MOVES) // segments) % heads
+    n = pid // (SLICES + MOVES) // segments // heads
     start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
     ix = tl.arange(0, BX)
     iz = s * BZ + tl.arange(0, BZ)
     ic = tl.arange(0, C)
@@ -481,7 +489,10 @@ def rank_one_sweep(
     in_cell = in_x[:, None] & in_z[None, :]
     nh = (n * heads + h).to(tl.int64)
     if ENTRY:
-        S = tl.load(entry + nh * X * Z + cell, mask=in_cell, other=0.0)
+        S = tl.load(entry + (nh * slots + segment) * X * Z + cell, mask=in_cell, other=0.0)
+    elif MOVES > 0:
+        im = iz - SLICES * BZ  # columns of the identity, behind all of z
+        S = tl.where(ix[:, None] == im[None, :], 1.0, 0.0)
     else:
         S = tl.zeros((BX, BZ), tl.float32)
     at_x = ic[:, None] * (heads * X) + ix[None, :]
@@ -490,11 +501,10 @@ def rank_one_sweep(
         at_c = ic[:, None] + ic[None, :] * (heads * C)
     else:
         at_c = ic[:, None] * (heads * C) + ic[None, :]
-    chunks = tl.cdiv(length, C)
+    chunks = tl.cdiv(stop - first, C)
     for i in range(0, chunks):
-        chunk = chunks - 1 - i if REVERSE else i
-        begin = chunk * C
-        inside = ic < tl.minimum(length - begin, C)
+        begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
+        inside = ic < tl.minimum(stop - begin, C)
         row = (start + begin) * heads + h
         slot = place_of(start, n, begin, C) * heads + h
         in_rows_x = inside[:, None] & in_x[None, :]
@@ -527,7 +537,14 @@ def rank_one_sweep(
             o = tl.dot(bA2, bz, input_precision=PRECISION)
             o = tl.dot(bB2, before, o, input_precision=PRECISION)
             tl.store(out + row * Z + at_z, o, mask=in_rows_z)
-    tl.store(end + nh * X * Z + cell, S, mask=in_cell)
+    if SPAN:
+        slot = segment if REVERSE else segment + 1
+        tl.store(end + (nh * slots + slot) * X * Z + cell, S, mask=in_cell)
+    elif slots == 1:
+        tl.store(end + nh * X * Z + cell, S, mask=in_cell)
+    if MOVES > 0:
+        to = moves + (nh * segments + segment) * X * X + ix[:, None] * X + im[None, :]
+        tl.store(to, S, mask=in_x[:, None] & (im >= 0)[None, :] & (im < X)[None, :])
 
 
 @triton.jit
@@ -965,29 +982,74 @@ def reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed) -> list:
     return rows
 
 
-def sweep(z, A, B, A2, B2, F, F2, g, totals, borders, entry, *, reverse=False, keep=True, out=None) -> tuple:
-    """`rank_one_sweep`: (x, states, the state at the far end). `out` receives the second output; x and states are empty
-    unless they are to be kept."""
-    X, Z, h = B.shape[-1], z.shape[-1], z.shape[2]
-    columns, warps, stages = CONFIG[padded(X), z.element_size()]
+def shape_of(B: Tensor, z: Tensor, borders: Tensor | None, span: bool = False) -> dict:
+    """The compile-time arguments of a sweep whose state is B's columns × z's columns."""
+    size, X, Z = (padded(B.shape[-1]), z.element_size()), B.shape[-1], z.shape[-1]
+    columns, warps, stages = SPANS.get(size, CONFIG[size]) if span else CONFIG[size]
     columns = min(columns, padded(Z))
-    slices, n = triton.cdiv(Z, columns), sequences_of(z, borders)
+    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": triton.cdiv(Z, columns), "C": chunk_for(B)}
+    return {**sizes, "PACKED": borders is not None, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages}
+
+
+def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
+    """In how many segments to cut each sequence. What a segment does to a memory costs almost as much as the sweeps, so
+    only where there are four or more: where not half of the GPU would be busy, and 512 tokens a segment."""
+    if padded(q.shape[-1]) > FOLDED:
+        return 1
+    programs = sequences * q.shape[2] * shape_of(q, v, None)["SLICES"]
+    wanted = decay.long_enough(2 * decay.multiprocessors(q.device) // max(1, programs), q, sequences)
+    return wanted if wanted >= 4 else 1
+
+
+def moves_of(q: Tensor, borders: Tensor | None, segments: int) -> Tensor:
+    """Room for what each segment does to memories: K × K, from the left; empty where there is one segment."""
+    shape = (sequences_of(q, borders), q.shape[2], segments, q.shape[-1], q.shape[-1])
+    return q.new_empty(shape if segments > 1 else 0, dtype=torch.float32)
+
+
+def between(z, A, B, F, F2, g, totals, borders, first, moves, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The states between segments (n h segments+1 K V) and the one at the far end (n h K V), from `first`.
+
+    `moves` are filled on the way forwards and read on the way back, where what a segment does is transposed.
+    """
+    h, segments, X, Z, n = *moves.shape[1:4], z.shape[-1], sequences_of(z, borders)
+    shape = shape_of(B, z, borders, span=True)
+    states, more = moves.new_empty(n, h, segments + 1, X, Z), 0 if reverse else triton.cdiv(X, shape["BZ"])
+    decay.launch(
+        rank_one_sweep, (shape["SLICES"] + more) * segments * h * n,
+        z, A, B, None, None, F, F2, totals, borders, None, None, None, None, states, moves,
+        z.shape[1], h, segments, segments + 1,
+        **shape, GATE=kind_of(B, None, g, None, None)["GATE"], REVERSE=reverse,
+        ENTRY=False, OUT=False, MORE=F2 is not None, KEEP=False, SPAN=True, MOVES=more,
+    )  # fmt: skip
+    return states, fold(states, moves, first, reverse, z.element_size() == 4)
+
+
+def sweep(z, A, B, A2, B2, F, F2, g, totals, borders, entry, moves, *, reverse=False, keep=True, out=None) -> tuple:
+    """`rank_one_sweep`: (x, states, the state at the far end). `out` receives the second output; x and states are empty
+    unless they are to be kept. In segments where there are `moves`."""
+    (_, t, h, Z), X, n = z.shape, B.shape[-1], sequences_of(z, borders)
+    shape, segments, slots = shape_of(B, z, borders), 1, 1
     x = torch.empty_like(z) if keep else z.new_empty(0)
     states = z.new_empty((slots_of(B, borders), h, X, Z) if keep else 0)
-    end = z.new_empty(n, h, X, Z, dtype=torch.float32)
+    if moves.numel():
+        segments, slots = moves.shape[2], moves.shape[2] + 1
+        entry, end = between(z, A, B, F, F2, g, totals, borders, entry, moves, reverse)
+        entry = entry[:, :, 1:] if reverse else entry
+    else:
+        end = z.new_empty(n, h, X, Z, dtype=torch.float32)
     decay.launch(
-        rank_one_sweep, slices * h * n, z, A, B, A2, B2, F, F2, totals, borders, entry, x, out, states, end,
-        z.shape[1], h,
-        X=X, Z=Z, BX=padded(X), BZ=columns, SLICES=slices, C=A.shape[-1],
-        GATE=kind_of(B, None, g, None, None)["GATE"], REVERSE=reverse, PACKED=borders is not None, PRECISION="ieee",
-        ENTRY=entry is not None, OUT=out is not None, MORE=F2 is not None, KEEP=keep,
-        num_warps=warps, num_stages=stages,
+        rank_one_sweep, shape["SLICES"] * segments * h * n,
+        z, A, B, A2, B2, F, F2, totals, borders, entry, x, out, states, end, None, t, h, segments, slots,
+        **shape, GATE=kind_of(B, None, g, None, None)["GATE"], REVERSE=reverse,
+        ENTRY=entry is not None, OUT=out is not None, MORE=F2 is not None, KEEP=keep, SPAN=False, MOVES=0,
     )  # fmt: skip
     return x, states, end
 
 
-def forward(q, k, v, beta, g, a, b, memory, borders, wide: bool, keep: bool) -> tuple[Tensor, ...]:
-    """(o, the last memory, r, states, and what `solved` has room for). `wide`: o in float32.
+def forward(q, k, v, beta, g, a, b, memory, borders, segments: int, wide: bool, keep: bool) -> tuple[Tensor, ...]:
+    """(o, the last memory, r, states, what segments do to memories, and what `solved` has room for). `wide`: o in
+    float32.
 
     `keep`: the gradient will be wanted; else all but the first two are empty.
     """
@@ -995,13 +1057,14 @@ def forward(q, k, v, beta, g, a, b, memory, borders, wide: bool, keep: bool) -> 
     inverse, mixed, reads, more_reads, totals = found
     A, A2 = (inverse, reads) if b is None else (mixed, more_reads)
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    moves = moves_of(q, borders, segments)
     news, states, last = sweep(
-        v, A, finding, A2, asking, writing, adding, g, totals, borders, memory, keep=keep, out=o
-    )  # fmt: skip
-    return o, last, news, states, *(x if keep else x.new_empty(0) for x in found)
+        v, A, finding, A2, asking, writing, adding, g, totals, borders, memory, moves, keep=keep, out=o
+    )
+    return o, last, news, states, *(x if keep else x.new_empty(0) for x in (moves, *found))
 
 
-def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, found: list[Tensor], want_g: bool):
+def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, moves, found: list[Tensor], want_g: bool):
     """(dq, dk, dv, dβ, dg, da, db, dmemory) from the cotangents of o and of the last memory (None: zeros), with None
     for what was not given, and for dg unless it is wanted."""
     inverse, mixed, reads, more_reads, totals = found
@@ -1009,7 +1072,7 @@ def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, found: li
     finding, asking, writing, adding = reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed)
     dv = None if b is None else torch.empty_like(v)
     answers, cotangents, dmemory = sweep(
-        do, reads, writing, more_reads, adding, finding, asking, g, totals, borders, dlast, reverse=True, out=dv
+        do, reads, writing, more_reads, adding, finding, asking, g, totals, borders, dlast, moves, reverse=True, out=dv
     )
     del finding, asking, writing, adding  # their memory is free for the gradients
     want_g = want_g and g is not None
