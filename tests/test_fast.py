@@ -202,11 +202,14 @@ def test_documents(name, segments, monkeypatch):
     k=st.integers(1, 40),
     v=st.integers(1, 40),
     cuts=st.lists(st.integers(0, 130), max_size=3),
+    segments=st.integers(1, 3),
 )
 @settings(deadline=None, derandomize=True, max_examples=14)
-def test_any_shape(name, t, k, v, cuts):
+def test_any_shape(name, t, k, v, cuts, segments):
     borders = [0, *sorted(min(c, t) for c in cuts), t]
-    compare(name, t=t, k=k, v=v, cu_seqlens=torch.tensor(borders, dtype=torch.int32), seed=t)
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, segments)
+        compare(name, t=t, k=k, v=v, cu_seqlens=torch.tensor(borders, dtype=torch.int32), seed=t)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -215,6 +218,40 @@ def test_sixteen_bits_by_channel_over_segments_and_documents(name, dtype, monkey
     """Their chunks are 64 tokens: more than one a document and a segment."""
     cut(monkeypatch, 2)
     compare(name, dtype, t=300, k=16, v=20, cu_seqlens=torch.tensor([0, 33, 33, 290, 300], dtype=torch.int32))
+
+
+def lasting(tokens, _):
+    """Gates near one."""
+    tokens["g"].mul_(0.01)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["kda", "comba", "rwkv7"])
+def test_what_segments_do_to_lasting_memories(name, dtype, monkeypatch):
+    """A segment's matrix is a product of hundreds of steps in 16 bits: no step after it corrects what it gets wrong."""
+    cut(monkeypatch, 4)
+    compare(name, dtype, t=500, k=32, v=16, change=lasting)
+
+
+@given(
+    b=st.integers(1, 16),
+    t=st.sampled_from([1, 100, 1000, 2048, 5000, 16384]),
+    h=st.integers(1, 64),
+    k=st.sampled_from([16, 64, 128, 256]),
+    v=st.sampled_from([16, 64, 128, 256]),
+)
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_delta_rules_are_cut_where_few_programs_would_run(b, t, h, k, v):
+    """Then at most two a multiprocessor, of 512 tokens or more."""
+    q, x = (torch.empty(b, t, h, n, dtype=torch.bfloat16, device="meta") for n in (k, v))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "multiprocessors", lambda _: 132)
+        for family, columns in ((deltas, deltas.columns_of(q, x)), (ones, ones.shape_of(q, x, None)["BZ"])):
+            segments, programs = family.segments_for(q, x, b), b * h * -(-v // columns)
+            assert segments == 1 or (k <= 128 and programs * segments <= 264 and t // segments >= 512)
+            assert segments == 1 or programs <= 66
+            if k == 128 and programs <= 32 and t == 16384:
+                assert programs * segments >= 132 or segments == 32
 
 
 def extreme(tokens, constants):
@@ -614,7 +651,7 @@ def test_compiles_for_hopper_without_one(dtype, tmp_path):
         [sys.executable, script, "16", "32", dtype], env=outside, check=True, capture_output=True, text=True
     )
     kernels = {line.split()[0] for line in said.stdout.splitlines()}
-    assert kernels == {
+    assert kernels == {"delta_fold"} | {
         n for f, of in ((channels, "channel_"), (ones, "rank_one_")) for n in vars(f) if n.startswith(of)
     }
 

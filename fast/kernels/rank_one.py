@@ -101,6 +101,7 @@ from fast.kernels.decay import (
     places,
     run_of,
     sequences_of,
+    summed,
 )
 from fast.kernels.delta import FOLDED, SOLVING, fold, solved_by_halves
 
@@ -159,9 +160,9 @@ def fading(hi, lo, hi2, lo2, EXACT: tl.constexpr):
 
 
 @triton.jit
-def summed(which, gates):
-    """Row i: the sum of the gates (C) of the tokens s with which[i, s]."""
-    return tl.sum(tl.where(which, gates[None, :], 0.0), 1)[:, None]
+def sums_where(which, x):
+    """C: of every token the sum of x (C) over the tokens s with which[:, s]."""
+    return tl.sum(tl.where(which, x[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -175,11 +176,11 @@ def fades_of(
     inside = ic < count
     if GATE == 2:
         gates = gates_of(g, row + ic * (step // K), inside)
-        reading = tl.exp2(summed(other <= here, gates))
+        reading = tl.exp2(sums_where(other <= here, gates))[:, None]
         finding = reading
         if BEFORE:
-            finding = tl.exp2(summed(other < here, gates))
-        writing = tl.exp2(summed(other > here, gates))
+            finding = tl.exp2(sums_where(other < here, gates))[:, None]
+        writing = tl.exp2(sums_where(other > here, gates))[:, None]
         total = tl.exp2(tl.sum(gates, 0))
     else:
         in_k = ik < K
@@ -552,16 +553,15 @@ def sums_behind(later, erasing, ic, BEFORE: tl.constexpr):
     """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing, summed over channels: C."""
     here, other = ic[:, None], ic[None, :]
     until = (other > here) if BEFORE else (other >= here)
-    value = tl.sum(tl.where(other >= here, tl.sum(later, 1)[None, :], 0.0), 1)
-    return value + tl.sum(tl.where(until, tl.sum(erasing, 1)[None, :], 0.0), 1)
+    return sums_where(other >= here, tl.sum(later, 1)) + sums_where(until, tl.sum(erasing, 1))
 
 
 @triton.jit
 def sums_behind_of_channels(later, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
     """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing: C × K, as products with zeros and ones.
 
-    EXACT: nothing is taken off again, since under strong gates what remains is much smaller. Else each number is two of
-    bfloat16, which keep 2^-17 of it: a scan is shuffles between threads, four times as many instructions.
+    EXACT: nothing is taken off again, since under strong gates what remains is much smaller. Else by `summed`, a
+    quarter of a scan's instructions.
     """
     here, other = ic[:, None], ic[None, :]
     if EXACT:
@@ -569,10 +569,7 @@ def sums_behind_of_channels(later, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.
         until = (other > here) if BEFORE else (other >= here)
         value = tl.dot(until.to(tl.float32), erasing, value, input_precision="ieee")
     else:
-        which, total = (other >= here).to(PART), later + erasing
-        rough = total.to(PART)
-        value = tl.dot(which, (total - rough.to(tl.float32)).to(PART), input_precision="ieee")
-        value = tl.dot(which, rough, value, input_precision="ieee")
+        value = summed(other >= here, later + erasing, PART)
         if BEFORE:
             value -= erasing
     return value
@@ -696,7 +693,7 @@ def rank_one_gradients(
             tl.store(dg + row * K + at, value, mask=ok)
         else:
             value = tl.sum(begun, 0) + sums_behind(later, be * found, ic, BEFORE)
-            value += tl.sum(tl.where(other < here, tl.sum(kept, 1)[None, :], 0.0), 1)
+            value += sums_where(other < here, tl.sum(kept, 1))
             tl.store(dg + s.to(tl.int64) * count_rows + row + ic * heads, value, mask=inside)
 
 
