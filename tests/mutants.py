@@ -724,6 +724,27 @@ MUTANTS = [
         "tests/test_fast.py -k 'rwkv7 and values'",
     ),
     Mutant(
+        "a segment of rank one steps leaves nothing of the memory before it",
+        "fast/kernels/rank_one.py",
+        "S = tl.where(ix[:, None] == im[None, :], 1.0, 0.0)",
+        "S = tl.where(ix[:, None] == im[None, :], 0.0, 0.0)",
+        "tests/test_fast.py -k 'lasting and kda'",
+    ),
+    Mutant(
+        "a segment of rank one steps begins backwards from the cotangent before it",
+        "fast/kernels/rank_one.py",
+        "entry = entry[:, :, 1:] if reverse else entry",
+        "entry = entry",
+        "tests/test_fast.py -k 'test_segments and rwkv7'",
+    ),
+    Mutant(
+        "cotangents between segments are moved as memories are",
+        "fast/kernels/delta.py",
+        "A = tl.trans(A)",
+        "A = A",
+        "tests/test_fast.py -k 'lasting and kda'",
+    ),
+    Mutant(
         "held-out samples are trained on",
         "data/tasks.py",
         "np.flatnonzero(held_out(tokens) != test)",

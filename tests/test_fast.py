@@ -220,17 +220,26 @@ def test_sixteen_bits_by_channel_over_segments_and_documents(name, dtype, monkey
     compare(name, dtype, t=300, k=16, v=20, cu_seqlens=torch.tensor([0, 33, 33, 290, 300], dtype=torch.int32))
 
 
-def lasting(tokens, _):
-    """Gates near one."""
-    tokens["g"].mul_(0.01)
+def lasting(name, repeated=False):
+    """Gates near one, for vectors that erase along what they erase; keys that come back every seven tokens."""
+
+    def change(tokens, _):
+        tokens["g"].mul_(0.01)
+        tokens.update({n: f(tokens) for n, f in example.ALIGNED.get(LSM[name].update, {}).items()})
+        if repeated:
+            each = torch.arange(tokens["q"].shape[1]) % 7
+            tokens.update({n: tokens[n][:, each] for n in "kab" if n in tokens})
+
+    return change
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["kda", "comba", "rwkv7"])
 def test_what_segments_do_to_lasting_memories(name, dtype, monkeypatch):
-    """A segment's matrix is a product of hundreds of steps in 16 bits: no step after it corrects what it gets wrong."""
+    """What a segment does is a product of hundreds of steps: no later step corrects what it gets wrong."""
     cut(monkeypatch, 4)
-    compare(name, dtype, t=500, k=32, v=16, change=lasting)
+    compare(name, dtype, t=500, k=32, v=16, change=lasting(name))
+    compare(name, t=300, k=16, v=16, change=lasting(name, repeated=True))
 
 
 @given(

@@ -51,6 +51,12 @@ Seven kernels. `rank_one_sums`: running sums of gates. `rank_one_prepare`: T, R 
 sweep backwards takes. `rank_one_gradients`: ' above, and the scores do rᵀ, y rᵀ. `rank_one_pairs`: '' above, added to
 it. `rank_one_step`: one token. All but the sweep take a chunk a program.
 
+Segments. As in `delta.py`: what a stretch of tokens does to a memory is M -> A M + M₀, and backwards E -> Aᵀ E + E₀, so
+the sweep goes through every segment once more without outputs (SPAN), forwards from the identity, too, z being zeros
+there, for A; `delta_fold` has the states between; then all segments run at once. A is kept for the way back: found
+again it would be a sweep of K columns, 2.25 U read, where it is 1/8 U for 2048 tokens a segment. That is twice the
+work of the sweeps, so it is done only where there are four segments or more for less than half of the GPU.
+
 Gates. As in `decay.py` a gate is raised to FLOOR first, and every decay is a difference of two running sums from the
 chunk's start, for float32 tokens taken in float64 and kept as two float32, for 16-bit tokens as one: off by 1e-3 at
 worst, behind gates of FLOOR. Where the gate is a number a channel pairs of tokens meet by halves, as in
@@ -62,6 +68,9 @@ level and slice were products or scans. A gate that is not a number spoils what 
 Precision. T is found as in `delta.py` in float32, by halves from single tokens up; it is stored as the tokens are. Its
 diagonal of ones is exact in any dtype, so T v is v and a correction. r is what is kept, not w'ᵀ T v and w'ᵀ W S, so
 that a memory still corrects its own errors. A chunk has at most K tokens: more keys than channels depend on each other.
+A of a segment and the states between are float32, the fold's products three tf32, and what feeds a span's products is
+rounded as in the sweep. Over five segments of gates near one errors are those of one segment but for chance; a span's
+state and r in two 16-bit parts, twice its products, would take a fifth off the last memory's alone (bench/LOG.md).
 ' of dq, dw, de and dk is rounded to the tokens' dtype on its way to where '' is added, and the gates' gradient is not.
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 32, one write, a gate a channel (2 U):
@@ -69,17 +78,21 @@ sums read 2 U and write 2, once each way; prepare reads 4 and writes 3.5; the sw
 and states where there is a gradient; reverse reads 4.25 and writes 3; the sweep backwards reads 4.25 and writes 5;
 gradients read 15 and write 4.5; pairs read 8.5 and write 4. So 17 U forward where the floor is 6, and 74.5 U with the
 gradient where it is 17. Two writes: 21.5 U of 8, and 94.5 of 23. Kept for the gradient: T, R, r and states, 5.5 U; on
-the way back at most 12 U more. Chunks of 64 tokens would halve the states, 4 U each.
+the way back at most 12 U more. Chunks of 64 tokens would halve the states, 4 U each. In segments spans read 3.25 U
+forwards (4.25 with two writes) and 4.25 backwards, and of A and the states between, with n tokens a segment, 2·K/n U
+each are written and read (1/8 at n = 2048).
 Multiply-adds a token and head: prepare 2·C·d and 9·C², and for each of log C levels 2·C·d (two writes: 4·C·d); the
-sweep 3·d² + 2·C·d (two writes: 4·d²); gradients 3·d² + 2·slices·C·d, pairs 2·C·d and for each level 4·C·d (two writes:
+sweep 3·d² + 2·C·d (two writes: 4·d²); in segments spans 4·d² + 2·C·d forwards (two writes: 6·d²), 3·d² + C·d
+backwards, folds d³/n; gradients 3·d² + 2·slices·C·d, pairs 2·C·d and for each level 4·C·d (two writes:
 8·C·d).
 
 Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot; no 16-bit line has one
 stage. What goes into several dots is `pinned`. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128)
-chunks of 32 tokens, not of 64: with 64 a sweep takes 127 KB of shared memory, so that one program fits a
-multiprocessor, with 32 it takes 49 to 66. A program's instructions, times warps and slices, for a chunk of KDA (RWKV7):
-prepare 19 (32) thousand, reverse 5 (7), gradients 22 (28), pairs 33 (53); bytes of stack 160 (616), 0, 16 (128) and 0
-(168). Gradients and pairs in one kernel took 255 registers and 1,800 bytes of stack; pairs with their levels unrolled
+chunks of 32 tokens, not of 64: with 64 a sweep takes 127 KB of shared memory in two stages, so that one program fits a
+multiprocessor, with 32 it takes 48 to 64, in three stages 74 to 98, and a span 66 to 90. A program's instructions,
+times warps and slices, for a chunk of KDA (RWKV7): prepare 19 (32) thousand, reverse 5 (7), gradients 22 (28), pairs 33
+(53); bytes of stack 160 (616), 0, 16 (128) and 0 (168); sweeps and spans 0, with 174 to 240 registers, `delta_fold` 40.
+Gradients and pairs in one kernel took 255 registers and 1,800 bytes of stack; pairs with their levels unrolled
 1,350. Not timed.
 """
 
