@@ -712,8 +712,8 @@ MUTANTS = [
     Mutant(
         "a token's own gate has a gradient from what it erases before the decay",
         "fast/kernels/rank_one.py",
-        "until = (other > here) if BEFORE else (other >= here)\n    value",
-        "until = other >= here\n    value",
+        "until = (other > here) if BEFORE else (other >= here)\n    return",
+        "until = other >= here\n    return",
         "tests/test_fast.py -k 'comba and values'",
     ),
     Mutant(

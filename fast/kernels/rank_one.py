@@ -93,7 +93,7 @@ multiprocessor, with 32 it takes 48 to 64, in three stages 74 to 98, and a span 
 times warps and slices, for a chunk of KDA (RWKV7): prepare 19 (32) thousand, reverse 5 (7), gradients 22 (28), pairs 33
 (53); bytes of stack 160 (616), 0, 16 (128) and 0 (168); sweeps and spans 0, with 174 to 240 registers, `delta_fold` 40.
 Gradients and pairs in one kernel took 255 registers and 1,800 bytes of stack; pairs with their levels unrolled
-1,350. Not timed.
+1,350. Segments are not timed.
 """
 
 import torch
