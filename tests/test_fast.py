@@ -179,7 +179,7 @@ def test_from_an_empty_memory(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_segments(name, segments, monkeypatch, launched):
     cut(monkeypatch, segments)
-    compare(name, t=150, k=16, v=16)
+    compare(name, t=150, k=16, v=16, bare=segments == 3)
     family = family_of(name)
     fold = "delta_fold" if family == "rank_one" else f"{family}_fold"
     assert launched[fold] == 2  # the memories, and their cotangents
