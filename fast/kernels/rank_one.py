@@ -69,8 +69,9 @@ Precision. T is found as in `delta.py` in float32, by halves from single tokens 
 diagonal of ones is exact in any dtype, so T v is v and a correction. r is what is kept, not w'ᵀ T v and w'ᵀ W S, so
 that a memory still corrects its own errors. A chunk has at most K tokens: more keys than channels depend on each other.
 A of a segment and the states between are float32, the fold's products three tf32, and what feeds a span's products is
-rounded as in the sweep. Over five segments of gates near one errors are those of one segment but for chance; a span's
-state and r in two 16-bit parts, twice its products, would take a fifth off the last memory's alone (bench/LOG.md).
+rounded as in the sweep. Over five segments of gates near one errors are those of one segment but for chance, the first
+memory's gradient's a sixth more; a span's state and r in two 16-bit parts, twice its products, would take a fifth off
+the last memory's and a sixth off that gradient's (bench/LOG.md).
 ' of dq, dw, de and dk is rounded to the tokens' dtype on its way to where '' is added, and the gates' gradient is not.
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 32, one write, a gate a channel (2 U):
