@@ -15,7 +15,8 @@ def takes(x: Normal) -> bool:
 def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
     given = (x.q, x.k, x.v, x.beta, x.g, x.a, x.b, memory)
     keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in given)
-    o, last, *_ = rank_one(*given, cu_seqlens, wide, keep)
+    segments = kernels.segments_for(x.q, x.v, sequences)
+    o, last, *_ = rank_one(*given, cu_seqlens, segments, wide, keep)
     return o, last
 
 
@@ -37,21 +38,23 @@ def rank_one(
     b: Tensor | None,
     memory: Tensor | None,
     cu_seqlens: Tensor | None,
+    segments: int,
     wide: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, the last memory, and what the gradient needs: empty unless `keep`). `wide`: o in float32.
 
     Without `keep` there is no gradient.
     """
-    return kernels.forward(*packed(q, k, v, beta, g, a, b, memory, cu_seqlens), wide, keep)
+    return kernels.forward(*packed(q, k, v, beta, g, a, b, memory, cu_seqlens), segments, wide, keep)
 
 
 @rank_one.register_fake
-def _(q, k, v, beta, g, a, b, memory, cu_seqlens, wide, keep):
+def _(q, k, v, beta, g, a, b, memory, cu_seqlens, segments, wide, keep):
     o, last, _ = results(q, v, cu_seqlens, 1, wide)
     states = v.new_empty(kernels.slots_of(q, cu_seqlens), *last.shape[1:])
-    kept = (torch.empty_like(v), states, *kernels.solved(q, g, b, cu_seqlens))
+    moves = kernels.moves_of(q, cu_seqlens, segments)
+    kept = (torch.empty_like(v), states, moves, *kernels.solved(q, g, b, cu_seqlens))
     return o, last, *(x if keep else x.new_empty(0) for x in kept)
 
 
@@ -69,6 +72,7 @@ def rank_one_gradients(
     cu_seqlens: Tensor | None,
     news: Tensor,
     states: Tensor,
+    moves: Tensor,
     inverse: Tensor,
     mixed: Tensor,
     reads: Tensor,
@@ -80,19 +84,22 @@ def rank_one_gradients(
     do, dlast = packed(do.to(v.dtype), dlast)
     given = packed(q, k, v, beta, g, a, b, cu_seqlens)
     found = [inverse, mixed, reads, more_reads, totals]
-    grads = kernels.backward(do, dlast, *given, news, states, found, want_g)
+    grads = kernels.backward(do, dlast, *given, news, states, moves, found, want_g)
     return tuple(totals.new_empty(0) if x is None else x for x in grads)
 
 
 @rank_one_gradients.register_fake
-def _(do, dlast, q, k, v, beta, g, a, b, cu_seqlens, news, states, inverse, mixed, reads, more_reads, totals, want_g):
+def _(
+    do, dlast, q, k, v, beta, g, a, b, cu_seqlens,
+    news, states, moves, inverse, mixed, reads, more_reads, totals, want_g,
+):  # fmt: skip
     _, dmemory, _ = results(q, v, cu_seqlens, 1, False)
     some = (q, k, v, beta, g if want_g else None, a, b)
     return *(totals.new_empty(0) if x is None else torch.empty_like(x) for x in some), dmemory
 
 
 def rank_one_context(ctx, inputs, output) -> None:
-    *given, _, cu_seqlens, _, keep = inputs
+    *given, _, cu_seqlens, _, _, keep = inputs
     if not keep:
         raise RuntimeError("the gradient of rank_one needs what its forward pass kept: call it with keep = True")
     ctx.set_materialize_grads(False)
@@ -105,7 +112,7 @@ def rank_one_backward(ctx, do, dlast, *_):
     do = torch.zeros_like(v) if do is None else do
     wanted = ctx.needs_input_grad[:8]
     grads = rank_one_gradients(do, dlast, *given, wanted[4])
-    return *(x if want else None for x, want in zip(grads, wanted, strict=True)), None, None, None
+    return *(x if want else None for x, want in zip(grads, wanted, strict=True)), None, None, None, None
 
 
 rank_one.register_autograd(rank_one_backward, setup_context=rank_one_context)

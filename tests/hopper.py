@@ -104,8 +104,8 @@ def channels(q, k, v) -> None:
     beta = torch.empty(b, t, h)
     for given in ((beta, g, None, None), (beta, beta, q, None), (None, g, q, q)):  # as in KDA, Comba, RWKV7
         borders = torch.tensor([0, t], dtype=torch.int32)
-        _, _, news, states, *found = rank_one.forward(q, k, v, *given, memory, borders, False, True)
-        rank_one.backward(v, memory, q, k, v, *given, borders, news, states, found, True)
+        _, _, news, states, moves, *found = rank_one.forward(q, k, v, *given, memory, borders, 2, False, True)
+        rank_one.backward(v, memory, q, k, v, *given, borders, news, states, moves, found, True)
         rank_one.step(*(None if x is None else x[:, 0] for x in (q, k, v, *given)), memory)
 
 

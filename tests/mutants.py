@@ -761,8 +761,8 @@ MUTANTS = [
     Mutant(
         "a token's own gate has a gradient from what it erases before the decay",
         "fast/kernels/rank_one.py",
-        "until = (other > here) if BEFORE else (other >= here)\n    value",
-        "until = other >= here\n    value",
+        "until = (other > here) if BEFORE else (other >= here)\n    return",
+        "until = other >= here\n    return",
         "tests/test_fast.py -k 'comba and values'",
     ),
     Mutant(
@@ -771,6 +771,27 @@ MUTANTS = [
         "tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)",
         "tl.store(adding + row * K + at, added, mask=ok)",
         "tests/test_fast.py -k 'rwkv7 and values'",
+    ),
+    Mutant(
+        "a segment of rank one steps leaves nothing of the memory before it",
+        "fast/kernels/rank_one.py",
+        "S = tl.where(ix[:, None] == im[None, :], 1.0, 0.0)",
+        "S = tl.where(ix[:, None] == im[None, :], 0.0, 0.0)",
+        "tests/test_fast.py -k 'lasting and kda'",
+    ),
+    Mutant(
+        "a segment of rank one steps begins backwards from the cotangent before it",
+        "fast/kernels/rank_one.py",
+        "entry = entry[:, :, 1:] if reverse else entry",
+        "entry = entry",
+        "tests/test_fast.py -k 'test_segments and rwkv7'",
+    ),
+    Mutant(
+        "cotangents between segments are moved as memories are",
+        "fast/kernels/delta.py",
+        "A = tl.trans(A)",
+        "A = A",
+        "tests/test_fast.py -k 'lasting and kda'",
     ),
     Mutant(
         "held-out samples are trained on",

@@ -80,13 +80,8 @@ def family_of(name):
     return quick.family_of(form).__name__.removeprefix("fast.")
 
 
-def in_segments(name):
-    """Whether the row's family cuts sequences in segments."""
-    return family_of(name) != "rank_one"
-
-
 def cut(monkeypatch, segments):
-    for family in (kernels, channels, deltas, scans):
+    for family in (kernels, channels, deltas, ones, scans):
         monkeypatch.setattr(family, "segments_for", lambda *_: segments)
 
 
@@ -182,17 +177,21 @@ def test_from_an_empty_memory(name):
 
 
 @pytest.mark.parametrize("segments", [2, 3])
-@pytest.mark.parametrize("name", [name for name in ROWS if in_segments(name)])
+@pytest.mark.parametrize("name", ROWS)
 def test_segments(name, segments, monkeypatch, launched):
     cut(monkeypatch, segments)
-    compare(name, t=150, k=16, v=16)
+    compare(name, t=150, k=16, v=16, bare=segments == 3)
     family = {"ratio": "decay"}.get(family_of(name), family_of(name))
-    assert launched[f"{family}_fold"] == 2  # the memories, and their cotangents
-    spans = ("delta_values", "delta_answers") if family == "delta" else (f"{family}_span",)
-    assert all(launched[span] == 2 for span in spans)  # a delta rule's spans are its sweeps without their outputs
+    fold = "delta_fold" if family == "rank_one" else f"{family}_fold"
+    assert launched[fold] == 2  # the memories, and their cotangents
+    # spans of delta rules and of steps of rank one are their sweeps without outputs
+    sweeps = {"delta": {"delta_values": 2, "delta_answers": 2}, "rank_one": {"rank_one_sweep": 4}}
+    spans = sweeps.get(family, {f"{family}_span": 2})
+    assert {span: launched[span] for span in spans} == spans
 
 
-@pytest.mark.parametrize("name, segments", [(name, n) for name in ROWS for n in (1, 2) if n == 1 or in_segments(name)])
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("name", ROWS)
 def test_documents(name, segments, monkeypatch):
     cut(monkeypatch, segments)
     compare(name, t=150, k=20, v=24, cu_seqlens=torch.tensor([0, 7, 7, 137, 150, 150], dtype=torch.int32))
@@ -204,11 +203,14 @@ def test_documents(name, segments, monkeypatch):
     k=st.integers(1, 40),
     v=st.integers(1, 40),
     cuts=st.lists(st.integers(0, 130), max_size=3),
+    segments=st.integers(1, 3),
 )
 @settings(deadline=None, derandomize=True, max_examples=14)
-def test_any_shape(name, t, k, v, cuts):
+def test_any_shape(name, t, k, v, cuts, segments):
     borders = [0, *sorted(min(c, t) for c in cuts), t]
-    compare(name, t=t, k=k, v=v, cu_seqlens=torch.tensor(borders, dtype=torch.int32), seed=t)
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, segments)
+        compare(name, t=t, k=k, v=v, cu_seqlens=torch.tensor(borders, dtype=torch.int32), seed=t)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -217,6 +219,49 @@ def test_sixteen_bits_by_channel_over_segments_and_documents(name, dtype, monkey
     """Their chunks are 64 tokens: more than one a document and a segment."""
     cut(monkeypatch, 2)
     compare(name, dtype, t=300, k=16, v=20, cu_seqlens=torch.tensor([0, 33, 33, 290, 300], dtype=torch.int32))
+
+
+def lasting(name, repeated=False):
+    """Gates near one, for vectors that erase along what they erase; keys that come back every seven tokens."""
+
+    def change(tokens, _):
+        tokens["g"].mul_(0.01)
+        tokens.update({n: f(tokens) for n, f in example.ALIGNED.get(LSM[name].update, {}).items()})
+        if repeated:
+            each = torch.arange(tokens["q"].shape[1]) % 7
+            tokens.update({n: tokens[n][:, each] for n in "kab" if n in tokens})
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["kda", "comba", "rwkv7"])
+def test_what_segments_do_to_lasting_memories(name, dtype, monkeypatch):
+    """What a segment does is a product of hundreds of steps: no later step corrects what it gets wrong."""
+    cut(monkeypatch, 4)
+    compare(name, dtype, t=500, k=32, v=16, change=lasting(name))
+    compare(name, t=300, k=16, v=16, change=lasting(name, repeated=True))
+
+
+@given(
+    b=st.integers(1, 16),
+    t=st.sampled_from([1, 100, 1000, 2048, 5000, 16384]),
+    h=st.integers(1, 64),
+    k=st.sampled_from([16, 64, 128, 256]),
+    v=st.sampled_from([16, 64, 128, 256]),
+)
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_delta_rules_are_cut_where_few_programs_would_run(b, t, h, k, v):
+    """Then at most two a multiprocessor, of 512 tokens or more."""
+    q, x = (torch.empty(b, t, h, n, dtype=torch.bfloat16, device="meta") for n in (k, v))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "multiprocessors", lambda _: 132)
+        for family, columns in ((deltas, deltas.columns_of(q, x)), (ones, ones.shape_of(q, x, None)["BZ"])):
+            segments, programs = family.segments_for(q, x, b), b * h * -(-v // columns)
+            assert segments == 1 or (k <= 128 and programs * segments <= 264 and t // segments >= 512)
+            assert segments == 1 or programs <= 66
+            if k == 128 and programs <= 32 and t == 16384:
+                assert programs * segments >= 132 or segments == 32
 
 
 def extreme(tokens, constants):
@@ -234,7 +279,8 @@ def test_extreme_gates_in_sixteen_bits(name, dtype):
     compare(name, dtype, t=140, change=extreme)
 
 
-@pytest.mark.parametrize("name, segments", [(name, n) for name in GATED for n in (1, 2) if n == 1 or in_segments(name)])
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("name", GATED)
 def test_extreme_gates(name, segments, monkeypatch):
     cut(monkeypatch, segments)
     compare(name, t=140, change=extreme)
@@ -480,7 +526,7 @@ def test_a_delta_rule_that_kept_nothing_has_no_gradient():
     with pytest.raises(RuntimeError, match="keep = True"):
         torch.ops.linear_moe.delta(*given, None, None, None, 1, False, False)
     with pytest.raises(RuntimeError, match="keep = True"):
-        torch.ops.linear_moe.rank_one(*given, *[None] * 5, False, False)
+        torch.ops.linear_moe.rank_one(*given, *[None] * 5, 1, False, False)
 
 
 @pytest.mark.parametrize("segments", [1, 2])
@@ -508,14 +554,15 @@ def test_the_operators_keep_torchs_rules(name, segments, wide):
     torch.library.opcheck(operator, (*given, None, None, segments, wide, *more), test_utils=checks)
 
 
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("name", ["kda", "comba", "rwkv7", "ttt_printed"])
-def test_rank_one_keeps_torchs_rules(name):
+def test_rank_one_keeps_torchs_rules(name, segments):
     row, tokens, constants = some(name, t=7)
     form = quick.ready(row, quick.form_of(row, tokens), constants, lambda x: x)
     given = [None if x is None else x.detach().requires_grad_() for x in (getattr(form, n) for n in INPUTS)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     operator = torch.ops.linear_moe.rank_one.default
-    torch.library.opcheck(operator, (*given, None, None, name == "kda", True), test_utils=checks)
+    torch.library.opcheck(operator, (*given, None, None, segments, name == "kda", True), test_utils=checks)
 
 
 class Watched(TorchDispatchMode):
@@ -658,7 +705,7 @@ def test_compiles_for_hopper_without_one(dtype, tmp_path):
         [sys.executable, script, "16", "32", dtype], env=outside, check=True, capture_output=True, text=True
     )
     kernels = {line.split()[0] for line in said.stdout.splitlines()}
-    assert kernels == {
+    assert kernels == {"delta_fold"} | {
         n for f, of in ((channels, "channel_"), (ones, "rank_one_")) for n in vars(f) if n.startswith(of)
     }
 

@@ -74,6 +74,7 @@ from fast.kernels.decay import (
     places,
     run_of,
     sequences_of,
+    summed,
 )
 
 # exponents of 2 up to which queries and keys are decayed from the middle of a block, too; in float16 as in its range
@@ -124,14 +125,6 @@ def faded(sums, level, mild, count, heads, ik, C: tl.constexpr, K: tl.constexpr,
     return tl.exp2(asking).to(tl.float32), tl.exp2(writing).to(tl.float32)
 
 
-@triton.jit
-def summed(which, x):
-    """which @ x, of zeros and ones and a float32 in two float16, 22 bits of it: a scan is shuffles between threads."""
-    which, rough = which.to(tl.float16), x.to(tl.float16)
-    rest = tl.dot(which, (x - rough.to(tl.float32)).to(tl.float16))
-    return tl.dot(which, rough, rest)
-
-
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def channel_gates(
     q, k, g, u, borders, asked, written, fades, sums, scores, tokens, heads, sequences,
@@ -163,7 +156,7 @@ def channel_gates(
         if EXACT:
             b = tl.cumsum(gates.to(tl.float64) * LOG2_E, 0)
         else:
-            b = summed(other <= here, gates * LOG2_E)
+            b = summed(other <= here, gates * LOG2_E, tl.float16)
         tl.store(sums + at, b, mask=ok)
         tl.debug_barrier()
         query = tl.load(q + at, mask=ok, other=0.0).to(tl.float32)
@@ -343,7 +336,7 @@ def channel_gradients(
             since = tl.cumsum(later, 0, reverse=True)
         else:
             largest = tl.maximum(tl.max(tl.abs(later)), 1e-30)
-            since = summed(other >= here, later / largest) * largest
+            since = summed(other >= here, later / largest, tl.float16) * largest
         since += end[None, :]
         if BEFORE:
             since -= change
@@ -467,8 +460,7 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
         programs = sequences * q.shape[2] * cdiv(v.shape[-1], columns)
         return 2 * decay.multiprocessors(q.device) // max(programs, 1)
 
-    wanted = fit(cut=True) if fit(cut=False) > 1 else 1
-    return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
+    return decay.long_enough(fit(cut=True) if fit(cut=False) > 1 else 1, q, sequences)
 
 
 def line_of(size: int, width: int, cut: bool) -> tuple[int, int, int]:

@@ -143,6 +143,17 @@ def chunk_of(borders, place, tokens, sequences, C: tl.constexpr, PACKED: tl.cons
 
 
 @triton.jit
+def summed(which, x, PART: tl.constexpr):
+    """which @ x, of zeros and ones and a float32 in two parts of 16 bits: a scan is shuffles between threads.
+
+    Two float16 keep 2^-22 of a number, within their range; two bfloat16 2^-17 of any.
+    """
+    which, rough = which.to(PART), x.to(PART)
+    rest = tl.dot(which, (x - rough.to(tl.float32)).to(PART), input_precision="ieee")
+    return tl.dot(which, rough, rest, input_precision="ieee")
+
+
+@triton.jit
 def sums_of(
     g, sums, line, t, h, inside, ic, count, last, count_rows, C: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr
 ):
@@ -671,8 +682,12 @@ def segments_for(q: Tensor, v: Tensor, g: Tensor | None, sequences: int) -> int:
     """In how many segments to cut each sequence: 64 columns a multiprocessor, and at least 512 tokens a segment."""
     columns = tile_of(q, g)[0]
     programs = sequences * q.shape[2] * cdiv(v.shape[-1], columns)
-    wanted = multiprocessors(q.device) * 64 // columns // max(programs, 1)
-    return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
+    return long_enough(multiprocessors(q.device) * 64 // columns // max(programs, 1), q, sequences)
+
+
+def long_enough(segments: int, x: Tensor, sequences: int) -> int:
+    """So many segments of each sequence, or fewer: a segment has at least 512 tokens."""
+    return max(1, min(segments, x.shape[0] * x.shape[1] // max(sequences, 1) // 512))
 
 
 def tile_of(x: Tensor, g: Tensor | None, pair: bool = False) -> tuple[int, int, int]:

@@ -568,7 +568,7 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
         return 1
     programs = max(1, sequences * q.shape[2] * cdiv(v.shape[-1], columns_of(q, v)))
     wanted = 2 * decay.multiprocessors(q.device) // programs
-    return 1 if wanted < 8 else min(wanted, max(1, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
+    return 1 if wanted < 8 else decay.long_enough(wanted, q, sequences)
 
 
 def kind_of(x: Tensor, g: Tensor | None, borders: Tensor | None) -> dict:

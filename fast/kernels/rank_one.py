@@ -51,6 +51,12 @@ Seven kernels. `rank_one_sums`: running sums of gates. `rank_one_prepare`: T, R 
 sweep backwards takes. `rank_one_gradients`: ' above, and the scores do rᵀ, y rᵀ. `rank_one_pairs`: '' above, added to
 it. `rank_one_step`: one token. All but the sweep take a chunk a program.
 
+Segments. As in `delta.py`: what a stretch of tokens does to a memory is M -> A M + M₀, and backwards E -> Aᵀ E + E₀, so
+the sweep goes through every segment once more without outputs (SPAN), forwards from the identity, too, z being zeros
+there, for A; `delta_fold` has the states between; then all segments run at once. A is kept for the way back: found
+again it would be a sweep of K columns, 2.25 U read, where it is 1/8 U for 2048 tokens a segment. That is twice the
+work of the sweeps, so it is done only where there are four segments or more for less than half of the GPU.
+
 Gates. As in `decay.py` a gate is raised to FLOOR first, and every decay is a difference of two running sums from the
 chunk's start, for float32 tokens in float64, for 16-bit tokens in float32: off by 1e-3 at worst, behind gates of FLOOR.
 Where the gate is a number a channel pairs of tokens meet as in `channel.py`: by halves, both decayed towards the middle
@@ -62,6 +68,10 @@ products or scans. A gate that is not a number spoils what follows in its chunk.
 Precision. T is found as in `delta.py` in float32, by halves from single tokens up; it is stored as the tokens are. Its
 diagonal of ones is exact in any dtype, so T v is v and a correction. r is what is kept, not w'ᵀ T v and w'ᵀ W S, so
 that a memory still corrects its own errors. A chunk has at most K tokens: more keys than channels depend on each other.
+A of a segment and the states between are float32, the fold's products three tf32, and what feeds a span's products is
+rounded as in the sweep. Over five segments of gates near one errors are those of one segment but for chance, the first
+memory's gradient's a sixth more; a span's state and r in two 16-bit parts, twice its products, would take a fifth off
+the last memory's and a sixth off that gradient's (bench/LOG.md).
 ' of dq, dw, de and dk is rounded to the tokens' dtype on its way to where '' is added, and the gates' gradient is not.
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 32, one write, a gate a channel (2 U):
@@ -69,18 +79,22 @@ sums read 2 U and write 2, once each way; prepare reads 4 and writes 3.5; the sw
 and states where there is a gradient; reverse reads 4.25 and writes 3; the sweep backwards reads 4.25 and writes 5;
 gradients read 15 and write 4.5; pairs read 8.5 and write 4. So 17 U forward where the floor is 6, and 74.5 U with the
 gradient where it is 17. Two writes: 21.5 U of 8, and 94.5 of 23. Kept for the gradient: T, R, r and states, 5.5 U; on
-the way back at most 12 U more. Chunks of 64 tokens would halve the states, 4 U each.
+the way back at most 12 U more. Chunks of 64 tokens would halve the states, 4 U each. In segments spans read 3.25 U
+forwards (4.25 with two writes) and 4.25 backwards, and of A and the states between, with n tokens a segment, 2·K/n U
+each are written and read (1/8 at n = 2048).
 Multiply-adds a token and head: prepare 2·C·d and 9·C², and for each of log C levels 2·C·d (two writes: 4·C·d); the
-sweep 3·d² + 2·C·d (two writes: 4·d²); gradients 3·d² + 2·slices·C·d, pairs 2·C·d and for each level 4·C·d (two writes:
+sweep 3·d² + 2·C·d (two writes: 4·d²); in segments spans 4·d² + 2·C·d forwards (two writes: 6·d²), 3·d² + C·d
+backwards, folds d³/n; gradients 3·d² + 2·slices·C·d, pairs 2·C·d and for each level 4·C·d (two writes:
 8·C·d).
 
 Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot; no 16-bit line has one
 stage. What goes into several dots is `pinned`. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128)
-chunks of 32 tokens, not of 64: with 64 a sweep takes 127 KB of shared memory, so that one program fits a
-multiprocessor, with 32 it takes 49 to 66. A program's instructions, times warps and slices, for a chunk of KDA (RWKV7):
-prepare 19 (32) thousand, reverse 5 (7), gradients 22 (28), pairs 33 (53); bytes of stack 160 (616), 0, 16 (128) and 0
-(168). Gradients and pairs in one kernel took 255 registers and 1,800 bytes of stack; pairs with their levels unrolled
-1,350. Not timed.
+chunks of 32 tokens, not of 64: with 64 a sweep takes 127 KB of shared memory in two stages, so that one program fits a
+multiprocessor, with 32 it takes 48 to 64, in three stages 74 to 98, and a span 66 to 90. A program's instructions,
+times warps and slices, for a chunk of KDA (RWKV7): prepare 19 (32) thousand, reverse 5 (7), gradients 22 (28), pairs 33
+(53); bytes of stack 160 (616), 0, 16 (128) and 0 (168); sweeps and spans 0, with 174 to 240 registers, `delta_fold` 40.
+Gradients and pairs in one kernel took 255 registers and 1,800 bytes of stack; pairs with their levels unrolled
+1,350. Segments are not timed.
 """
 
 import torch
@@ -98,13 +112,15 @@ from fast.kernels.decay import (
     chunk_of,
     chunks_of,
     padded,
+    part_of,
     place_of,
     places,
     power_of_2,
     run_of,
     sequences_of,
+    summed,
 )
-from fast.kernels.delta import SOLVING, solved_by_halves
+from fast.kernels.delta import FOLDED, SOLVING, fold, solved_by_halves
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
 COMPILED = tl.constexpr(not decay.INTERPRETED)
@@ -125,6 +141,8 @@ CONFIG = {
     (128, 4): (16, 8, 1),
     (256, 4): (16, 8, 1),
 }
+# where a segment is gone through for what it does to a state: V and K columns at once, twice as many programs
+SPANS = {(128, 2): (64, 4, 3)}
 # the kernels of chunks, by bytes of a number: (channels of K a program, warps, registers a thread may have)
 CHUNKS = {
     2: {"prepare": (64, 4, None), "reverse": (64, 4, None), "gradients": (64, 4, None), "pairs": (64, 8, 128)},
@@ -140,9 +158,9 @@ def gates_of(g, at, ok):
 
 
 @triton.jit
-def summed(which, gates):
-    """Row i: the sum of the gates (C) of the tokens s with which[i, s]."""
-    return tl.sum(tl.where(which, gates[None, :], 0.0), 1)[:, None]
+def sums_where(which, x):
+    """C: of every token the sum of x (C) over the tokens s with which[:, s]."""
+    return tl.sum(tl.where(which, x[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -154,11 +172,11 @@ def fades_of(
     if GATE == 2:
         here, other = ic[:, None], ic[None, :]
         gates = gates_of(g, row + ic * heads, ic < count)
-        reading = power_of_2(summed(other <= here, gates), EXACT)
+        reading = power_of_2(sums_where(other <= here, gates), EXACT)[:, None]
         finding = reading
         if BEFORE:
-            finding = power_of_2(summed(other < here, gates), EXACT)
-        writing = power_of_2(summed(other > here, gates), EXACT)
+            finding = power_of_2(sums_where(other < here, gates), EXACT)[:, None]
+        writing = power_of_2(sums_where(other > here, gates), EXACT)[:, None]
         total = power_of_2(tl.sum(gates, 0), EXACT)
     else:
         sums += row * K
@@ -427,23 +445,28 @@ def rank_one_reverse(
         tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots"])
 def rank_one_sweep(
-    z, A, B, A2, B2, F, F2, totals, borders, entry, x, out, states, end, tokens, heads,
+    z, A, B, A2, B2, F, F2, totals, borders, entry, x, out, states, end, moves, tokens, heads, segments, slots,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    ENTRY: tl.constexpr, OUT: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr,
+    ENTRY: tl.constexpr, OUT: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr, SPAN: tl.constexpr,
+    MOVES: tl.constexpr,
 ):  # fmt: skip
-    """x = A z + B S, with OUT out = A2 z + B2 S, S <- e^{b_C} S + Fᵀ x, with MORE + F2ᵀ z: one slice of V, X = K.
+    """x = A z + B S, with OUT out = A2 z + B2 S, S <- e^{b_C} S + Fᵀ x, with MORE + F2ᵀ z: one slice of V, X = K, over
+    one segment.
 
     REVERSE: from the last chunk to the first, with A and A2 transposed. With KEEP x is stored, and the state that comes
-    into every chunk, in the tokens' dtype.
+    into every chunk, in the tokens' dtype. SPAN: nothing but what the segment does to a state, S -> (moves) S + (end);
+    by MOVES more programs `moves`, the state that the segment makes of the identity without z.
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    h = (pid // SLICES) % heads
-    n = pid // SLICES // heads
+    s = pid % (SLICES + MOVES)
+    segment = (pid // (SLICES + MOVES)) % segments
+    h = (pid // (SLICES + MOVES) // segments) % heads
+    n = pid // (SLICES + MOVES) // segments // heads
     start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
     ix = tl.arange(0, BX)
     iz = s * BZ + tl.arange(0, BZ)
     ic = tl.arange(0, C)
@@ -452,7 +475,10 @@ def rank_one_sweep(
     in_cell = in_x[:, None] & in_z[None, :]
     nh = (n * heads + h).to(tl.int64)
     if ENTRY:
-        S = tl.load(entry + nh * X * Z + cell, mask=in_cell, other=0.0)
+        S = tl.load(entry + (nh * slots + segment) * X * Z + cell, mask=in_cell, other=0.0)
+    elif MOVES > 0:
+        im = iz - SLICES * BZ  # columns of the identity, behind all of z
+        S = tl.where(ix[:, None] == im[None, :], 1.0, 0.0)
     else:
         S = tl.zeros((BX, BZ), tl.float32)
     at_x = ic[:, None] * (heads * X) + ix[None, :]
@@ -461,11 +487,10 @@ def rank_one_sweep(
         at_c = ic[:, None] + ic[None, :] * (heads * C)
     else:
         at_c = ic[:, None] * (heads * C) + ic[None, :]
-    chunks = tl.cdiv(length, C)
+    chunks = tl.cdiv(stop - first, C)
     for i in range(0, chunks):
-        chunk = chunks - 1 - i if REVERSE else i
-        begin = chunk * C
-        inside = ic < tl.minimum(length - begin, C)
+        begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
+        inside = ic < tl.minimum(stop - begin, C)
         row = (start + begin) * heads + h
         slot = place_of(start, n, begin, C) * heads + h
         in_rows_x = inside[:, None] & in_x[None, :]
@@ -498,7 +523,14 @@ def rank_one_sweep(
             o = tl.dot(bA2, bz, input_precision=PRECISION)
             o = tl.dot(bB2, before, o, input_precision=PRECISION)
             tl.store(out + row * Z + at_z, o, mask=in_rows_z)
-    tl.store(end + nh * X * Z + cell, S, mask=in_cell)
+    if SPAN:
+        slot = segment if REVERSE else segment + 1
+        tl.store(end + (nh * slots + slot) * X * Z + cell, S, mask=in_cell)
+    elif slots == 1:
+        tl.store(end + nh * X * Z + cell, S, mask=in_cell)
+    if MOVES > 0:
+        to = moves + (nh * segments + segment) * X * X + ix[:, None] * X + im[None, :]
+        tl.store(to, S, mask=in_x[:, None] & (im >= 0)[None, :] & (im < X)[None, :])
 
 
 @triton.jit
@@ -506,16 +538,15 @@ def sums_behind(later, erasing, ic, BEFORE: tl.constexpr):
     """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing, summed over channels: C."""
     here, other = ic[:, None], ic[None, :]
     until = (other > here) if BEFORE else (other >= here)
-    value = tl.sum(tl.where(other >= here, tl.sum(later, 1)[None, :], 0.0), 1)
-    return value + tl.sum(tl.where(until, tl.sum(erasing, 1)[None, :], 0.0), 1)
+    return sums_where(other >= here, tl.sum(later, 1)) + sums_where(until, tl.sum(erasing, 1))
 
 
 @triton.jit
 def sums_behind_of_channels(later, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.constexpr):
     """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing: C × K, as products with zeros and ones.
 
-    EXACT: nothing is taken off again, since under strong gates what remains is much smaller. Else each number is two of
-    bfloat16, which keep 2^-17 of it: a scan is shuffles between threads, four times as many instructions.
+    EXACT: nothing is taken off again, since under strong gates what remains is much smaller. Else by `summed`, a
+    quarter of a scan's instructions.
     """
     here, other = ic[:, None], ic[None, :]
     if EXACT:
@@ -523,10 +554,7 @@ def sums_behind_of_channels(later, erasing, ic, BEFORE: tl.constexpr, EXACT: tl.
         until = (other > here) if BEFORE else (other >= here)
         value = tl.dot(until.to(tl.float32), erasing, value, input_precision="ieee")
     else:
-        which, total = (other >= here).to(PART), later + erasing
-        rough = total.to(PART)
-        value = tl.dot(which, (total - rough.to(tl.float32)).to(PART), input_precision="ieee")
-        value = tl.dot(which, rough, value, input_precision="ieee")
+        value = summed(other >= here, later + erasing, PART)
         if BEFORE:
             value -= erasing
     return value
@@ -652,7 +680,7 @@ def rank_one_gradients(
             tl.store(dg + row * K + at, value, mask=ok)
         else:
             value = tl.sum(begun, 0) + sums_behind(later, be * found, ic, BEFORE)
-            value += tl.sum(tl.where(other < here, tl.sum(kept, 1)[None, :], 0.0), 1)
+            value += sums_where(other < here, tl.sum(kept, 1))
             tl.store(dg + s.to(tl.int64) * count_rows + row + ic * heads, value, mask=inside)
 
 
@@ -932,29 +960,74 @@ def reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed) -> list:
     return rows
 
 
-def sweep(z, A, B, A2, B2, F, F2, g, totals, borders, entry, *, reverse=False, keep=True, out=None) -> tuple:
-    """`rank_one_sweep`: (x, states, the state at the far end). `out` receives the second output; x and states are empty
-    unless they are to be kept."""
-    X, Z, h = B.shape[-1], z.shape[-1], z.shape[2]
-    columns, warps, stages = CONFIG[padded(X), z.element_size()]
+def shape_of(B: Tensor, z: Tensor, borders: Tensor | None, span: bool = False) -> dict:
+    """The compile-time arguments of a sweep whose state is B's columns × z's columns."""
+    size, X, Z = (padded(B.shape[-1]), z.element_size()), B.shape[-1], z.shape[-1]
+    columns, warps, stages = SPANS.get(size, CONFIG[size]) if span else CONFIG[size]
     columns = min(columns, padded(Z))
-    slices, n = cdiv(Z, columns), sequences_of(z, borders)
+    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns), "C": chunk_for(B)}
+    return {**sizes, "PACKED": borders is not None, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages}
+
+
+def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
+    """In how many segments to cut each sequence. What a segment does to a memory costs almost as much as the sweeps, so
+    only where there are four or more: where not half of the GPU would be busy, and 512 tokens a segment."""
+    if padded(q.shape[-1]) > FOLDED:
+        return 1
+    programs = sequences * q.shape[2] * shape_of(q, v, None)["SLICES"]
+    wanted = decay.long_enough(2 * decay.multiprocessors(q.device) // max(1, programs), q, sequences)
+    return wanted if wanted >= 4 else 1
+
+
+def moves_of(q: Tensor, borders: Tensor | None, segments: int) -> Tensor:
+    """Room for what each segment does to memories: K × K, from the left; empty where there is one segment."""
+    shape = (sequences_of(q, borders), q.shape[2], segments, q.shape[-1], q.shape[-1])
+    return q.new_empty(shape if segments > 1 else 0, dtype=torch.float32)
+
+
+def between(z, A, B, F, F2, g, totals, borders, first, moves, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The states between segments (n h segments+1 K V) and the one at the far end (n h K V), from `first`.
+
+    `moves` are filled on the way forwards and read on the way back, where what a segment does is transposed.
+    """
+    h, segments, X, Z, n = *moves.shape[1:4], z.shape[-1], sequences_of(z, borders)
+    shape = shape_of(B, z, borders, span=True)
+    states, more = moves.new_empty(n, h, segments + 1, X, Z), 0 if reverse else cdiv(X, shape["BZ"])
+    decay.launch(
+        rank_one_sweep, (shape["SLICES"] + more) * segments * h * n,
+        z, A, B, None, None, F, F2, totals, borders, None, None, None, None, states, moves,
+        z.shape[1], h, segments, segments + 1,
+        **shape, GATE=kind_of(B, None, g, None, None)["GATE"], REVERSE=reverse,
+        ENTRY=False, OUT=False, MORE=F2 is not None, KEEP=False, SPAN=True, MOVES=more,
+    )  # fmt: skip
+    return states, fold(states, moves, first, reverse, z.element_size() == 4)
+
+
+def sweep(z, A, B, A2, B2, F, F2, g, totals, borders, entry, moves, *, reverse=False, keep=True, out=None) -> tuple:
+    """`rank_one_sweep`: (x, states, the state at the far end). `out` receives the second output; x and states are empty
+    unless they are to be kept. In segments where there are `moves`."""
+    (_, t, h, Z), X, n = z.shape, B.shape[-1], sequences_of(z, borders)
+    shape, segments, slots = shape_of(B, z, borders), 1, 1
     x = torch.empty_like(z) if keep else z.new_empty(0)
     states = z.new_empty((slots_of(B, borders), h, X, Z) if keep else 0)
-    end = z.new_empty(n, h, X, Z, dtype=torch.float32)
+    if moves.numel():
+        segments, slots = moves.shape[2], moves.shape[2] + 1
+        entry, end = between(z, A, B, F, F2, g, totals, borders, entry, moves, reverse)
+        entry = entry[:, :, 1:] if reverse else entry
+    else:
+        end = z.new_empty(n, h, X, Z, dtype=torch.float32)
     decay.launch(
-        rank_one_sweep, slices * h * n, z, A, B, A2, B2, F, F2, totals, borders, entry, x, out, states, end,
-        z.shape[1], h,
-        X=X, Z=Z, BX=padded(X), BZ=columns, SLICES=slices, C=A.shape[-1],
-        GATE=kind_of(B, None, g, None, None)["GATE"], REVERSE=reverse, PACKED=borders is not None, PRECISION="ieee",
-        ENTRY=entry is not None, OUT=out is not None, MORE=F2 is not None, KEEP=keep,
-        num_warps=warps, num_stages=stages,
+        rank_one_sweep, shape["SLICES"] * segments * h * n,
+        z, A, B, A2, B2, F, F2, totals, borders, entry, x, out, states, end, None, t, h, segments, slots,
+        **shape, GATE=kind_of(B, None, g, None, None)["GATE"], REVERSE=reverse,
+        ENTRY=entry is not None, OUT=out is not None, MORE=F2 is not None, KEEP=keep, SPAN=False, MOVES=0,
     )  # fmt: skip
     return x, states, end
 
 
-def forward(q, k, v, beta, g, a, b, memory, borders, wide: bool, keep: bool) -> tuple[Tensor, ...]:
-    """(o, the last memory, r, states, and what `solved` has room for). `wide`: o in float32.
+def forward(q, k, v, beta, g, a, b, memory, borders, segments: int, wide: bool, keep: bool) -> tuple[Tensor, ...]:
+    """(o, the last memory, r, states, what segments do to memories, and what `solved` has room for). `wide`: o in
+    float32.
 
     `keep`: the gradient will be wanted; else all but the first two are empty.
     """
@@ -962,13 +1035,14 @@ def forward(q, k, v, beta, g, a, b, memory, borders, wide: bool, keep: bool) -> 
     inverse, mixed, reads, more_reads, totals = found
     A, A2 = (inverse, reads) if b is None else (mixed, more_reads)
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    moves = moves_of(q, borders, segments)
     news, states, last = sweep(
-        v, A, finding, A2, asking, writing, adding, g, totals, borders, memory, keep=keep, out=o
-    )  # fmt: skip
-    return o, last, news, states, *(x if keep else x.new_empty(0) for x in found)
+        v, A, finding, A2, asking, writing, adding, g, totals, borders, memory, moves, keep=keep, out=o
+    )
+    return o, last, news, states, *(x if keep else x.new_empty(0) for x in (moves, *found))
 
 
-def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, found: list[Tensor], want_g: bool):
+def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, moves, found: list[Tensor], want_g: bool):
     """(dq, dk, dv, dβ, dg, da, db, dmemory) from the cotangents of o and of the last memory (None: zeros), with None
     for what was not given, and for dg unless it is wanted."""
     inverse, mixed, reads, more_reads, totals = found
@@ -976,7 +1050,7 @@ def backward(do, dlast, q, k, v, beta, g, a, b, borders, news, states, found: li
     finding, asking, writing, adding = reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed)
     dv = None if b is None else torch.empty_like(v)
     answers, cotangents, dmemory = sweep(
-        do, reads, writing, more_reads, adding, finding, asking, g, totals, borders, dlast, reverse=True, out=dv
+        do, reads, writing, more_reads, adding, finding, asking, g, totals, borders, dlast, moves, reverse=True, out=dv
     )
     del finding, asking, writing, adding  # their memory is free for the gradients
     want_g = want_g and g is not None

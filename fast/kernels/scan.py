@@ -608,11 +608,9 @@ def line_of(kind: int, K: int, backward: bool = False) -> tuple[int, int, int]:
 
 def segments_for(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, sequences: int) -> int:
     """In how many segments to cut each sequence: four warps a multiprocessor, and at least 512 tokens a segment."""
-    b, t, h, V = v.shape
     columns, warps, _ = line_of(kind, keys_of(k, fixed))
-    running = sequences * h * cdiv(V, columns) * warps
-    wanted = 4 * decay.multiprocessors(v.device) // max(running, 1)
-    return max(1, min(wanted, b * t // max(sequences, 1) // 512))
+    running = sequences * v.shape[2] * cdiv(v.shape[3], columns) * warps
+    return decay.long_enough(4 * decay.multiprocessors(v.device) // max(running, 1), v, sequences)
 
 
 def shape_of(
