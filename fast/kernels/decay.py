@@ -285,10 +285,6 @@ def decay_sweep(
         N = tl.zeros(side_at.shape, tl.float32)
         if SIDE_ENTRY:
             N = tl.load(side_entry + (nh * slots + segment) * WIDTH + side_at, mask=side_at < WIDTH, other=0.0)
-        if SIDE == 1:  # a tile for dots, all of whose columns are N
-            i16 = tl.arange(0, 16)[None, :]
-            ones = tl.full((C, 16), 1.0, z.dtype.element_ty)
-            N = N[:, None] + tl.zeros((BX, 16), tl.float32)
 
     at_x = ic[:, None] * (heads * X) + ix[None, :]
     at_z = ic[:, None] * (heads * Z) + iz[None, :]
@@ -344,11 +340,8 @@ def decay_sweep(
         o = tl.dot(scores.to(bz.dtype), bz, seen, input_precision=PRECISION)
         S = tl.dot(tl.trans(by), written, S, input_precision=PRECISION)
         if SIDE == 1:
-            rough = N.to(bx.dtype)  # and what it leaves over: a sum of all keys needs more than 8 bits
-            rest = (N - rough.to(tl.float32)).to(bx.dtype)
-            both = tl.where(i16 == 0, rough, tl.where(i16 == 1, rest, 0.0)).to(bx.dtype)
-            weights = tl.sum(scores, 1) + tl.sum(tl.dot(bx, both, input_precision=PRECISION), 1)
-            N = tl.dot(tl.trans(by), ones, N, input_precision=PRECISION)
+            weights = tl.sum(scores, 1) + tl.sum(bx.to(tl.float32) * N[None, :], 1)
+            N += tl.sum(by.to(tl.float32), 0)
             tl.store(side + row + ic * heads, weights, mask=inside & (s == 0))
             o = o / (weights + least)[:, None]
         if PART:
@@ -364,9 +357,7 @@ def decay_sweep(
     if END:
         tl.store(end + nh * X * Z + cell, S, mask=in_cell & second if PAIR else in_cell)
     if SIDE_END:
-        mine = side_at < WIDTH
-        if SIDE == 1:
-            N, mine = tl.sum(N, 1) / 16, mine & (s == 0)
+        mine = (side_at < WIDTH) & (s == 0) if SIDE == 1 else side_at < WIDTH
         tl.store(side_end + nh * WIDTH + side_at, N, mask=mine)
 
 
@@ -717,13 +708,6 @@ def places(x: Tensor, borders: Tensor | None, chunk: int) -> int:
 def chunks_of(x: Tensor, borders: Tensor | None, chunk: int) -> int:
     """How many chunks all sequences have, for `chunk_of`; where documents share a row, as many as there can be."""
     return x.shape[0] * cdiv(x.shape[1], chunk) if borders is None else places(x, borders, chunk)
-
-
-def parts_of(x: Tensor, borders: Tensor | None) -> int:
-    """In how many parts each sequence is cut where chunks need not wait for each other: 64 tokens each; documents
-    that share a row: four times as many as the average one has pieces of 64 tokens, since most programs are idle."""
-    tokens, sequences = x.shape[1], sequences_of(x, borders)
-    return min(cdiv(tokens, 64), 4 * cdiv(tokens, 64 * max(sequences, 1)))
 
 
 def rows_of(x: Tensor) -> int:

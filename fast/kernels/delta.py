@@ -65,6 +65,8 @@ from torch import Tensor
 from fast.kernels import decay
 from fast.kernels.decay import (
     cdiv,
+    chunk_of,
+    chunks_of,
     decays_of,
     padded,
     part_of,
@@ -123,9 +125,9 @@ def solved_by_halves(L, strength, here, other, LEVELS: tl.constexpr, SOLVING: tl
     return Y
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
 def delta_prepare(
-    q, k, beta, g, sums, borders, scores, itself, solved, tokens, heads, parts, count_rows,
+    q, k, beta, g, sums, borders, scores, itself, solved, tokens, heads, sequences, count_rows,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GATE: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, SOLVING: tl.constexpr,
 ):  # fmt: skip
@@ -134,38 +136,33 @@ def delta_prepare(
     C = 2^LEVELS. Products: 2·C·C·K multiply-adds, and those of `solved_by_halves`.
     """
     pid = tl.program_id(0)
-    part = pid % parts
-    h = (pid // parts) % heads
-    start, length = run_of(borders, pid // parts // heads, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
+    h = pid % heads
+    _, start, begin, count = chunk_of(borders, pid // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
+        return
     line = h.to(tl.int64) * (count_rows // heads) + start  # of sums: h (b t)
     ic, ik = tl.arange(0, C), tl.arange(0, BK)
     here, other = ic[:, None], ic[None, :]
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        t = begin + ic
-        inside = t < stop
-        row = (start + begin) * heads + h
-        at = row * K + here * (heads * K) + ik[None, :]
-        ok = inside[:, None] & (ik < K)[None, :]
-        bk = tl.load(k + at, mask=ok, other=0.0)
-        bq = tl.load(q + at, mask=ok, other=0.0)
-        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        L = tl.dot(bk, tl.trans(bk), input_precision=PRECISION)
-        A = tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
-        tl.store(itself + line + t, tl.sum(tl.where(here == other, A, 0.0), 1), mask=inside)
-        if GATE != 0:
-            count = tl.minimum(stop - begin, C)
-            hi, lo, _, _ = sums_of(
-                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
-            )
-            between = decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
-            L = L * between
-            A = A * between
-        at_c = row * C + here * (heads * C) + other
-        tl.store(scores + at_c, tl.where(here > other, A, 0.0), mask=inside[:, None])
-        Y = solved_by_halves(L, strength, here, other, LEVELS, SOLVING)
-        tl.store(solved + at_c, Y, mask=inside[:, None])
+    t = begin + ic
+    inside = ic < count
+    row = (start + begin) * heads + h
+    at = row * K + here * (heads * K) + ik[None, :]
+    ok = inside[:, None] & (ik < K)[None, :]
+    bk = tl.load(k + at, mask=ok, other=0.0)
+    bq = tl.load(q + at, mask=ok, other=0.0)
+    strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+    L = tl.dot(bk, tl.trans(bk), input_precision=PRECISION)
+    A = tl.dot(bq, tl.trans(bk), input_precision=PRECISION)
+    tl.store(itself + line + t, tl.sum(tl.where(here == other, A, 0.0), 1), mask=inside)
+    if GATE != 0:
+        hi, lo, _, _ = sums_of(g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT)
+        between = decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
+        L = L * between
+        A = A * between
+    at_c = row * C + here * (heads * C) + other
+    tl.store(scores + at_c, tl.where(here > other, A, 0.0), mask=inside[:, None])
+    Y = solved_by_halves(L, strength, here, other, LEVELS, SOLVING)
+    tl.store(solved + at_c, Y, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
@@ -389,52 +386,47 @@ def delta_fold(
     tl.store(last + nh * X * Z + cell, M, mask=in_cell)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
 def delta_pairs(
-    do, dv, news, g, sums, borders, told, gone, own, tokens, heads, parts, count_rows,
+    do, dv, news, g, sums, borders, told, gone, own, tokens, heads, sequences, count_rows,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(do rᵀ) γ and (dv rᵀ) γ of every chunk, b t h C in the tokens' dtype, zeros on and above the diagonal; their
     diagonals r·do and r·dv: 2 h (b t). 2·C·C·V multiply-adds a chunk."""
     pid = tl.program_id(0)
-    part = pid % parts
-    h = (pid // parts) % heads
-    start, length = run_of(borders, pid // parts // heads, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
+    h = pid % heads
+    _, start, begin, count = chunk_of(borders, pid // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
+        return
     line = h.to(tl.int64) * (count_rows // heads) + start
     ic, iv = tl.arange(0, C), tl.arange(0, BV)
     here, other = ic[:, None], ic[None, :]
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        t = begin + ic
-        inside = t < stop
-        row = (start + begin) * heads + h
-        at_v = row * V + here * (heads * V) + iv[None, :]
-        ok_v = inside[:, None] & (iv < V)[None, :]
-        bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
-        bdv = tl.load(dv + at_v, mask=ok_v, other=0.0)
-        br = tl.load(news + at_v, mask=ok_v, other=0.0)
-        P = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
-        D = tl.dot(bdv, tl.trans(br), input_precision=PRECISION)
-        tl.store(own + line + t, tl.sum(tl.where(here == other, P, 0.0), 1), mask=inside)
-        tl.store(own + count_rows + line + t, tl.sum(tl.where(here == other, D, 0.0), 1), mask=inside)
-        if GATE != 0:
-            count = tl.minimum(stop - begin, C)
-            hi, lo, _, _ = sums_of(
-                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
-            )
-            between = decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
-            P, D = P * between, D * between
-        at_c = row * C + here * (heads * C) + other
-        tl.store(told + at_c, tl.where(here > other, P, 0.0), mask=inside[:, None])
-        tl.store(gone + at_c, tl.where(here > other, D, 0.0), mask=inside[:, None])
+    t = begin + ic
+    inside = ic < count
+    row = (start + begin) * heads + h
+    at_v = row * V + here * (heads * V) + iv[None, :]
+    ok_v = inside[:, None] & (iv < V)[None, :]
+    bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
+    bdv = tl.load(dv + at_v, mask=ok_v, other=0.0)
+    br = tl.load(news + at_v, mask=ok_v, other=0.0)
+    P = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
+    D = tl.dot(bdv, tl.trans(br), input_precision=PRECISION)
+    tl.store(own + line + t, tl.sum(tl.where(here == other, P, 0.0), 1), mask=inside)
+    tl.store(own + count_rows + line + t, tl.sum(tl.where(here == other, D, 0.0), 1), mask=inside)
+    if GATE != 0:
+        hi, lo, _, _ = sums_of(g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT)
+        between = decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
+        P, D = P * between, D * between
+    at_c = row * C + here * (heads * C) + other
+    tl.store(told + at_c, tl.where(here > other, P, 0.0), mask=inside[:, None])
+    tl.store(gone + at_c, tl.where(here > other, D, 0.0), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "parts", "count_rows"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
 def delta_chunks(
     do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, borders, dq, dk, dbeta, dg,
-    tokens, heads, parts, count_rows,
+    tokens, heads, sequences, count_rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, MET: tl.constexpr,
 ):  # fmt: skip
@@ -446,81 +438,77 @@ def delta_chunks(
     """
     pid = tl.program_id(0)
     s = pid % SLICES
-    part = (pid // SLICES) % parts
-    h = (pid // SLICES // parts) % heads
-    n = pid // SLICES // parts // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, part, parts)
+    h = (pid // SLICES) % heads
+    n, start, begin, count = chunk_of(borders, pid // SLICES // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
+        return
     line = h.to(tl.int64) * (count_rows // heads) + start
     ic, iv = tl.arange(0, C), tl.arange(0, BV)
     ik = s * BK + tl.arange(0, BK)
     in_k, in_v = ik < K, iv < V
     cell = ik[:, None] * V + iv[None, :]
     in_cell = in_k[:, None] & in_v[None, :]
-    for i in range(0, tl.cdiv(stop - first, C)):
-        begin = first + i * C
-        t = begin + ic
-        inside = t < stop
-        row = (start + begin) * heads + h
-        at_k = row * K + ic[:, None] * (heads * K) + ik[None, :]
-        at_v = row * V + ic[:, None] * (heads * V) + iv[None, :]
-        at_c = row * C + ic[:, None] * (heads * C) + ic[None, :]
-        ok_k, ok_v = inside[:, None] & in_k[None, :], inside[:, None] & in_v[None, :]
-        chunk = (place_of(start, n, begin, C) * heads + h).to(tl.int64)
-        bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
-        bdv = tl.load(dv + at_v, mask=ok_v, other=0.0)
-        br = tl.load(news + at_v, mask=ok_v, other=0.0)
-        bq = tl.load(q + at_k, mask=ok_k, other=0.0)
-        bk = tl.load(k + at_k, mask=ok_k, other=0.0)
-        M = tl.load(states + chunk * K * V + cell, mask=in_cell, other=0.0)
-        E = tl.load(cotangents + chunk * K * V + cell, mask=in_cell, other=0.0)
-        P = tl.load(told + at_c, mask=inside[:, None], other=0.0)
-        D = tl.load(gone + at_c, mask=inside[:, None], other=0.0)
-        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        itself = tl.load(own + line + t, mask=inside, other=0.0)
-        if GATE != 0:
-            count = tl.minimum(stop - begin, C)
-            hi, _, after, total = sums_of(
-                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
-            )
-        written = (strength[:, None] * bk.to(tl.float32)).to(bk.dtype)
+    t = begin + ic
+    inside = ic < count
+    row = (start + begin) * heads + h
+    at_k = row * K + ic[:, None] * (heads * K) + ik[None, :]
+    at_v = row * V + ic[:, None] * (heads * V) + iv[None, :]
+    at_c = row * C + ic[:, None] * (heads * C) + ic[None, :]
+    ok_k, ok_v = inside[:, None] & in_k[None, :], inside[:, None] & in_v[None, :]
+    chunk = (place_of(start, n, begin, C) * heads + h).to(tl.int64)
+    bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
+    bdv = tl.load(dv + at_v, mask=ok_v, other=0.0)
+    br = tl.load(news + at_v, mask=ok_v, other=0.0)
+    bq = tl.load(q + at_k, mask=ok_k, other=0.0)
+    bk = tl.load(k + at_k, mask=ok_k, other=0.0)
+    M = tl.load(states + chunk * K * V + cell, mask=in_cell, other=0.0)
+    E = tl.load(cotangents + chunk * K * V + cell, mask=in_cell, other=0.0)
+    P = tl.load(told + at_c, mask=inside[:, None], other=0.0)
+    D = tl.load(gone + at_c, mask=inside[:, None], other=0.0)
+    strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+    itself = tl.load(own + line + t, mask=inside, other=0.0)
+    if GATE != 0:
+        hi, _, after, total = sums_of(
+            g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
+        )
+    written = (strength[:, None] * bk.to(tl.float32)).to(bk.dtype)
 
-        asked = tl.dot(bdo, tl.trans(M), input_precision=PRECISION)
-        if GATE != 0:
-            asked = asked * power_of_2(hi, EXACT)[:, None]
-        asked = tl.dot(P, written, asked, input_precision=PRECISION)
-        asked += (strength * itself)[:, None] * bk.to(tl.float32)
-        if MET > 0:
-            change = tl.sum(asked * bq.to(tl.float32), 1)
-        tl.store(dq + at_k, asked, mask=ok_k)
+    asked = tl.dot(bdo, tl.trans(M), input_precision=PRECISION)
+    if GATE != 0:
+        asked = asked * power_of_2(hi, EXACT)[:, None]
+    asked = tl.dot(P, written, asked, input_precision=PRECISION)
+    asked += (strength * itself)[:, None] * bk.to(tl.float32)
+    if MET > 0:
+        change = tl.sum(asked * bq.to(tl.float32), 1)
+    tl.store(dq + at_k, asked, mask=ok_k)
 
-        erased = tl.dot(bdv, tl.trans(M), input_precision=PRECISION)
-        if GATE != 0:
-            erased = erased * power_of_2(hi, EXACT)[:, None]
-        erased = tl.dot(D, written, erased, input_precision=PRECISION)
-        if MET > 0:
-            change -= tl.sum(erased * bk.to(tl.float32), 1)
+    erased = tl.dot(bdv, tl.trans(M), input_precision=PRECISION)
+    if GATE != 0:
+        erased = erased * power_of_2(hi, EXACT)[:, None]
+    erased = tl.dot(D, written, erased, input_precision=PRECISION)
+    if MET > 0:
+        change -= tl.sum(erased * bk.to(tl.float32), 1)
 
-        answered = tl.dot(br, tl.trans(E), input_precision=PRECISION)
-        if GATE != 0:
-            answered = answered * power_of_2(after, EXACT)[:, None]
-        if MET > 0:
-            later = tl.sum(strength * tl.sum(answered * bk.to(tl.float32), 1), 0)
-        answered = tl.dot(tl.trans(P), bq, answered, input_precision=PRECISION)
-        answered = tl.dot(tl.trans(D), (-bk.to(tl.float32)).to(bk.dtype), answered, input_precision=PRECISION)
-        answered += itself[:, None] * bq.to(tl.float32)
-        rows = row + ic * heads
-        at = s.to(tl.int64) * count_rows + rows
-        tl.store(dbeta + at, tl.sum(answered * bk.to(tl.float32), 1), mask=inside)
-        tl.store(dk + at_k, strength[:, None] * answered - erased, mask=ok_k)
-        if MET > 0:
-            if s == 0:
-                change -= tl.load(own + count_rows + line + t, mask=inside, other=0.0)
-                for slice in tl.static_range(MET):
-                    later += tl.load(met + chunk * MET + slice) * power_of_2(total, EXACT)
-            value = later + tl.cumsum(change, 0, reverse=True)
-            gate = tl.load(g + rows, mask=inside, other=0.0)
-            tl.store(dg + at, tl.where(gate < -104.0, 0.0, value), mask=inside)
+    answered = tl.dot(br, tl.trans(E), input_precision=PRECISION)
+    if GATE != 0:
+        answered = answered * power_of_2(after, EXACT)[:, None]
+    if MET > 0:
+        later = tl.sum(strength * tl.sum(answered * bk.to(tl.float32), 1), 0)
+    answered = tl.dot(tl.trans(P), bq, answered, input_precision=PRECISION)
+    answered = tl.dot(tl.trans(D), (-bk.to(tl.float32)).to(bk.dtype), answered, input_precision=PRECISION)
+    answered += itself[:, None] * bq.to(tl.float32)
+    rows = row + ic * heads
+    at = s.to(tl.int64) * count_rows + rows
+    tl.store(dbeta + at, tl.sum(answered * bk.to(tl.float32), 1), mask=inside)
+    tl.store(dk + at_k, strength[:, None] * answered - erased, mask=ok_k)
+    if MET > 0:
+        if s == 0:
+            change -= tl.load(own + count_rows + line + t, mask=inside, other=0.0)
+            for slice in tl.static_range(MET):
+                later += tl.load(met + chunk * MET + slice) * power_of_2(total, EXACT)
+        value = later + tl.cumsum(change, 0, reverse=True)
+        gate = tl.load(g + rows, mask=inside, other=0.0)
+        tl.store(dg + at, tl.where(gate < -104.0, 0.0, value), mask=inside)
 
 
 @triton.jit
@@ -587,12 +575,12 @@ def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, chu
 def prepare(q, k, beta, g, sums, borders) -> tuple[Tensor, Tensor, Tensor]:
     """`delta_prepare`: A, q·k and Y."""
     b, t, h, K = k.shape
-    chunk, parts, exact = chunk_for(k), decay.parts_of(k, borders), k.element_size() == 4
+    chunk, n, exact = chunk_for(k), sequences_of(k, borders), k.element_size() == 4
     scores, solved = (k.new_empty(b, t, h, chunk) for _ in range(2))
     itself = beta.new_empty(h, b * t)
     decay.launch(
-        delta_prepare, sequences_of(k, borders) * h * parts,
-        q, k, beta, g, sums, borders, scores, itself, solved, t, h, parts, beta.numel(),
+        delta_prepare, chunks_of(k, borders, chunk) * h,
+        q, k, beta, g, sums, borders, scores, itself, solved, t, h, n, beta.numel(),
         K=K, BK=padded(K), C=chunk, LEVELS=chunk.bit_length() - 1, SOLVING=SOLVING[k.dtype],
         **kind_of(k, g, borders), num_warps=4 if chunk == 64 else 1, num_stages=1 if exact else 2,
     )  # fmt: skip
@@ -687,19 +675,19 @@ def backward(
 
     columns, warps, stages = CHUNKS[padded(K), q.element_size()]
     columns = min(columns, padded(K))
-    slices, parts = cdiv(K, columns), decay.parts_of(k, borders)
+    slices, chunks = cdiv(K, columns), chunks_of(k, borders, chunk) * h
     told, gone, own = torch.empty_like(scores), torch.empty_like(scores), beta.new_empty(2, h, b * t)
     decay.launch(
-        delta_pairs, parts * h * n, do, dv, news, g, sums, borders, told, gone, own, t, h, parts, count,
+        delta_pairs, chunks, do, dv, news, g, sums, borders, told, gone, own, t, h, n, count,
         V=V, BV=padded(V), C=chunk, **kind_of(q, g, borders),
         num_warps=4 if chunk == 64 else 1, num_stages=1 if exact else 2,
     )  # fmt: skip
     dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), beta.new_empty(slices, b, t, h)
     dg = torch.empty_like(dbeta) if want_g else None
     decay.launch(
-        delta_chunks, slices * parts * h * n,
+        delta_chunks, slices * chunks,
         do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, borders, dq, dk, dbeta, dg,
-        t, h, parts, count,
+        t, h, n, count,
         K=K, V=V, BK=columns, BV=padded(V), SLICES=slices, C=chunk,
         MET=shape["SLICES"] if want_g else 0, **kind_of(q, g, borders), num_warps=warps, num_stages=stages,
     )  # fmt: skip
