@@ -406,7 +406,7 @@ def one_by_one(config: Train, model, ops, batches: list[Batch], tokens: Tensor, 
 
 def through_stages(config: Train, model, ops, batches: list[Batch], tokens: Tensor, step: int) -> Sums:
     """`backward` of all micro-batches, in the order of the pipeline's schedule."""
-    alike = ops._replace(total=lambda x: comm.total(x, model.mesh.alike))  # routers are those of my stages
+    alike = meshes.totals(ops, model.mesh.alike, model.mesh.tensor_size)  # routers are those of my stages
     beside = functools.partial(aside, config, alike, len(batches))
     key = seed_of(config.seed, "dropout", step)
     with precise(config, tokens.device):

@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from parallel import mesh as trainers
 from parallel import tensor, tracing
 from parallel.tracing import CHUNK, Crossing, Kept
 from reference.head import HELD
@@ -32,7 +31,7 @@ from reference.presets import Model
 @dataclass(frozen=True)
 class Degrees:
     """How GPUs are used: data x sequence x tensor x pipeline is their number; replicas and expert divide data x
-    sequence, another way to see the same GPUs."""
+    sequence x tensor, another way to see the same GPUs."""
 
     data: int = -1
     """groups with different samples (-1: as many as there are GPUs for)"""
@@ -41,7 +40,7 @@ class Degrees:
     expert: int = 1
     """GPUs that share the experts of each layer"""
     tensor: int = 1
-    """GPUs that share the heads of every mixer and the hidden channels of every expert"""
+    """GPUs that share the heads of every mixer and the hidden channels (beside expert: the tokens) of every expert"""
     pipeline: int = 1
     """stages, each with a share of the blocks"""
     replicas: int = 1
@@ -62,8 +61,12 @@ class Degrees:
 
     @property
     def alike(self) -> int:
-        """Of them, those that hold the same experts, or the same parts of matrices."""
-        return self.shards // (self.expert * self.tensor)
+        """Of them, those that hold the same parts of matrices."""
+        return self.shards // self.tensor
+
+    @property
+    def same_experts(self) -> int:
+        return self.shards // self.expert
 
     def __str__(self) -> str:
         used = [f"{n} {name}" for name, n in asdict(self).items() if n not in (1, *WORDS)]
@@ -153,7 +156,8 @@ class Part(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """What a model is. Of the mesh it knows how many GPUs share heads, and what they have between layers."""
+    """What a model is. Of the mesh it knows how many GPUs share heads, whether they share experts out, and what they
+    have between layers."""
 
     parts: dict[str, Part]
     routed: int  # parameters of experts
@@ -169,7 +173,7 @@ class Counted(NamedTuple):
 def counted(model: Model, run: Run, given: Assumptions, mesh: Degrees) -> Counted:
     """Of the model on torch's meta device, and of two traced runs."""
     built = on_meta(model)
-    how = (run.precision == "bf16", given.kernels == "fused", mesh.tensor, mesh.between == "cut")
+    how = (run.precision == "bf16", given.kernels == "fused", mesh.tensor, mesh.between == "cut", mesh.expert > 1)
     return Counted(
         parts_of(built),
         sum(p.numel() for p in routed(built)),
@@ -306,7 +310,6 @@ def check(asked: Asked) -> Asked:
     ranks = data * mesh.sequence
     if ranks % mesh.replicas:
         raise ValueError(f"{mesh.replicas} replicas do not divide {ranks} ranks of data x sequence")
-    trainers.not_both(mesh.tensor, mesh.expert)
     if mesh.shards % mesh.expert:
         raise ValueError(f"expert {mesh.expert} does not divide the {mesh.shards} ranks of a replica")
     if mesh.expert > 1 and "E" not in model.letters:
@@ -365,11 +368,13 @@ class Placed(NamedTuple):
     """Parameters of a block, or of more, as one GPU sees them."""
 
     whole: float = 0.0  # that come whole to it, and are cut over all GPUs of a replica
-    own: float = 0.0  # its part of those that are shared out (experts, heads), cut over the GPUs that hold the same
+    own: float = 0.0  # its part of those that are cut by heads, which is cut over the GPUs that hold the same
+    dealt: float = 0.0  # its experts, where they are shared out, the same
     used: float = 0.0  # that it computes with
     copied: float = 0.0  # of them, those that it puts together from parts of whole ones
     again: float = 0.0  # in products that all GPUs which share heads do alike, but its share
-    apart: float = 0.0  # layers with some that are shared out, which travel by themselves
+    apart: float = 0.0  # layers with some that are cut by heads, which travel by themselves
+    apart_dealt: float = 0.0  # layers whose experts do
 
     def plus(self, other: "Placed") -> "Placed":
         return Placed(*map(sum, zip(self, other, strict=True)))
@@ -380,7 +385,20 @@ class Placed(NamedTuple):
     @property
     def here(self) -> float:
         """Those that are there while it computes."""
-        return self.whole + self.own
+        return self.whole + self.own + self.dealt
+
+    def over(self, mesh: Degrees) -> "Placed":
+        """The parts of these that one GPU of a replica keeps."""
+        alike, same = mesh.alike, mesh.same_experts
+        return self._replace(whole=self.whole / mesh.shards, own=self.own / alike, dealt=self.dealt / same)
+
+    def received(self, mesh: Degrees) -> float:
+        """Numbers that come from the other GPUs when all are gathered."""
+        return self.here - self.over(mesh).here
+
+    def layers_apart(self, mesh: Degrees) -> int:
+        """Layers that travel by themselves, to GPUs that hold the same."""
+        return round(self.apart * (mesh.alike > 1) + self.apart_dealt * (mesh.same_experts > 1))
 
 
 class Places(NamedTuple):
@@ -403,24 +421,26 @@ def placed(model: Model, expert: int, ranks: int, alike: int) -> Places:
     built = on_meta(model)
     layers = [m for m in built.modules() if isinstance(m, MoE)] if expert > 1 else []
     experts = {id(p) for layer in layers for p in routed(layer)}
-    found = tensor.share(built, tracing.imagined(ranks, [])) if ranks > 1 else []
+    found = tensor.share(built, tracing.imagined(ranks, []), shared_out=expert > 1) if ranks > 1 else []
     heads = {id(shared.weight): shared for shared in found}
-    apart = {*layers, *(shared.module for shared in found if shared.alone(alike))}
+    apart = {shared.module for shared in found if shared.alone(alike)}
 
     def of(p: nn.Parameter) -> Placed:
         n = p.numel()
         if id(p) in experts:
-            return Placed(own=n / expert, used=n / expert)
+            return Placed(dealt=n / expert, used=n / expert)
         if id(p) not in heads:
             return Placed(n, used=n, again=(n - n / ranks) * (p.ndim >= 2))
         cut = heads[id(p)].cut
         mine = n * cut.share(ranks)
         if heads[id(p)].alone(alike):
             return Placed(own=mine, used=mine)
-        return Placed(n, 0, mine, mine * (len(cut.blocks) > 1), (mine - n / ranks) * (p.ndim >= 2))
+        copied = mine * (len(cut.blocks) > 1)
+        return Placed(n, used=mine, copied=copied, again=(mine - n / ranks) * (p.ndim >= 2))
 
     def of_all(block: nn.Module) -> Placed:
-        several = Placed(apart=sum(m in apart for m in block.modules()))
+        inside = set(block.modules())
+        several = Placed(apart=len(inside & apart), apart_dealt=len(inside & set(layers)))
         return functools.reduce(Placed.plus, map(of, block.parameters()), several)
 
     blocks = tuple(map(of_all, built.blocks))
@@ -438,7 +458,7 @@ def memory(asked: Asked, counted: Counted) -> dict[str, float]:
     stage = shape.blocks / counted.blocks
     block, root = max(where.blocks, key=lambda placed: placed.here), where.root
     everything = where.inside.times(stage).plus(root)
-    held = everything.whole / mesh.shards + everything.own / mesh.alike
+    held = everything.over(mesh).here
     cut, several, bf16 = mesh.shards > 1, shape.times > 1, run.precision == "bf16"
     flight = min(mesh.pipeline, shape.times)
     cast = (block.plus(root) if run.recompute else everything).used
@@ -518,9 +538,9 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
     inside, root = places(asked).inside.times(shape.blocks / counted.blocks), places(asked).root
 
     def numbers(times: int) -> float:
-        return received(times * inside.whole + root.whole, mesh.shards) + received(times * inside.own, mesh.alike)
+        return times * inside.received(mesh) + root.received(mesh)
 
-    calls = groups(inside, shape.blocks, shared_out=mesh.alike > 1)
+    calls = shape.blocks + inside.layers_apart(mesh)
     yield Traffic(
         "shards",
         "gather parameters",
@@ -530,12 +550,6 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
         hidden="weights",
     )
     yield Traffic("shards", "reduce-scatter gradients", calls + 1, numbers(1) * 4, mesh.shards, hidden="weights")
-
-
-def groups(inside: Placed, blocks: int, shared_out: bool) -> int:
-    """Collectives for the parameters of so many blocks: one each, and, if asked, one more for each layer that has some
-    which are shared out."""
-    return blocks + shared_out * round(inside.apart)
 
 
 def received(numbers: float, ranks: int) -> float:
@@ -550,7 +564,7 @@ def replicating(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
         held = memory(asked, counted)["parameters"]
         where = {"ranks": mesh.replicas, "stride": mesh.shards, "hidden": "weights"}
         inside = places(asked).inside.times(shape.blocks / counted.blocks)
-        calls = groups(inside, shape.blocks, shared_out=True) + 1
+        calls = shape.blocks + round(inside.apart + inside.apart_dealt) + 1
         yield Traffic("replicas", "all-reduce gradients", calls, 2 * received(held, mesh.replicas), **where)
 
 
@@ -619,7 +633,8 @@ SOFTMAX: dict[str, Callable] = {"gather": by_gather, "ring": by_ring, "ulysses":
 
 
 def dispatching(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
-    """Tokens to their experts and back, forward and backward; routing is taken to be even."""
+    """Tokens to their experts and back, forward and backward; routing is taken to be even. Ranks that share heads send
+    a part each."""
     model, mesh = asked.model, asked.mesh
     if mesh.expert == 1:
         return
@@ -628,9 +643,10 @@ def dispatching(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
     row = width * (2 if asked.run.precision == "bf16" else 4)
     n, k = mesh.expert, model.top_k
     gates = 2 * k * 4 if mesh.dispatch == "rank" else 0
-    rows = shape.tokens * visited(model.experts, k, n)
+    tokens = math.ceil(shape.tokens / mesh.tensor)
+    rows = tokens * visited(model.experts, k, n)
     if mesh.dispatch == "pair":
-        rows = shape.tokens * k * (n - 1) / n
+        rows = tokens * k * (n - 1) / n
     numbers = 8 * (n - 1) * (model.experts // n + 2 if mesh.dispatch == "pair" else 3)
     passes = 1 + asked.run.recompute
     size = passes * (rows * (2 * row + gates) + numbers) + rows * (2 * row + gates)
@@ -683,7 +699,8 @@ def staging(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
     """Pipeline parallelism: what enters a stage, and its gradient."""
     mesh = asked.mesh
     if mesh.pipeline > 1:
-        size = shape.tokens * asked.model.width * counted.kept[0].stream
+        tokens = math.ceil(shape.tokens / mesh.tensor) if mesh.between == "cut" else shape.tokens
+        size = tokens * asked.model.width * counted.kept[0].stream
         stride = mesh.tensor * mesh.sequence * mesh.data
         both = 2 * shape.times  # forward and backward
         yield Traffic("pipeline", "pass activations on", both, float(size * both), mesh.pipeline, stride, 1)

@@ -1,5 +1,6 @@
 """Degrees of parallelism -> groups of ranks with names."""
 
+import math
 import os
 import sys
 import traceback
@@ -17,14 +18,15 @@ from reference.ops import Ops
 @dataclass(frozen=True)
 class Degrees:
     """How the ranks are used. The product of data, sequence, tensor and pipeline is the number of ranks; replicas and
-    expert divide that of data and sequence, another way to see the same ranks."""
+    expert divide that of data, sequence and tensor, another way to see the same ranks."""
 
     data: int = -1
     """Groups of ranks that take different samples (-1: as many as there are ranks for)."""
     sequence: int = 1
     """Ranks that share the tokens of each sample."""
     tensor: int = 1
-    """Ranks that share the heads of every mixer and the hidden channels of every expert, and repeat all else."""
+    """Ranks that share the heads of every mixer and the hidden channels of every expert (beside --mesh.expert: the
+    tokens of all of them), and repeat all else."""
     between: Literal["repeated", "cut"] = "repeated"
     """What ranks that share heads do between two layers: all of them repeat all tokens, or each keeps its share of them
     (for activations that take less memory)."""
@@ -39,7 +41,8 @@ class Degrees:
     """What travels to the experts: a token's row once for each expert that it visits, or once for each rank that holds
     some of them, which sums before it answers (fewer bytes, and in 16 bits one more rounding)."""
     replicas: int = 1
-    """Groups of ranks that hold all parameters, each cut over its group (1: parameters are cut over all ranks)."""
+    """Groups of ranks that hold all parameters (of a stage), each cut over its group (1: parameters are cut over all
+    ranks)."""
     pipeline: int = 1
     """Ranks that share the blocks, one part of the stack each (with schedules of two stages: two parts)."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"] = "1f1b"
@@ -81,28 +84,28 @@ class Mesh(NamedTuple):
     def __str__(self) -> str:
         if self.size == 1:
             return "one process"
-        if self.pipeline_size > 1:
-            inside = "sharded over data" if self.data_size > 1 else "whole"
-            return (
-                f"{self.size} ranks = {self.pipeline_size} pipeline x {self.data_size} data, parameters of a stage "
-                f"{inside}, schedule {self.schedule}"
-            )
-        text = f"{self.size} ranks = {self.data_size} data x {self.sequence_size} sequence"
+        over = self.size // (self.pipeline_size * self.replicas)
+        text = f"{self.size} ranks = "
+        text += f"{self.pipeline_size} pipeline x " if self.pipeline_size > 1 else ""
+        text += f"{self.data_size} data x {self.sequence_size} sequence"
         text += f" x {self.tensor_size} tensor" if self.tensor_size > 1 else ""
-        text += ", parameters sharded over "
-        over = self.size // self.replicas
-        text += "all" if self.replicas == 1 else f"{over} in each of {self.replicas} replicas"
+        text += ", parameters of a stage " if self.pipeline_size > 1 else ", parameters "
+        if self.replicas > 1:
+            text += f"sharded over {over} in each of {self.replicas} replicas"
+        else:
+            text += f"sharded over {over if self.pipeline_size > 1 else 'all'}" if over > 1 else "whole"
         if self.expert_size > 1:
             text += f", experts shared out to {self.expert_size} and sharded over {over // self.expert_size}"
-        return text
+        return text + (f", schedule {self.schedule}" if self.pipeline_size > 1 else "")
 
 
 def make(degrees: Degrees, device: torch.device) -> Mesh:
     """The mesh of the processes that there are.
 
-    The same ranks, in the same order, are seen in three ways, the last name counting fastest:
-    data x sequence x tensor; replicas x shards; replicas x shards of experts x experts, or the same of heads. So the
-    ranks that share heads are neighbours, and those that share a sequence or experts are near each other.
+    The same ranks, in the same order, are seen in three ways, the last name counting fastest: pipeline, and of the
+    ranks with the same stages data x sequence x tensor; replicas x shards; replicas x shards of experts x experts, or
+    the same of heads. So the ranks that share heads are neighbours, and those that share a sequence or experts are near
+    each other; ranks of a pipeline, which say the least to each other, are far apart.
 
     Raises ValueError, one line, if the degrees do not fit the number of ranks.
     """
@@ -111,20 +114,20 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
     data = check(degrees, world)
     if world == 1:
         return Mesh()
-    if degrees.pipeline > 1:
-        return piped(degrees, data, group, device)
-    expert, replicas = degrees.expert, degrees.replicas
+    expert, replicas, stages = degrees.expert, degrees.replicas, degrees.pipeline
+    alike = world // stages  # ranks with the same stages
 
     def view(**dims: int) -> DeviceMesh:
+        dims = ({"pipeline": stages} if stages > 1 else {}) | dims
         return init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
     batch = view(data=data, sequence=degrees.sequence, tensor=degrees.tensor)
-    shards = view(replicas=replicas, shards=world // replicas)
+    shards = view(replicas=replicas, shards=alike // replicas) if alike > 1 else None
     shared = heads = None
     if degrees.tensor > 1:
-        heads = view(replicas=replicas, tensor_shards=world // (replicas * degrees.tensor), tensor=degrees.tensor)
+        heads = view(replicas=replicas, tensor_shards=alike // (replicas * degrees.tensor), tensor=degrees.tensor)
     if expert > 1:
-        shared = view(replicas=replicas, expert_shards=world // (replicas * expert), expert=expert)
+        shared = view(replicas=replicas, expert_shards=alike // (replicas * expert), expert=expert)
     return Mesh(
         rank=comm.rank(group),
         size=world,
@@ -142,107 +145,78 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
         sequence=batch.get_group("sequence") if degrees.sequence > 1 else None,
         tensor=heads.get_group("tensor") if heads else None,
         expert=shared.get_group("expert") if shared else None,
-        shards=shards if replicas > 1 else shards["shards"],
+        shards=None if shards is None else shards["replicas", "shards"] if replicas > 1 else shards["shards"],
         experts=shared,
         tensors=heads,
         between=degrees.between,
         attention=degrees.attention,
         states=degrees.states,
-    )
-
-
-def piped(degrees: Degrees, data: int, group: comm.Group, device: torch.device) -> Mesh:
-    """pipeline x data: the ranks that hold the same stages are neighbours."""
-    ranks = init_device_mesh(device.type, (degrees.pipeline, data), mesh_dim_names=("pipeline", "data"))
-    return Mesh(
-        rank=comm.rank(group),
-        size=comm.size(group),
-        data_rank=ranks.get_local_rank("data"),
-        data_size=data,
-        everyone=group,
-        shards=ranks["data"] if data > 1 else None,
-        pipeline_rank=ranks.get_local_rank("pipeline"),
-        pipeline_size=degrees.pipeline,
+        pipeline_rank=batch.get_local_rank("pipeline") if stages > 1 else 0,
+        pipeline_size=stages,
         schedule=degrees.schedule,
-        pipeline=ranks.get_group("pipeline"),
-        alike=ranks.get_group("data") if data > 1 else None,
+        pipeline=batch.get_group("pipeline") if stages > 1 else None,
+        alike=view(alike=alike).get_group("alike") if stages > 1 and alike > 1 else None,
     )
-
-
-def check_pipeline(degrees: Degrees, world: int) -> int:
-    """The degree of data beside a pipeline; ValueError, one line, for what does not go with it."""
-    others = {name: getattr(degrees, name) for name in ("sequence", "tensor", "expert", "replicas")}
-    wrong = [f"--mesh.{name} {n}" for name, n in others.items() if n != 1]
-    if wrong:
-        raise ValueError(f"--mesh.pipeline {degrees.pipeline} goes with data alone, not with {', '.join(wrong)}")
-    data = max(world // degrees.pipeline, 1) if degrees.data == -1 else degrees.data
-    need = data * degrees.pipeline
-    if need != world:
-        raise ValueError(
-            f"a mesh of {degrees.pipeline} pipeline x {data} data needs {need} ranks, found {world}: start as many "
-            f"(torchrun --nproc-per-node {need}), or let pipeline be {one_of(world)}"
-        )
-    return data
 
 
 def check(degrees: Degrees, world: int) -> int:
     """The degree of data; ValueError, one line, if this many ranks cannot be used that way."""
+    data, sequence, expert, replicas = degrees.data, degrees.sequence, degrees.expert, degrees.replicas
     if degrees.pipeline < 1:
         raise ValueError(f"--mesh.pipeline is {degrees.pipeline}; it must be at least 1")
-    if degrees.pipeline > 1:
-        return check_pipeline(degrees, world)
-    data, sequence, expert, replicas = degrees.data, degrees.sequence, degrees.expert, degrees.replicas
     if min(sequence, expert, replicas, degrees.tensor) < 1 or (data < 1 and data != -1):
         raise ValueError(
             f"mesh degrees must be at least 1 (data: or -1), got data {data}, sequence {sequence}, expert {expert}, "
             f"replicas {replicas}, tensor {degrees.tensor}"
         )
-    each = with_tensor(degrees, world)  # ranks for each of the parts of the heads
+    if world % degrees.pipeline:
+        raise ValueError(
+            f"{degrees.pipeline} pipeline ranks do not fit into {ranks(world)}; let --mesh.pipeline be {one_of(world)}"
+        )
+    alike = world // degrees.pipeline  # ranks with the same stages
+    beside = f", those of each of {degrees.pipeline} pipeline ranks" if degrees.pipeline > 1 else ""
+    each = with_tensor(degrees, alike, beside)  # ranks for each of the parts of the heads
     data = max(each // sequence, 1) if data == -1 else data
     if data * sequence != each:
-        shape, need = f"{data} data x {sequence} sequence", data * sequence * degrees.tensor
-        shape += f" x {degrees.tensor} tensor" if degrees.tensor > 1 else ""
+        raise ValueError(of_another_size(degrees, data, world, each))
+    if alike % replicas:
         raise ValueError(
-            f"a mesh of {shape} needs {need} ranks, found {world}: start as many "
-            f"(torchrun --nproc-per-node {need}), or let sequence be {one_of(each)}"
+            f"{replicas} replicas cannot be made of {ranks(alike)}{beside}; let --mesh.replicas be {one_of(alike)}"
         )
-    if world % replicas:
-        raise ValueError(
-            f"{replicas} replicas cannot be made of {ranks(world)}; let --mesh.replicas be {one_of(world)}"
-        )
-    size = world // replicas
+    size = alike // replicas
     if size % expert:
         inside = f"each of {replicas} replicas, {ranks(size)}" if replicas > 1 else ranks(size)
         raise ValueError(
-            f"groups of {expert} ranks that share experts do not fit into {inside}; let --mesh.expert be {one_of(size)}"
+            f"groups of {expert} ranks that share experts do not fit into {inside}{beside}; let --mesh.expert be "
+            f"{one_of(size)}"
         )
     return data
 
 
-def with_tensor(degrees: Degrees, world: int) -> int:
+def of_another_size(degrees: Degrees, data: int, world: int, each: int) -> str:
+    sizes = {"pipeline": degrees.pipeline, "data": data, "sequence": degrees.sequence, "tensor": degrees.tensor}
+    shape = " x ".join(f"{n} {name}" for name, n in sizes.items() if n > 1 or name in ("data", "sequence"))
+    need = math.prod(sizes.values())
+    return (
+        f"a mesh of {shape} needs {need} ranks, found {world}: start as many "
+        f"(torchrun --nproc-per-node {need}), or let sequence be {one_of(each)}"
+    )
+
+
+def with_tensor(degrees: Degrees, alike: int, beside: str) -> int:
     """How many groups that share heads there are; ValueError, one line, if they cannot be made."""
-    not_both(degrees.tensor, degrees.expert)
-    if world % degrees.tensor:
+    if alike % degrees.tensor:
         raise ValueError(
-            f"groups of {degrees.tensor} ranks that share heads do not fit into {ranks(world)}; let --mesh.tensor be "
-            f"{one_of(world)}"
+            f"groups of {degrees.tensor} ranks that share heads do not fit into {ranks(alike)}{beside}; let "
+            f"--mesh.tensor be {one_of(alike)}"
         )
-    size = world // degrees.replicas
-    if world % degrees.replicas == 0 and size % degrees.tensor:
+    size = alike // degrees.replicas
+    if alike % degrees.replicas == 0 and size % degrees.tensor:
         raise ValueError(
             f"groups of {degrees.tensor} ranks that share heads do not fit into each of {degrees.replicas} replicas, "
-            f"{ranks(size)}; let --mesh.replicas be {one_of(world // degrees.tensor)}"
+            f"{ranks(size)}{beside}; let --mesh.replicas be {one_of(alike // degrees.tensor)}"
         )
-    return world // degrees.tensor
-
-
-def not_both(tensor: int, expert: int) -> None:
-    """ValueError, one line, for experts that would be cut and shared out."""
-    if tensor > 1 and expert > 1:
-        raise ValueError(
-            f"experts are cut over {tensor} ranks (--mesh.tensor) or shared out to {expert} (--mesh.expert), not both: "
-            "let one of them be 1"
-        )
+    return alike // degrees.tensor
 
 
 def ranks(n: int) -> str:
@@ -261,13 +235,18 @@ def over(ops: Ops, mesh: Mesh) -> Ops:
     if mesh.size == 1:
         return ops
     cut = lasp.over(ops, mesh.sequence, mesh.attention, mesh.states)
-    shared = tensor.over(experts.over(cut, mesh.expert, mesh.dispatch), mesh.tensor)
+    shared = tensor.over(experts.over(cut, mesh.expert, mesh.dispatch), mesh.tensor, mesh.expert_size > 1)
+    return totals(shared, mesh.everyone, mesh.tensor_size)
+
+
+def totals(ops: Ops, group: comm.Group, alike: int) -> Ops:
+    """The same ops with sums over `group`, whose ranks have the same tokens, so many each."""
 
     def total(x: Tensor) -> Tensor:
-        summed = comm.total(x, mesh.everyone)
-        return summed if mesh.tensor_size == 1 else summed / mesh.tensor_size
+        summed = comm.total(x, group)
+        return summed if alike == 1 else summed / alike
 
-    return shared._replace(total=total)
+    return ops._replace(total=total)
 
 
 # -------------------------------------------------------------------------------------- the beginning and the end

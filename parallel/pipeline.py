@@ -5,6 +5,10 @@ alone, forward, and its gradient, backward; in which order a rank does what is t
 (`torch.distributed.pipelining`). All ranks of a pipeline make the same batches, as data is a function of the step, so
 that what a block knows about its tokens besides x never travels.
 
+Ranks with the same stages may share data, sequences, heads and experts as without a pipeline: each of them has its own
+pipeline, with the ranks in the same place of the other stages. All of them follow the same schedule, so what they
+exchange with each other inside a stage comes in the same order on all.
+
 Every parameter keeps the name that it has in the whole model: it starts as there, and checkpoints fit any number of
 stages. Losses of routers belong to the stage that has the layer: they join its gradient where x leaves it.
 
@@ -31,14 +35,15 @@ class Schedule(NamedTuple):
     kind: str  # torch's name: whoever has no pipeline does not wait for the import, which brings the compiler along
     stages: int = 1  # of each rank
     turns: bool = False  # at the last rank: the stages go back from there, and loss and embedding are on the first
+    parts: bool = False  # of a backward pass by themselves: the gradient of what enters a stage, and those of weights
 
 
 SCHEDULE = {
     "gpipe": Schedule("ScheduleGPipe"),  # 1811.06965
     "1f1b": Schedule("Schedule1F1B"),  # 2006.09503
     "interleaved": Schedule("ScheduleInterleaved1F1B", 2),  # 2104.04473
-    "zero-bubble": Schedule("ScheduleInterleavedZeroBubble", 2),  # 2401.10241
-    "zero-bubble-v": Schedule("ScheduleZBVZeroBubble", 2, turns=True),  # 2405.15362
+    "zero-bubble": Schedule("ScheduleInterleavedZeroBubble", 2, parts=True),  # 2401.10241
+    "zero-bubble-v": Schedule("ScheduleZBVZeroBubble", 2, turns=True, parts=True),  # 2405.15362
 }
 
 
@@ -65,6 +70,12 @@ def refuse(model: LanguageModel, mesh: Mesh, micro_batches: int) -> None:
         raise ValueError(f"layers of {config.lsm!r} share more than x, which stages do not hand on; {alone}")
     if any(isinstance(layer, MoE) and layer.scale is not None for layer in model.modules()):
         raise ValueError(f"router {config.router!r} mixes tokens, which no test has led through stages; {alone}")
+    if how.parts and mesh.sequence_size > 1 and mesh.states == "ring":
+        # The second part may come once more by where one rank gives a memory's cotangent and another takes it.
+        raise ValueError(
+            f"schedule {mesh.schedule!r} asks for gradients of weights by themselves, which a chain of memories has "
+            "not; use --mesh.states gather, or another schedule"
+        )
     if stages > blocks:
         raise ValueError(
             f"{ranks} pipeline ranks x {how.stages} of schedule {mesh.schedule!r} are {stages} stages, and the model "
@@ -85,9 +96,9 @@ def refuse(model: LanguageModel, mesh: Mesh, micro_batches: int) -> None:
 class Stage(nn.Module):
     """Some neighbouring blocks; the first stage has the embedding, too, and the last one the norm and the head."""
 
-    def __init__(self, whole: LanguageModel, index: int, parts: list[range]):
+    def __init__(self, whole: LanguageModel, index: int, parts: list[range], repeated: int = 1):
         super().__init__()
-        self.config, self.ops, self.index = whole.config, whole.ops, index
+        self.config, self.ops, self.index, self.repeated = whole.config, whole.ops, index, repeated
         self.first, self.last = index == 0, index == len(parts) - 1
         self.side = whole.side
         if self.first:
@@ -110,11 +121,12 @@ class Stage(nn.Module):
             return self.lost(x, batch) if self.last else x
         stack = stacked([y for y in loads if isinstance(y, Load)])
         aside, self.loads[i] = self.task.aside(stack, alike(loads), self)
+        aside = aside / self.repeated  # so many ranks repeat each token: each has its share
         if not self.last:
             return Joined.apply(x, aside) if isinstance(aside, Tensor) else x
         losses = self.lost(x, batch).sum()
         self.losses[i] = losses.detach()
-        return (losses / self.task.tokens + aside)[None]
+        return (losses / self.task.tokens / self.repeated + aside)[None]
 
     def through(self, x: Tensor, batch, key: int | None) -> tuple[Float[Tensor, "b t d"], list]:
         side = self.side(batch.tokens, batch.positions, batch.cu_seqlens, batch.indices, key, None)
@@ -162,7 +174,7 @@ class Part(nn.Module):
         self.parts = cut(len(whole.blocks), mesh.pipeline_size * how.stages)
         self.places = [place(i, mesh.pipeline_size, how) for i in range(len(self.parts))]
         mine = [i for i, rank in enumerate(self.places) if rank == mesh.pipeline_rank]
-        self.stages = Hidden(Stage(whole, i, self.parts) for i in mine)
+        self.stages = Hidden(Stage(whole, i, self.parts, mesh.tensor_size) for i in mine)
         layers = [name for name, layer in whole.named_modules() if isinstance(layer, MoE)]
         blocks = {f"blocks.{i}" for stage in self.stages for i in stage.blocks}
         self.numbers = [i for i, name in enumerate(layers) if ".".join(name.split(".")[:2]) in blocks]
@@ -202,7 +214,7 @@ class Part(nn.Module):
 
         how, dtype = SCHEDULE[self.mesh.schedule], next(self.parameters()).dtype
         comm.total(tokens.new_zeros(1), self.mesh.pipeline)  # NCCL wants all ranks in the first exchange of a group
-        x = torch.empty(*tokens.shape, self.config.width, dtype=dtype, device=tokens.device, requires_grad=True)
+        x = self.between(tokens, dtype).requires_grad_()
         stages = [
             PipelineStage(
                 stage,
@@ -218,6 +230,12 @@ class Part(nn.Module):
         return getattr(schedules, how.kind)(
             stages if how.stages > 1 else stages[0], times, loss_fn=lambda loss, _: loss.sum(), scale_grads=False
         )
+
+    def between(self, tokens: Int[Tensor, "1 t"], dtype: torch.dtype) -> Float[Tensor, "1 s d"]:
+        """As large as what goes from stage to stage: x of all these tokens, or of a rank's part of them."""
+        b, t = tokens.shape
+        share = self.mesh.tensor_size if self.mesh.between == "cut" else 1
+        return torch.empty(b, -(-t // share), self.config.width, dtype=dtype, device=tokens.device)
 
     def whole(self, loads: list[list[Load]]) -> Load | None:
         """Over micro-batches, and of the layers of all stages, in the order of the stack."""
@@ -243,8 +261,7 @@ class Part(nn.Module):
             if rank != me:
                 continue
             if i and self.places[i - 1] != me:
-                like = torch.empty(*tokens.shape, self.config.width, dtype=dtype, device=tokens.device)
-                x = comm.take(like, group, me - self.places[i - 1])
+                x = comm.take(self.between(tokens, dtype), group, me - self.places[i - 1])
             x = stages[i](x, batch=batch)
             if stages[i].last:
                 losses = x.to(losses)
@@ -273,11 +290,12 @@ EACH = ("counts", "dropped", "first", "probability", "mass", "importance", "chan
 
 def divide(whole: LanguageModel, mesh: Mesh, recompute: bool) -> Part:
     """This rank's part of a model on the meta device, its stages sharded over the ranks that hold the same ones."""
+    apart = shard.share_out(whole, mesh)
     part = Part(whole, mesh)
     for stage in part.stages:
         if recompute:
             shard.checkpointing(stage.blocks.values())
-        shard.shard(stage, mesh, stage.blocks.values())
+        shard.cut(stage, mesh, stage.blocks.values(), apart)
         if mesh.shards is not None:
             # Whole from a step's first micro-batch to its last: gathered once, and torch's weight passes look for them.
             stage.set_reshard_after_forward(False)

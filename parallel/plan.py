@@ -15,13 +15,13 @@ import itertools
 import json
 import sys
 import typing
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 
 import train
 from command import Parser, at_least, mistakes, refuse
 from parallel import mesh as trainers
+from parallel import pipeline
 from parallel.budget import (
     SIZES,
     Asked,
@@ -36,6 +36,7 @@ from parallel.budget import (
     counted,
     item,
     memory,
+    on_meta,
     operations,
     shape_of,
     times,
@@ -101,13 +102,16 @@ def best(name: str, asked: Asked, n: int) -> list[Plan]:
     """The fastest meshes of data, sequence, heads, experts and replicas, those that fit first, then the smallest (to
     10 GB). ValueError if there is none."""
     plans, why = [], None
-    for ranks in divisors(min(asked.gpus, asked.given.host)):
+    for ranks, experts in itertools.product(divisors(min(asked.gpus, asked.given.host)), (False, True)):
+        several = meshes(asked, ranks, experts)
+        if not several:
+            continue
         try:
-            known = counted(asked.model, asked.run, asked.given, replace(asked.mesh, tensor=ranks))
+            known = counted(asked.model, asked.run, asked.given, several[0])
         except ValueError as error:
             why = why or error
             continue
-        for mesh in meshes(asked, ranks):
+        for mesh in several:
             try:
                 plans.append(plan(name, asked._replace(mesh=mesh), known))
             except ValueError as error:
@@ -117,15 +121,15 @@ def best(name: str, asked: Asked, n: int) -> list[Plan]:
     return sorted(plans, key=lambda p: (not p.fits, 0 if p.fits else round(p.bytes, -10), -p.rate))[:n]
 
 
-def meshes(asked: Asked, ranks: int) -> Iterator[Degrees]:
-    """Of those with so many ranks that share heads."""
-    gpus, host = asked.gpus, asked.given.host
-    for sequence in divisors(gpus // ranks):
-        for expert in divisors(min(gpus, host)) if ranks == 1 else [1]:
-            for shards in {gpus, min(gpus, host)}:
-                if gpus % shards == 0:
-                    sizes = {"data": -1, "sequence": sequence, "tensor": ranks, "expert": expert}
-                    yield replace(asked.mesh, **sizes, replicas=gpus // shards)
+def meshes(asked: Asked, ranks: int, experts: bool) -> list[Degrees]:
+    """Of those with so many ranks that share heads, and with experts shared out or not."""
+    gpus, host, found = asked.gpus, asked.given.host, []
+    for sequence, expert in itertools.product(divisors(gpus // ranks), divisors(min(gpus, host))):
+        for shards in {gpus, min(gpus, host)}:
+            if gpus % shards == 0 and (expert > 1) == experts:
+                sizes = {"data": -1, "sequence": sequence, "tensor": ranks, "expert": expert}
+                found.append(replace(asked.mesh, **sizes, replicas=gpus // shards))
+    return found
 
 
 def divisors(n: int) -> list[int]:
@@ -146,8 +150,11 @@ def objections(p: Plan) -> list[str]:
                 tensor_size=mesh.tensor,
                 attention=mesh.attention,
                 states=mesh.states,
+                pipeline_size=mesh.pipeline,
             )
             train.refuse_to_cut(train.PRESETS[p.name][1], place)
+            if mesh.pipeline > 1:
+                pipeline.refuse(on_meta(p.asked.model), place, p.shape.times)
     except ValueError as error:
         found.append(f"refuses the preset as it is ({error})")
     return found

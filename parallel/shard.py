@@ -30,23 +30,40 @@ def checkpointing(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+Apart = dict[nn.Module, set[nn.Parameter]]  # layers, and their parameters of which ranks hold different parts
+
+
 def shard(model: nn.Module, mesh: Mesh, blocks: Iterable[nn.Module], narrow: torch.dtype | None = None) -> None:
     """FSDP2, in place: each block, then the rest of the model. One process: nothing.
 
     Parameters are cut over all ranks of a replica and are the same in every replica. Those of experts, where these are
     shared out, are cut over the ranks that hold the same experts, and parts of layers, where ranks share heads, over
     those that hold the same part. With `narrow`, experts, which are most of the parameters, travel and compute in that
-    dtype, and their gradients are summed in float32; not where ranks share heads, which cut experts where they are
-    used. Raises ValueError, one line, if experts or heads cannot be shared out.
+    dtype, and their gradients are summed in float32; not where ranks share heads and cut experts where they are used.
+    Raises ValueError, one line, if experts or heads cannot be shared out.
     """
+    cut(model, mesh, blocks, share_out(model, mesh), narrow)
+
+
+def share_out(model: nn.Module, mesh: Mesh) -> Apart:
+    """Experts and heads of a whole model to their ranks, in place, before `cut`; what they hold of them."""
+    if mesh.shards is None:
+        return {}
+    experts.place(model, mesh.experts)
+    return tensor.place(model, mesh.tensors, mesh.between == "cut", mesh.experts is not None)
+
+
+def cut(
+    model: nn.Module, mesh: Mesh, blocks: Iterable[nn.Module], apart: Apart, narrow: torch.dtype | None = None
+) -> None:
+    """`shard`, of a model (or some blocks of one) whose experts and heads are shared out."""
     if mesh.shards is None:
         return
-    experts.place(model, mesh.experts)
-    apart = tensor.place(model, mesh.tensors, mesh.between == "cut")
-    if mesh.tensors is not None:
-        narrow = None
-    elif mesh.experts or narrow:
-        apart = {layer: set(layer.own().values()) for layer in model.modules() if isinstance(layer, MoE)}
+    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
+    narrow = narrow if mesh.tensors is None or mesh.experts is not None else None
+    apart = {layer: apart[layer] for layer in model.modules() if layer in apart}
+    if mesh.experts is not None or narrow:
+        apart |= {layer: set(layer.own().values()) for layer in layers}
     own = set().union(*apart.values())
     # It warns of outputs that are views, which must not be changed in place. Nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -54,10 +71,10 @@ def shard(model: nn.Module, mesh: Mesh, blocks: Iterable[nn.Module], narrow: tor
         summed(fully_shard(part, mesh=mesh.shards, ignored_params=own))
     # Torch begins with the innermost module, whose parameters are then all its own. Here a layer's are those that are
     # on another mesh or in another dtype than what stands beside them, so layers come last.
-    policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
     for layer, mine in apart.items():
-        others = set(layer.parameters()) - mine
-        summed(fully_shard(layer, **over_whom(mesh), mp_policy=policy, ignored_params=others))
+        others, narrower = set(layer.parameters()) - mine, narrow if layer in layers else None
+        policy = MixedPrecisionPolicy(narrower, torch.float32 if narrower else None, cast_forward_inputs=False)
+        summed(fully_shard(layer, **over_whom(layer, mesh), mp_policy=policy, ignored_params=others))
 
 
 def summed(part: FSDPModule) -> None:
@@ -66,9 +83,11 @@ def summed(part: FSDPModule) -> None:
     part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor in it
 
 
-def over_whom(mesh: Mesh) -> dict:
-    """Where experts, and parts of layers, are cut, for `fully_shard`: over the ranks that hold the same ones."""
-    grid, placement = (mesh.experts, experts.placement) if mesh.tensors is None else (mesh.tensors, tensor.placement)
+def over_whom(layer: nn.Module, mesh: Mesh) -> dict:
+    """Where a layer's experts, or its part, are cut, for `fully_shard`: over the ranks that hold the same ones."""
+    grid, placement = mesh.tensors, tensor.placement
+    if isinstance(layer, MoE) and (mesh.experts is not None or grid is None):
+        grid, placement = mesh.experts, experts.placement
     if grid is None:
         return {"mesh": mesh.shards}
     alike = grid.mesh_dim_names[-2]  # the last name is that of the ranks with the others

@@ -201,7 +201,9 @@ class Shared(NamedTuple):
         return self.cut.dim is not None and len(self.cut.blocks) == 1 and any(size % alike == 0 for size in sides)
 
 
-def place(model: nn.Module, grid: DeviceMesh | None, sparing: bool = False) -> dict[nn.Module, set[nn.Parameter]]:
+def place(
+    model: nn.Module, grid: DeviceMesh | None, sparing: bool = False, shared_out: bool = False
+) -> dict[nn.Module, set[nn.Parameter]]:
     """`share`, and each rank holds alone what it can of its parts; in place, before sharding. Returns these, by layer.
 
     `grid` ends in the dimensions `tensor_shards` (ranks that hold the same part) and `tensor` (the group). Names of
@@ -211,19 +213,19 @@ def place(model: nn.Module, grid: DeviceMesh | None, sparing: bool = False) -> d
     if grid is None:
         return held
     team, alike = team_of(grid.get_group("tensor")), grid["tensor_shards"].size()
-    for shared in share(model, team, sparing):
+    for shared in share(model, team, sparing, shared_out):
         if shared.alone(alike):
             hold(shared, team, grid["tensor"])
             held.setdefault(shared.module, set()).add(shared.weight)
     return held
 
 
-def share(model: nn.Module, team: Team, sparing: bool = False) -> list[Shared]:
+def share(model: nn.Module, team: Team, sparing: bool = False, shared_out: bool = False) -> list[Shared]:
     """Every mixer, dense layer and expert of a language model computes its part from now on, in place; returns their
     parameters.
 
-    If `sparing`, each rank keeps a part of the tokens between layers (`spare`). Raises ValueError, one line, for layers
-    that cannot be cut so.
+    If `sparing`, each rank keeps a part of the tokens between layers (`spare`). If experts are `shared_out`, each is on
+    one rank, and whole. Raises ValueError, one line, for layers that cannot be cut so.
     """
     layer, end = 0, partial(own_sum, team) if sparing else team.total
     count = sum(letter in "LN" for letter in model.config.letters)
@@ -232,7 +234,7 @@ def share(model: nn.Module, team: Team, sparing: bool = False) -> list[Shared]:
         inner = [sublayer.inner, *sublayer.beside]
         for module in inner:
             if isinstance(module, MoE):
-                parameters += share_experts(module, team)
+                parameters += share_experts(module, team, shared_out)
             else:
                 smaller = part_of(module, model.config, layer, count, model.ops, team)
                 parameters += share_layer(module, smaller, team, end)
@@ -252,8 +254,16 @@ def share_layer(module: nn.Module, smaller: nn.Module, team: Team, end: Callable
     return [Shared(module, name, cut) for name, cut in cuts.items()]
 
 
-def share_experts(layer: MoE, team: Team) -> list[Shared]:
+def share_experts(layer: MoE, team: Team, shared_out: bool) -> list[Shared]:
     """The weights of experts; what they compute is `sharing`'s. The shared expert is a layer like any other."""
+    parameters = [] if shared_out else cut_experts(layer, team)
+    if layer.shared is not None:
+        smaller = part_of(layer.shared, None, 0, 0, layer.ops, team)
+        parameters += share_layer(layer.shared, smaller, team, team.total)
+    return parameters
+
+
+def cut_experts(layer: MoE, team: Team) -> list[Shared]:
     c = layer.config
     if c.dropout:
         raise ValueError(
@@ -262,11 +272,7 @@ def share_experts(layer: MoE, team: Team) -> list[Shared]:
         )
     divided(c.hidden, "hidden channels of an expert", team.ranks)
     cuts = cuts_of_experts(layer.kind.rows, c.hidden)
-    parameters = [Shared(layer, name, cuts[name]) for name in layer.own()]
-    if layer.shared is not None:
-        smaller = part_of(layer.shared, None, 0, 0, layer.ops, team)
-        parameters += share_layer(layer.shared, smaller, team, team.total)
-    return parameters
+    return [Shared(layer, name, cuts[name]) for name in layer.own()]
 
 
 def cuts_of_experts(rows: int, hidden: int) -> dict[str, Cut]:
@@ -355,12 +361,26 @@ def summed_forward(
     return end(y) if isinstance(y, Tensor) else (end(y[0]), *y[1:])
 
 
-def over(ops: Ops, group: Group) -> Ops:
+def over(ops: Ops, group: Group, shared_out: bool = False) -> Ops:
     """The same ops for a model whose layers are placed, whose loss goes over parts of the words, too."""
     if comm.size(group) == 1:
         return ops
-    name = f"{ops.name}, heads over {comm.size(group)} ranks"
-    return sharing(ops, team_of(group))._replace(name=name, token_losses=partial(token_losses, group, ops.token_losses))
+    name, share = f"{ops.name}, heads over {comm.size(group)} ranks", dealing if shared_out else sharing
+    return share(ops, team_of(group))._replace(name=name, token_losses=partial(token_losses, group, ops.token_losses))
+
+
+def dealing(ops: Ops, team: Team) -> Ops:
+    """Of experts that are shared out (by `ops.experts`) each rank sends its part of the tokens to theirs, and what
+    comes back is gathered. Routing is the same on all ranks; `room`, if given, is there for the tokens of each."""
+
+    def experts(x, routing, *weights, drop=None, **how):
+        rows = -(-len(x) // team.ranks)
+        own = slice(team.rank * rows, (team.rank + 1) * rows)
+        drop = None if drop is None else drop._replace(index=drop.index[own])
+        y = ops.experts(x[own], type(routing)(*(part[own] for part in routing)), *weights, drop=drop, **how)
+        return team.gathered(F.pad(y, (0, 0, 0, rows - len(y)))[None])[0, : len(x)]
+
+    return ops._replace(experts=experts)
 
 
 def sharing(ops: Ops, team: Team) -> Ops:

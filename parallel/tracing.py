@@ -193,12 +193,15 @@ class Even(TorchFunctionMode):
 # ------------------------------------------------------------------------------------------------------------ tracing
 
 
-def trace(config, bf16: bool = True, fused: bool = True, ranks: int = 1, sparing: bool = False) -> list[Kept]:
+def trace(
+    config, bf16: bool = True, fused: bool = True, ranks: int = 1, sparing: bool = False, shared_out: bool = False
+) -> list[Kept]:
     """One for each block, in order, of a rank of those that share heads (`sparing`: and have a part of the tokens
-    between layers). ValueError for a model whose shapes depend on its numbers, or whose heads cannot be shared."""
+    between layers; `shared_out`: and send a part to experts). ValueError for a model whose shapes depend on its
+    numbers, or whose heads cannot be shared."""
     config = replace(config, capacity_factor=math.inf, pad=False)
     try:
-        short, long = (traced(config, n * LENGTH, bf16, fused, ranks, sparing) for n in (1, 2))
+        short, long = (traced(config, n * LENGTH, bf16, fused, ranks, sparing, shared_out) for n in (1, 2))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(f"cannot trace {config.lsm!r}: how much it computes depends on the text ({error})") from error
     return [per_token(less, more) for less, more in zip(short, long, strict=True)]
@@ -213,15 +216,17 @@ def per_token(less: Kept, more: Kept) -> Kept:
     return less._replace(a_token=(more.a_token - less.a_token) / LENGTH, sums=tuple(sums))
 
 
-def traced(config, t: int, bf16: bool, fused: bool, ranks: int, sparing: bool) -> list[Kept]:
+def traced(config, t: int, bf16: bool, fused: bool, ranks: int, sparing: bool, shared_out: bool) -> list[Kept]:
     """The bytes are those of t tokens. Blocks with the same parameters are run once."""
     found, order, crossings, sums = {}, [], [], []
     with FakeTensorMode(), Even():
         team = imagined(ranks, sums)
         ops = tracing(crossings, fused)
-        model = LanguageModel(config, ops if ranks == 1 else tensor.sharing(ops, team))
         if ranks > 1:
-            tensor.share(model, team, sparing)
+            ops = tensor.dealing(ops, team) if shared_out else tensor.sharing(ops, team)
+        model = LanguageModel(config, ops)
+        if ranks > 1:
+            tensor.share(model, team, sparing, shared_out)
         place = torch.arange(t)[None]
         side = model.side(torch.zeros(1, t, dtype=torch.int64), place, None, place, 0, None)
         x, last = torch.zeros(1, t, config.width), len(model.blocks) - 1

@@ -446,8 +446,8 @@ MUTANTS = [
     Mutant(
         "totals over a part of the ranks",
         "parallel/mesh.py",
-        "comm.total(x, mesh.everyone)",
-        "comm.total(x, mesh.sequence)",
+        "totals(shared, mesh.everyone,",
+        "totals(shared, mesh.sequence,",
         "tests/test_lasp.py",
     ),
     Mutant(
@@ -509,16 +509,30 @@ MUTANTS = [
     Mutant(
         "ranks that share heads add their tokens up",
         "parallel/mesh.py",
-        "summed / mesh.tensor_size",
+        "summed if alike == 1 else summed / alike",
         "summed",
         "tests/test_tensor.py -k every_mixer",
     ),
     Mutant(
-        "heads shared beside a pipeline",
+        "ranks of a stage that repeat a token each count all of its loss",
+        "parallel/pipeline.py",
+        "losses / self.task.tokens / self.repeated",
+        "losses / self.task.tokens",
+        "tests/test_pipeline.py -k 'four_ranks and tensor'",
+    ),
+    Mutant(
+        "a pipeline's ranks of a sequence all have its first part",
         "parallel/mesh.py",
-        '("sequence", "tensor", "expert", "replicas")',
-        '("sequence", "expert", "replicas")',
-        "tests/test_tensor.py -k refused_in_one_line",
+        'sequence_rank=batch.get_local_rank("sequence")',
+        'sequence_rank=batch.get_local_rank("sequence") * (stages == 1)',
+        "tests/test_pipeline.py -k 'four_ranks and sequence'",
+    ),
+    Mutant(
+        "all that share heads send the first tokens to experts",
+        "parallel/tensor.py",
+        "own = slice(team.rank * rows, (team.rank + 1) * rows)",
+        "own = slice(0, rows)",
+        "tests/test_tensor.py -k shared_out",
     ),
     Mutant(
         "every rank has the decays of the first heads",
@@ -1216,8 +1230,8 @@ MUTANTS = [
     Mutant(
         "a plan's parts of heads travel with all else",
         "parallel/budget.py",
-        "shared_out=mesh.alike > 1",
-        "shared_out=False",
+        "self.apart * (mesh.alike > 1)",
+        "self.apart * 0",
         "tests/test_plan.py -k fsdp_gathers",
     ),
     Mutant(

@@ -24,6 +24,7 @@ from test_experts import config_of, run, same, steps, values
 
 SMALL = {"width": 8, "heads": 2, "experts": 4, "expert_width": 6, "router": "linear_moe"}
 ALONE, TWO, SPARING = mesh.Degrees(), mesh.Degrees(tensor=2), mesh.Degrees(tensor=2, between="cut")
+BOTH = mesh.Degrees(tensor=2, expert=2)
 CUT = [name for name in LSM if mixers.kind(name) in tensor.PLAN]
 
 
@@ -59,6 +60,11 @@ CUT_BETWEEN = {
     "odd tokens": {"pattern": "LN", "lsm": "mamba2", "key_size": 3, "micro": 3, "shared_width": 4},
     "dense": {"pattern": "L+DL+E", "dense_width": 6, "lsm": "hgrn2", "recompute": True},
 }
+DEALT = {  # experts that are shared out by the ranks that share heads
+    "bias and dropout": ROUTED["bias"] | {"expert_dropout": 0.3, "expert_width": 5},
+    **{name: ROUTED[name] for name in ("penalty", "biases", "slots", "room")},
+}
+DEALT = {name: SMALL | {"lsm": "retention"} | how for name, how in DEALT.items()}
 CUT_BETWEEN = {name: SMALL | how for name, how in CUT_BETWEEN.items()}
 MODELS = {name: SMALL | how for name, how in MODELS.items()}
 MODELS |= {name: SMALL | {"lsm": "retention"} | how for name, how in ROUTED.items()}
@@ -78,12 +84,14 @@ def configs(models, degrees=ALONE):
 
 @pytest.fixture(scope="module")
 def alone() -> dict:
-    return runs(configs(ROWS | MODELS | CUT_BETWEEN))
+    return runs(configs(ROWS | MODELS | CUT_BETWEEN | DEALT))
 
 
 @pytest.fixture(scope="module")
 def shared(alone) -> list:
-    return testing.run(2, runs, configs(ROWS | MODELS, TWO) | configs(CUT_BETWEEN, SPARING))
+    cases = configs(ROWS | MODELS, TWO) | configs(CUT_BETWEEN, SPARING)
+    cases |= {("dealt", name): how for name, how in configs(DEALT, BOTH).items()}
+    return testing.run(2, runs, cases)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -104,6 +112,12 @@ def test_so_are_those_with_tokens_cut_between_the_layers(name, alone, shared):
         same(rank[name], alone[name])
 
 
+@pytest.mark.parametrize("name", DEALT)
+def test_so_are_those_with_experts_that_are_shared_out(name, alone, shared):
+    for rank in shared:
+        same(rank["dealt", name], alone[name])
+
+
 # ------------------------------------------------------------------------------------------------- every mesh
 
 WHOLE = {
@@ -118,6 +132,8 @@ ON_FOUR = [("hybrid", mesh.Degrees(tensor=2)), ("hybrid", mesh.Degrees(tensor=2,
 ON_FOUR += [
     ("decays", mesh.Degrees(tensor=2, sequence=2, between="cut")),
     ("decays", mesh.Degrees(tensor=2, replicas=2)),
+    ("hybrid", mesh.Degrees(tensor=2, expert=4)),
+    ("decays", mesh.Degrees(tensor=2, sequence=2, expert=2, dispatch="rank", between="cut")),
 ]
 
 
@@ -131,7 +147,12 @@ def on_four(whole_alone) -> list:
     return testing.run(4, runs, {(name, degrees): configured(WHOLE[name], degrees) for name, degrees in ON_FOUR})
 
 
-@pytest.mark.parametrize("case", ON_FOUR, ids=lambda case: f"{case[0]}, {case[1].sequence} {case[1].replicas}")
+def titled(case) -> str:
+    name, where = case
+    return f"{name}, {where.sequence} {where.replicas} {where.expert}"
+
+
+@pytest.mark.parametrize("case", ON_FOUR, ids=titled)
 def test_every_mesh_trains_as_one_process(case, whole_alone, on_four):
     for rank in on_four:
         same(rank[case], whole_alone[case[0]])
@@ -343,9 +364,8 @@ WRONG = {
     mesh.Degrees(tensor=3): (
         "groups of 3 ranks that share heads do not fit into 2 ranks; let --mesh.tensor be one of 1, 2"
     ),
-    mesh.Degrees(tensor=2, expert=2): (
-        "experts are cut over 2 ranks (--mesh.tensor) or shared out to 2 (--mesh.expert), not both: let one of them "
-        "be 1"
+    mesh.Degrees(tensor=2, expert=4): (
+        "groups of 4 ranks that share experts do not fit into 2 ranks; let --mesh.expert be one of 1, 2"
     ),
     mesh.Degrees(tensor=2, replicas=2): (
         "groups of 2 ranks that share heads do not fit into each of 2 replicas, 1 rank; let --mesh.replicas be 1"
@@ -354,7 +374,10 @@ WRONG = {
         "a mesh of 1 data x 2 sequence x 2 tensor needs 4 ranks, found 2: start as many (torchrun --nproc-per-node 4), "
         "or let sequence be 1"
     ),
-    mesh.Degrees(tensor=2, pipeline=2): "--mesh.pipeline 2 goes with data alone, not with --mesh.tensor 2",
+    mesh.Degrees(tensor=2, pipeline=2): (
+        "groups of 2 ranks that share heads do not fit into 1 rank, those of each of 2 pipeline ranks; let "
+        "--mesh.tensor be 1"
+    ),
     mesh.Degrees(tensor=0): (
         "mesh degrees must be at least 1 (data: or -1), got data -1, sequence 1, expert 1, replicas 1, tensor 0"
     ),
