@@ -241,7 +241,8 @@ def channel_sweep(
             tl.store(kept + line.to(tl.int64) * X * Z + cell, S, mask=in_cell)
         if OUT:
             bx = tl.load(x + row * X + at_x, mask=in_rows_x, other=0.0)
-            A = tl.load(scores + row * C + at_scores, mask=inside[:, None] & inside[None, :], other=0.0)
+            there = inside[None, :] if REVERSE else inside[:, None]  # beyond the last token, columns are zeros
+            A = tl.load(scores + row * C + at_scores, mask=there, other=0.0)
             o = tl.dot(bx, S.to(bx.dtype), input_precision=PRECISION)
             o = tl.dot(A, bz, o, input_precision=PRECISION)
             tl.store(out + row * Z + at_z, o, mask=in_rows_z)

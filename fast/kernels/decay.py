@@ -88,6 +88,17 @@ def power_of_2(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def plus_product(total, x, y, inside, PRECISION: tl.constexpr):
+    """total + x y where `inside`. Of float32 the product is found first: added term by term to what is larger than all
+    of them, every term would be rounded as the sum is. (The mask keeps the compiler from doing so.)"""
+    if x.dtype == tl.float32:
+        total += tl.where(inside, tl.dot(x, y, input_precision=PRECISION), 0.0)
+    else:
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def run_of(borders, n, tokens, PACKED: tl.constexpr):
     """The first row and the number of tokens of sequence n. Borders are clamped: no bad one reads foreign memory."""
     if PACKED:
@@ -453,16 +464,18 @@ def decay_fold(
 @triton.jit(do_not_specialize=["tokens", "heads", "segments"])
 def decay_counts(
     y, weights, borders, counts, tokens, heads, segments,
-    X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, WEIGHTED: tl.constexpr,
+    X: tl.constexpr, BX: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Σ_t y_t over each segment, with WEIGHTED Σ_t weights_t y_t: what it does to N. Reads y (1 U)."""
     pid = tl.program_id(0)
-    segment = pid % segments
-    h = (pid // segments) % heads
-    n = pid // segments // heads
+    ix = pid % SLICES * BX + tl.arange(0, BX)
+    segment = pid // SLICES % segments
+    h = (pid // SLICES // segments) % heads
+    n = pid // SLICES // segments // heads
     start, length = run_of(borders, n, tokens, PACKED)
     first, stop = part_of(length, segment, segments)
-    ix, ic = tl.arange(0, BX), tl.arange(0, C)
+    ic = tl.arange(0, C)
     N = tl.zeros((BX,), tl.float32)
     for i in range(0, tl.cdiv(stop - first, C)):
         t = first + i * C + ic
@@ -827,9 +840,10 @@ def counts_between(y, weights, borders, first, segments, reverse=False) -> tuple
     and sums of what few numbers it leaves."""
     n, h, X = sequences_of(y, borders), y.shape[2], y.shape[-1]
     counts = y.new_empty(n, h, segments, X, dtype=torch.float32)
+    slices = cdiv(X, 16)
     launch(
-        decay_counts, n * h * segments, y, weights, borders, counts, y.shape[1], h, segments,
-        X=X, BX=padded(X), C=64, PACKED=borders is not None, WEIGHTED=weights is not None,
+        decay_counts, slices * n * h * segments, y, weights, borders, counts, y.shape[1], h, segments,
+        X=X, BX=16, SLICES=slices, C=256, PACKED=borders is not None, WEIGHTED=weights is not None,
     )  # fmt: skip
     first = counts.new_zeros(n, h, X) if first is None else first
     counts = torch.cat([counts, first[:, :, None]] if reverse else [first[:, :, None], counts], 2)

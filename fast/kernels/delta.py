@@ -551,12 +551,12 @@ def columns_of(x: Tensor, z: Tensor) -> int:
 
 def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
     """In how many segments to cut each sequence. What a segment does to a memory costs two sweeps more, so only where
-    not a quarter of the GPU would be busy; two programs a multiprocessor, and at least 512 tokens a segment."""
+    not half of the GPU would be busy; two programs a multiprocessor, and at least 512 tokens a segment."""
     if padded(q.shape[-1]) > FOLDED:
         return 1
     programs = max(1, sequences * q.shape[2] * cdiv(v.shape[-1], columns_of(q, v)))
     wanted = 2 * decay.multiprocessors(q.device) // programs
-    return 1 if wanted < 8 else decay.long_enough(wanted, q, sequences)
+    return 1 if wanted < 4 else decay.long_enough(wanted, q, sequences)
 
 
 def kind_of(x: Tensor, g: Tensor | None, borders: Tensor | None) -> dict:

@@ -115,6 +115,7 @@ from fast.kernels.decay import (
     part_of,
     place_of,
     places,
+    plus_product,
     power_of_2,
     run_of,
     sequences_of,
@@ -495,7 +496,7 @@ def rank_one_sweep(
         slot = place_of(start, n, begin, C) * heads + h
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
-        in_rows_c = inside[:, None] & inside[None, :]
+        in_rows_c = inside[None, :] if REVERSE else inside[:, None]  # beyond the last token, columns are zeros
         bz = tl.load(z + row * Z + at_z, mask=in_rows_z, other=0.0)
         bA = tl.load(A + row * C + at_c, mask=in_rows_c, other=0.0)
         bB = tl.load(B + row * X + at_x, mask=in_rows_x, other=0.0)
@@ -508,20 +509,20 @@ def rank_one_sweep(
         if KEEP:
             tl.store(states + slot * X * Z + cell, before, mask=in_cell)
         new = tl.dot(bA, bz, input_precision=PRECISION)
-        new = tl.dot(bB, before, new, input_precision=PRECISION)
+        new = plus_product(new, bB, before, in_rows_z, PRECISION)
         if GATE != 0:
             S = S * fade
-        S = tl.dot(tl.trans(bF), new.to(bz.dtype), S, input_precision=PRECISION)
+        S = plus_product(S, tl.trans(bF), new.to(bz.dtype), in_cell, PRECISION)
         if MORE:
             bF2 = tl.load(F2 + row * X + at_x, mask=in_rows_x, other=0.0)
-            S = tl.dot(tl.trans(bF2), bz, S, input_precision=PRECISION)
+            S = plus_product(S, tl.trans(bF2), bz, in_cell, PRECISION)
         if KEEP:
             tl.store(x + row * Z + at_z, new, mask=in_rows_z)
         if OUT:
             bA2 = tl.load(A2 + row * C + at_c, mask=in_rows_c, other=0.0)
             bB2 = tl.load(B2 + row * X + at_x, mask=in_rows_x, other=0.0)
             o = tl.dot(bA2, bz, input_precision=PRECISION)
-            o = tl.dot(bB2, before, o, input_precision=PRECISION)
+            o = plus_product(o, bB2, before, in_rows_z, PRECISION)
             tl.store(out + row * Z + at_z, o, mask=in_rows_z)
     if SPAN:
         slot = segment if REVERSE else segment + 1
@@ -610,29 +611,29 @@ def rank_one_gradients(
         added = tl.zeros((C, BK), tl.float32)
         Av = tl.zeros((C, C), tl.float32)
         Bv = tl.zeros((C, C), tl.float32)
-    for j in range(0, V, BV):
+    for j in tl.static_range(0, V, BV):  # in a loop shared memory would lie as loads do, not as dots read
         iv = j + tl.arange(0, BV)
         at_v = row * V + here * (heads * V) + iv[None, :]
         ok_v = inside[:, None] & (iv < V)[None, :]
-        turned = slot * K * V + iv[:, None] + ik[None, :] * V
-        in_cell = (iv < V)[:, None] & in_k[None, :]
+        cell = slot * K * V + ik[:, None] * V + iv[None, :]
+        in_cell = in_k[:, None] & (iv < V)[None, :]
         bdo = tl.load(do + at_v, mask=ok_v, other=0.0)
         by = tl.load(y + at_v, mask=ok_v, other=0.0)
         br = tl.load(r + at_v, mask=ok_v, other=0.0)
-        S = tl.load(states + turned, mask=in_cell, other=0.0)
-        E = tl.load(cotangents + turned, mask=in_cell, other=0.0)
-        asked = tl.dot(bdo, S, asked, input_precision=PRECISION)
-        found = tl.dot(by, S, found, input_precision=PRECISION)
-        written = tl.dot(br, E, written, input_precision=PRECISION)
+        S = tl.load(states + cell, mask=in_cell, other=0.0)
+        E = tl.load(cotangents + cell, mask=in_cell, other=0.0)
+        asked = tl.dot(bdo, tl.trans(S), asked, input_precision=PRECISION)
+        found = tl.dot(by, tl.trans(S), found, input_precision=PRECISION)
+        written = tl.dot(br, tl.trans(E), written, input_precision=PRECISION)
         A = tl.dot(bdo, tl.trans(br), A, input_precision=PRECISION)
         B = tl.dot(by, tl.trans(br), B, input_precision=PRECISION)
         if TWO:
             bv = tl.load(v + at_v, mask=ok_v, other=0.0)
-            added = tl.dot(bv, E, added, input_precision=PRECISION)
+            added = tl.dot(bv, tl.trans(E), added, input_precision=PRECISION)
             Av = tl.dot(bdo, tl.trans(bv), Av, input_precision=PRECISION)
             Bv = tl.dot(by, tl.trans(bv), Bv, input_precision=PRECISION)
         if GATES:
-            begun += tl.sum(S.to(tl.float32) * E.to(tl.float32), 0)
+            begun += tl.sum(S.to(tl.float32) * E.to(tl.float32), 1)
 
     along = row * C + here * (heads * C) + other
     once = inside[:, None] & (s == 0)
