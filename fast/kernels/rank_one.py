@@ -509,20 +509,20 @@ def rank_one_sweep(
         if KEEP:
             tl.store(states + slot * X * Z + cell, before, mask=in_cell)
         new = tl.dot(bA, bz, input_precision=PRECISION)
-        new = plus_product(new, bB, before, in_rows_z, PRECISION)
+        new = plus_product(new, bB, before, inside[:, None], PRECISION)
         if GATE != 0:
             S = S * fade
-        S = plus_product(S, tl.trans(bF), new.to(bz.dtype), in_cell, PRECISION)
+        S = plus_product(S, tl.trans(bF), new.to(bz.dtype), in_x[:, None], PRECISION)
         if MORE:
             bF2 = tl.load(F2 + row * X + at_x, mask=in_rows_x, other=0.0)
-            S = plus_product(S, tl.trans(bF2), bz, in_cell, PRECISION)
+            S = plus_product(S, tl.trans(bF2), bz, in_x[:, None], PRECISION)
         if KEEP:
             tl.store(x + row * Z + at_z, new, mask=in_rows_z)
         if OUT:
             bA2 = tl.load(A2 + row * C + at_c, mask=in_rows_c, other=0.0)
             bB2 = tl.load(B2 + row * X + at_x, mask=in_rows_x, other=0.0)
             o = tl.dot(bA2, bz, input_precision=PRECISION)
-            o = plus_product(o, bB2, before, in_rows_z, PRECISION)
+            o = plus_product(o, bB2, before, inside[:, None], PRECISION)
             tl.store(out + row * Z + at_z, o, mask=in_rows_z)
     if SPAN:
         slot = segment if REVERSE else segment + 1
