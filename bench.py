@@ -5,6 +5,7 @@
     python bench.py drift --out FILE                                           errors over 65,536 tokens
     python bench.py kernels --commit $(git rev-parse --short HEAD) --out FILE  needs a GPU
     python bench.py kernels --rows mamba2 --peer fla --commit HASH --out FILE  beside flash-linear-attention
+    python bench.py tune --rows mamba2 --peer fla --tuned DIR --out FILE       minutes that `kernels --tuned DIR` saves
     python bench.py local --commit HASH --out FILE                             norms and short convolutions
     torchrun --nproc-per-node 2 bench.py parallel --commit HASH --out FILE     steps, experts and sequences over ranks
 
@@ -21,10 +22,11 @@ Where every element of the memory needs an exponential of its own (Mamba), one a
 a clock and multiprocessor; the larger counts. Rows of one head (Mamba, Longhorn, S4) take a shape's h·d as the width of
 their layer: at 8x2048x8x128 Mamba has 2048 channels of 16 keys.
 Before anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
-Peers that cannot run are listed as unavailable, with the reason. `decode` lines (`--decode`: batches, or none) are one
-token a sequence at 8 heads of 128: the memory overwritten where that is ours to choose, 16 of them in turn as a model's
-layers have theirs, so that none is found in the cache, and a time is that of one. The floor is the memory read and
-written once in float32, and the token's inputs and outputs.
+Peers that cannot run are listed as unavailable, with the reason. `tune` has peers tune themselves beforehand, several
+side by side, and says how long their first calls took; with `--tuned` those in `kernels` are no first calls. `decode`
+lines (`--decode`: batches, or none) are one token a sequence at 8 heads of 128: the memory overwritten where that is
+ours to choose, 16 of them in turn as a model's layers have theirs, so that none is found in the cache, and a time is
+that of one. The floor is the memory read and written once in float32, and the token's inputs and outputs.
 
 `parallel`: what W ranks do together beside one alone, in W processes at once. A time is the slowest rank's, of the
 median run; what would pass `--seconds`, by the time of the measurement before, is skipped, and a line says so. `steps`:
@@ -100,7 +102,15 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--peer", nargs="*", choices=list(PEERS), default=[], help="measure these beside ours")
             sub.add_argument("--shapes", nargs="+", default=list(SHAPES), help="b x t x h x d")
             sub.add_argument("--peer-shapes", nargs="+", default=None, help="shapes for peers that tune (all)")
+            sub.add_argument("--tuned", default=None, help="folder of Triton's cache in which peers have tuned (none)")
             sub.add_argument("--decode", nargs="*", type=int, default=[1, 16, 128], help="batches of one token (none)")
+            sub.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+            continue
+        if name == "tune":
+            sub.set_defaults(device="cuda")
+            sub.add_argument("--peer", nargs="+", choices=list(PEERS), default=list(PEERS), help="who tunes")
+            sub.add_argument("--peer-shapes", nargs="+", default=list(SHAPES), help="b x t x h x d")
+            sub.add_argument("--tuned", required=True, help="folder for Triton's cache")
             sub.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
             continue
         if name == "local":
@@ -375,14 +385,12 @@ def flat(memory) -> list:
 
 def kernels(args) -> Iterable[dict]:
     """The Triton kernels, and peers on the same inputs, on this GPU."""
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # so that a first call's seconds are a first call's
+    new = tempfile.mkdtemp()  # so that a first call's seconds are a first call's
+    os.environ["TRITON_CACHE_DIR"] = new
     import fast.recurrence
 
     dtype = getattr(torch, args.dtype)
-    shapes = [tuple(int(n) for n in s.split("x")) for s in args.shapes]
-    peer_shapes = (
-        shapes if args.peer_shapes is None else [tuple(int(n) for n in s.split("x")) for s in args.peer_shapes]
-    )
+    shapes, peer_shapes = (sizes_of(s or args.shapes) for s in (args.shapes, args.peer_shapes))
     ceiling = ceilings()
     yield ceiling
     for shape in shapes:
@@ -390,6 +398,7 @@ def kernels(args) -> Iterable[dict]:
     for name in args.rows or fast.recurrence.rows():
         for side, (f, where) in contestants(name, args.peer, fast.recurrence.recurrence, shapes, peer_shapes).items():
             head = {"row": name, "side": side, "dtype": args.dtype}
+            os.environ["TRITON_CACHE_DIR"] = new if side == "ours" else args.tuned or new
             try:
                 yield {**head, **budget(name, f, where[0][3], dtype)}
                 for shape in where:
@@ -397,9 +406,34 @@ def kernels(args) -> Iterable[dict]:
             except Exception as error:
                 yield {**head, "what": "unavailable", "reason": reason(error)}
             torch.cuda.empty_cache()
+        os.environ["TRITON_CACHE_DIR"] = new
         for side, step in {"ours": fast.recurrence.step, **{peer: STEPS[peer] for peer in args.peer}}.items():
             yield from decoded(name, side, step, args.decode, dtype, ceiling)
             torch.cuda.empty_cache()
+
+
+def tune(args) -> Iterable[dict]:
+    """Peers tune themselves: seconds of their first calls, whose results stay in a folder for `kernels --tuned`."""
+    os.environ["TRITON_CACHE_DIR"] = args.tuned
+    for name in args.rows or list(LSM):
+        for shape in sizes_of(args.peer_shapes):
+            for side in args.peer:
+                line = {"row": name, "side": side, "shape": text(shape), "dtype": args.dtype}
+                try:
+                    f = PEERS[side](name)
+                    row, tokens, constants = inputs(name, *shape, getattr(torch, args.dtype), as_layers=True)
+                    tokens = {n: x.cuda().requires_grad_() for n, x in tokens.items()}
+                    constants = {n: x.cuda() for n, x in constants.items()}
+                    begin = time.perf_counter()
+                    f(row, tokens, constants)[0].sum().backward()
+                    torch.cuda.synchronize()
+                    yield {**line, "what": "tuned", "first_call_s": time.perf_counter() - begin}
+                except Exception as error:
+                    yield {**line, "what": "unavailable", "reason": reason(error)}
+
+
+def sizes_of(shapes: list[str]) -> list[tuple[int, ...]]:
+    return [tuple(int(n) for n in s.split("x")) for s in shapes]
 
 
 def contestants(name: str, peers: list[str], ours: Callable, shapes, peer_shapes) -> dict:
@@ -1135,6 +1169,8 @@ def as_text(line: dict) -> str:
         return f"{head} unavailable: {line['reason']}"
     if "error_over_budget" in line:
         return f"{head} {line['what']}: {line['error_over_budget']}, first call {line['first_call_s']:.1f} s"
+    if line["what"] == "tuned":
+        return f"{head} {line['shape']:20} {'tuned':17} first call {line['first_call_s']:.1f} s"
     if line["what"] == "decode":
         times = f"eager {1e3 * line['eager_ms']:8.1f}  graph {1e3 * line['graph_ms']:8.1f} us"
         held = f"{100 * line['floor_share']:4.0f} % of the floor {line['peak_mib']:8.2f} MiB"
@@ -1158,7 +1194,14 @@ def as_text(line: dict) -> str:
     return f"{head} {place} {line['what']:17} {line['eager_ms']:10.3f} ms {line['peak_mib']:9.2f} MiB"
 
 
-COMMANDS = {"reference": reference, "drift": drift, "kernels": kernels, "local": local, "parallel": parallel}
+COMMANDS = {
+    "reference": reference,
+    "drift": drift,
+    "kernels": kernels,
+    "tune": tune,
+    "local": local,
+    "parallel": parallel,
+}
 TABLES = {"reference": summary}  # of all lines, printed at the end
 
 if __name__ == "__main__":
