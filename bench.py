@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--peer", nargs="*", choices=list(PEERS), default=[], help="measure these beside ours")
             sub.add_argument("--shapes", nargs="+", default=list(SHAPES), help="b x t x h x d")
             sub.add_argument("--peer-shapes", nargs="+", default=None, help="shapes for peers that tune (all)")
+            sub.add_argument("--softmax", action=argparse.BooleanOptionalAction, default=True, help="a line beside")
             sub.add_argument("--tuned", default=None, help="folder of Triton's cache in which peers have tuned (none)")
             sub.add_argument("--decode", nargs="*", type=int, default=[1, 16, 128], help="batches of one token (none)")
             sub.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
@@ -393,7 +394,7 @@ def kernels(args) -> Iterable[dict]:
     shapes, peer_shapes = (sizes_of(s or args.shapes) for s in (args.shapes, args.peer_shapes))
     ceiling = ceilings()
     yield ceiling
-    for shape in shapes:
+    for shape in shapes if args.softmax else ():
         yield from timed("softmax", "torch SDPA", softmax, None, shape, dtype, ceiling)
     for name in args.rows or fast.recurrence.rows():
         for side, (f, where) in contestants(name, args.peer, fast.recurrence.recurrence, shapes, peer_shapes).items():
