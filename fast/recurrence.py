@@ -3,8 +3,9 @@
 A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
 that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), delta rules (`fast/delta.py`), or
 whatever else changes by a rank one (`fast/rank_one.py`). What fades or turns element by element has no such form, but
-one of its own (`fast/scan.py`); so have weighted means (`fast/ratio.py`) and slots, which two families compute
-(`fast/slots.py`). Whatever no family takes raises; nothing falls back.
+one of its own (`fast/scan.py`); so have weighted means (`fast/ratio.py`), slots, which two families compute
+(`fast/slots.py`), and rows whose queries and keys have features (`fast/features.py`). Whatever no family takes raises;
+nothing falls back.
 
 Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates, write strengths and memories are
 float32. A family is two operators for torch (forward and gradient) with shape rules, so that `torch.compile` sees
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fast import channel, decay, delta, rank_one, ratio, scan, slots
+from fast import channel, decay, delta, features, rank_one, ratio, scan, slots
 from fast.local import DTYPES, runnable
 from fast.operators import even
 from reference import recurrence as words
@@ -26,10 +27,10 @@ from reference.lsm import LSM
 from reference.normal import Normal, has_normal, normal
 from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
-OWN = (ratio, scan, slots)  # families of rows without a normal form: each has a form of its own
+OWN = (ratio, scan, slots, features)  # families whose form is not the normal one
 FAMILIES = (*OWN, decay, channel, delta, rank_one)
 LARGEST = 256  # K and V, the count column of a normalised row included
-Form = Normal | ratio.Ratio | scan.Elements | slots.Slots
+Form = Normal | ratio.Ratio | scan.Elements | slots.Slots | features.Polynomial
 
 
 def recurrence(

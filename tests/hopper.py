@@ -1,9 +1,10 @@
-"""Compile what a forward and backward pass would launch, as a whole, by channel, rank one or element, for a Hopper GPU
-without one.
+"""Compile what a forward and backward pass would launch, as a whole, by channel, rank one, element or features, for a
+Hopper GPU without one.
 
     python tests/hopper.py 128 128 bfloat16                    by channel and by rank one
     python tests/hopper.py 128 128 bfloat16 whole              decays as a whole, and delta rules with one
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
+    python tests/hopper.py 16 64 bfloat16 features             polynomials of queries and keys
 
 Each line: the kernel, its shared memory, and the registers and bytes of stack of a thread (a stack means spills).
 
@@ -22,7 +23,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fast.kernels import channel, decay, delta, rank_one, scan
+from fast.kernels import channel, decay, delta, features, rank_one, scan
+from fast.operators import even
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -72,6 +74,8 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
     for kind in kinds:
         if kind == "whole":
             whole(q, k, v)
+        elif kind == "features":
+            products(q, k, v)
         else:
             scans(getattr(scan, kind.upper()).value, q, k, v)
     if not kinds:
@@ -123,6 +127,17 @@ def whole(q, k, v) -> None:
     _, _, *kept = delta.forward(*given, 2, False, True)
     delta.backward(v, memory, *given, *kept, True)
     delta.step(*(x[:, 0] for x in (q, k, v, beta, beta)), memory)
+
+
+def products(q, k, v) -> None:
+    size, borders = q.shape[-1], torch.tensor([0, q.shape[1]], dtype=torch.int32)
+    q, k, v = (even(x) for x in (q, k, v))
+    for kind in (features.SQUARES, features.TAYLOR):
+        memory = torch.empty(1, q.shape[2], features.features(size, kind), v.shape[-1])
+        for segments in (1, 2):
+            given = (q, k, v, memory, borders)
+            _, _, states = features.forward(*given, size, kind, segments, True)
+            features.backward(v, memory, *given, states, size, kind)
 
 
 if __name__ == "__main__":

@@ -808,6 +808,27 @@ MUTANTS = [
         "tests/test_fast.py -k 'lasting and kda'",
     ),
     Mutant(
+        "a square's two factors have its whole gradient each",
+        "fast/kernels/features.py",
+        "share = tl.where(i == j, 0.5, 1.0)[:, None]",
+        "share = tl.where(i == j, 1.0, 1.0)[:, None]",
+        "tests/test_fast.py -k 'values and rebased'",
+    ),
+    Mutant(
+        "the constant feature remembers no earlier chunk",
+        "fast/kernels/features.py",
+        "K += tl.sum(bz.to(tl.float32), 0)",
+        "K = tl.sum(bz.to(tl.float32), 0)",
+        "tests/test_fast.py -k 'values and based-'",
+    ),
+    Mutant(
+        "the memory at the end is of products that are not scaled",
+        "fast/kernels/features.py",
+        "tl.store(end + cell1, S1 * c1, mask=in1)",
+        "tl.store(end + cell1, S1, mask=in1)",
+        "tests/test_fast.py -k 'number_of_channels and based-'",
+    ),
+    Mutant(
         "held-out samples are trained on",
         "data/tasks.py",
         "np.flatnonzero(held_out(tokens) != test)",

@@ -25,9 +25,10 @@ from fast import slots as by_slots
 from fast.kernels import channel as channels
 from fast.kernels import decay as kernels
 from fast.kernels import delta as deltas
+from fast.kernels import features as polynomials
 from fast.kernels import rank_one as ones
 from fast.kernels import scan as scans
-from inputs import assert_within_budget, leaves, make, start
+from inputs import Made, assert_within_budget, leaves, make, start
 from reference import chunked, example, span
 from reference import recurrence as exact
 from reference.bidirectional import both_ways
@@ -35,10 +36,12 @@ from reference.lsm import LSM
 from reference.printed import PRINTED
 
 CUDA = torch.cuda.is_available()
-ALL = list({LSM[name][:3]: name for name in reversed(quick.rows())}.values())[::-1]  # one of the same three words
+# one of the same three words and features
+ALL = list({(*LSM[name][:3], LSM[name].features): name for name in reversed(quick.rows())}.values())[::-1]
 # token by token: few, in the interpreter
 SCANNED = [name for name in ALL if by_element.has_form(LSM[name]) or by_slots.has_form(LSM[name])]
 ELEMENTS = [name for name in SCANNED if by_element.has_form(LSM[name])]
+FEATURED = [name for name in ALL if LSM[name].features]
 LOOSE = [name for name in ALL if name in PRINTED]  # other mixtures of what the families know
 ROWS = [name for name in ALL if name not in SCANNED and name not in PRINTED]
 GATED = (
@@ -51,6 +54,7 @@ GATED = (
     "comba",
     "rwkv7",
 )  # one row for every way that a gate of one number a token, or more, goes
+CHANNELS = 16 if CUDA else 6  # of queries and keys that have features, at most
 INPUTS = ("q", "k", "v", "beta", "g", "a", "b")  # of `rank_one`
 DEVICE = "cuda" if CUDA else "cpu"
 HALVES = [torch.float16] + [torch.bfloat16] * CUDA
@@ -81,7 +85,7 @@ def family_of(name):
 
 
 def cut(monkeypatch, segments):
-    for family in (kernels, channels, deltas, ones, scans):
+    for family in (kernels, channels, deltas, ones, polynomials, scans):
         monkeypatch.setattr(family, "segments_for", lambda *_: segments)
 
 
@@ -101,13 +105,16 @@ def run(f, row, inputs, weights, dtype, device, cu_seqlens=None):
     return {"o": o, "last": last, **{f"d{n}": x for n, x in zip(names, grads, strict=True)}}
 
 
-def compare(name, dtype=torch.float32, b=1, t=83, h=1, k=20, v=33, cu_seqlens=None, seed=0, change=None, bare=False):
+def compare(
+    name, dtype=torch.float32, b=1, t=83, h=1, k=20, v=33, cu_seqlens=None, seed=0, change=None, bare=False, wide=False
+):
     """fast within the budget: exact is the token loop in float64, plain the worse of loop and chunk form in float32.
 
     Float32 results of 16-bit tokens (memories, gates' gradients) are sums of 16-bit products: they are judged as
     16-bit numbers. A gate's gradient is a difference of sums: in float32 it may be off by 8 eps of what they add up.
+    Where queries and keys have features they have few channels, unless `wide`.
     """
-    row, tokens, constants = make(name, b, t, h, k, v, seed)
+    row, tokens, constants = make(name, b, t, h, k if wide or not LSM[name].features else min(k, CHANNELS), v, seed)
     if change is not None:
         change(tokens, constants)
     n = None if cu_seqlens is None else len(cu_seqlens) - 1
@@ -182,10 +189,14 @@ def test_segments(name, segments, monkeypatch, launched):
     cut(monkeypatch, segments)
     compare(name, t=150, k=16, v=16, bare=segments == 3)
     family = {"ratio": "decay"}.get(family_of(name), family_of(name))
-    fold = "delta_fold" if family == "rank_one" else f"{family}_fold"
-    assert launched[fold] == 2  # the memories, and their cotangents
-    # spans of delta rules and of steps of rank one are their sweeps without outputs
-    sweeps = {"delta": {"delta_values": 2, "delta_answers": 2}, "rank_one": {"rank_one_sweep": 4}}
+    fold = {"rank_one": "delta", "features": "decay"}.get(family, family)
+    assert launched[f"{fold}_fold"] == 2  # the memories, and their cotangents
+    # spans of delta rules, of steps of rank one and of features are their sweeps without outputs
+    sweeps = {
+        "delta": {"delta_values": 2, "delta_answers": 2},
+        "rank_one": {"rank_one_sweep": 4},
+        "features": {"features_sweep": 4},
+    }
     spans = sweeps.get(family, {f"{family}_span": 2})
     assert {span: launched[span] for span in spans} == spans
 
@@ -313,6 +324,27 @@ def test_a_gate_that_is_not_a_number_shows(name):
     assert o[0, 20 + (name == "rwkv6") :].isnan().all() and o[0, :16].isfinite().all() and o[1].isfinite().all()
 
 
+@pytest.mark.parametrize("k", [1, 16, 23, 32])
+@pytest.mark.parametrize("name", FEATURED)
+def test_features_of_any_number_of_channels(name, k):
+    """In 16 bits from two on: an only channel of a query cancels in its normaliser, its gradient is all rounding."""
+    compare(name, t=21, k=k, v=7, wide=True)
+    borders = torch.tensor([0, 3, 70, 70], dtype=torch.int32)
+    compare(name, torch.float16, t=70, k=max(k, 2), v=7, cu_seqlens=borders, wide=True)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_features_are_never_written_to_memory(segments, monkeypatch):
+    """Forward and backward make nothing of the size of one head's features: 153 numbers a token."""
+    cut(monkeypatch, segments)
+    row, tokens, _ = some("based", t=300, h=1)
+    given = leaves(tokens)
+    with Made() as made:
+        o, _ = quick.recurrence(row, tokens)
+        torch.autograd.grad(o.square().sum(), given)
+    assert 300 * 17 <= max(made.sizes) < 300 * 153 / 2
+
+
 # ------------------------------------------------------------------------------------ the laws, element by element
 
 
@@ -391,7 +423,7 @@ def some(name, **sizes):
 
 
 @pytest.mark.parametrize("ask", ["o", "last", "both"])
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7", "based"])
 def test_expanded_or_missing_gradients(name, ask):
     """A sum's gradient has stride 0; an output that is not used has none."""
 
@@ -406,7 +438,7 @@ def test_expanded_or_missing_gradients(name, ask):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "rwkv7"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "rwkv7", "based"])
 def test_strided_inputs(name):
     row, *given = some(name, t=17 if name in SCANNED else 70)
     want, _ = quick.recurrence(row, *given)
@@ -469,6 +501,17 @@ def test_only_what_is_asked_is_computed_by_scans(name, launched):
     assert launched == {"scan_forward": 1, "scan_backward": 1}
 
 
+@pytest.mark.parametrize("name", FEATURED)
+def test_only_what_is_asked_is_computed_of_features(name, launched):
+    """One sweep for o and the memory, one for dv and the memory's gradient, one each for dq and dk."""
+    row, tokens, _ = some(name, t=5)
+    given = leaves(tokens)
+    o, _ = quick.recurrence(row, tokens)
+    assert launched == {"features_sweep": 1}
+    torch.autograd.grad(o.sum(), given)
+    assert launched == {"features_sweep": 2, "features_gradients": 2}
+
+
 def test_a_scan_that_kept_nothing_has_no_gradient():
     _, tokens, _ = some("longhorn", t=3)
     q, k, v, dt = (tokens[n].requires_grad_() for n in ("q", "k", "v", "dt"))
@@ -529,6 +572,16 @@ def test_a_delta_rule_that_kept_nothing_has_no_gradient():
         torch.ops.linear_moe.rank_one(*given, *[None] * 5, 1, False, False)
 
 
+@pytest.mark.parametrize("segments, wide", [(1, False), (2, True)])
+@pytest.mark.parametrize("polynomial", [polynomials.SQUARES, polynomials.TAYLOR])
+def test_the_operator_of_features_keeps_torchs_rules(polynomial, segments, wide):
+    _, tokens, _ = some("based", t=7)
+    given = [x.requires_grad_() for x in tokens.values()]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    operator = torch.ops.linear_moe.features.default
+    torch.library.opcheck(operator, (*given, None, None, 5, polynomial, segments, wide), test_utils=checks)
+
+
 @pytest.mark.parametrize("segments", [1, 2])
 def test_weighted_means_keep_torchs_rules(segments):
     _, tokens, _ = some("linear_attention_normalized", t=7)
@@ -577,7 +630,7 @@ class Watched(TorchDispatchMode):
         return f(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gla", "gated_delta_net", "kda", "mamba"])
+@pytest.mark.parametrize("name", ["mamba2", "gla", "gated_delta_net", "kda", "mamba", "based"])
 def test_operators_only_where_somebody_looks(name):
     """The same bits by way of torch's operators and without them; neither is differentiated twice."""
     row, tokens, constants = some(name, t=7)
@@ -623,7 +676,12 @@ def test_steps_are_the_whole(name, launched):
         o.append(y)
     torch.testing.assert_close(torch.cat(o, 1), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(memory, last, rtol=1e-5, atol=1e-5)
-    kernels = {"ratio": ["decay_step"], "scan": ["scan_forward"], "slots": ["scan_forward", "channel_step"]}
+    kernels = {
+        "ratio": ["decay_step"],
+        "features": ["decay_step"],
+        "scan": ["scan_forward"],
+        "slots": ["scan_forward", "channel_step"],
+    }
     assert launched == dict.fromkeys(kernels.get(family_of(name), [f"{family_of(name)}_step"]), 5)
 
 
@@ -689,6 +747,8 @@ def test_errors(launched):
     error(ValueError, "300", "256", change=lambda tokens: tokens.update(v=torch.zeros(1, 3, 2, 300, device=DEVICE)))
     wide = {n: torch.zeros(1, 3, 2, 300, device=DEVICE) for n in "qk"}
     error(ValueError, "K = 300", "256", row="longhorn", change=lambda tokens: tokens.update(wide))
+    many = {n: torch.zeros(1, 3, 2, 33, device=DEVICE) for n in "qk"}
+    error(ValueError, "Based", "33 channels", "32", "reference", row="based", change=lambda tokens: tokens.update(many))
     error(ValueError, "int32", cu_seqlens=torch.tensor([0, 3], device=DEVICE))
     error(ValueError, "several devices", change=lambda tokens: tokens.update(v=tokens["v"].to("meta")))
     if not CUDA:
@@ -720,6 +780,17 @@ def test_scans_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
     kernels = {line.split()[0] for line in said}
     assert kernels == {n for n in vars(scans) if n.startswith("scan_")}
     assert all(line.endswith(" 0 bytes of stack") for line in said), said
+
+
+def test_features_compile_for_hopper_without_one_and_hardly_spill(tmp_path):
+    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("hopper.py")
+    said = subprocess.run(
+        [sys.executable, script, "16", "64", "bfloat16", "features"],
+        env=outside, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert {line.split()[0] for line in said} == {"features_sweep", "features_gradients", "decay_fold"}
+    assert all(int(line.split()[-4]) <= 32 for line in said), said
 
 
 def test_tensors_on_cpu_are_refused(monkeypatch):
@@ -772,7 +843,7 @@ def test_sixteen_bits_over_one_long_segment(name, monkeypatch):
 
 
 @gpu
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7", "based"])
 def test_twice_the_same_bits(name):
     def once():
         row, tokens, constants = some(name, b=2, t=3000, h=4, k=64, v=64)
@@ -844,7 +915,7 @@ def test_a_scan_keeps_few_memories_where_they_are_large():
 
 
 @gpu
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7", "based"])
 def test_cuda_graph(name):
     row, tokens, constants = some(name, t=2000)
     given = leaves(tokens, constants)

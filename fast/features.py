@@ -1,0 +1,133 @@
+"""Memories of polynomial features: Based and ReBased in linear time, whose features are never written to memory."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fast import decay
+from fast.kernels import features as kernels
+from fast.operators import even, operator, packed
+from reference import recurrence as words
+from reference.normal import ASKED, WRITTEN, Normal
+from reference.recurrence import Inputs, Row
+
+POLYNOMIALS = {words.taylor: kernels.TAYLOR, words.squares: kernels.SQUARES}
+
+
+class Polynomial(NamedTuple):
+    """M_t = M_{t-1} + φ(k_t)ᵀ v_t, o_t = finish(φ(q_t) M_t)."""
+
+    q: Float[Tensor, "b t h k"]
+    k: Float[Tensor, "b t h k"]
+    v: Float[Tensor, "b t h v"]
+    features: Callable[[Tensor], Tensor]
+    finish: Callable[[Tensor], Tensor]
+
+
+def has_form(row: Row) -> bool:
+    kept = row.decay is words.keep and row.update in (words.outer, words.counted)
+    return kept and row.features in POLYNOMIALS and row.read in (words.inclusive, words.ratio, words.damped)
+
+
+def form(row: Row, x: Inputs) -> Polynomial:
+    return Polynomial(x["q"], x["k"], WRITTEN[row.update](x)["v"], row.features, **ASKED[row.read](x))
+
+
+def takes(x) -> bool:
+    return isinstance(x, Polynomial)
+
+
+def fits(title: str, x: Polynomial) -> None:
+    size = x.k.shape[-1]
+    if size > kernels.LARGEST:
+        raise ValueError(
+            f"{title}: queries and keys of {size} channels, fast kernels of their products take at most "
+            f"{kernels.LARGEST}; use the backend 'reference'"
+        )
+
+
+def run(x: Polynomial, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
+    size, V, polynomial = x.k.shape[-1], x.v.shape[-1], POLYNOMIALS[x.features]
+    q, k, v = even(x.q), even(x.k), even(x.v)
+    memory = None if memory is None else even(memory)
+    segments = kernels.segments_for(q, v, sequences)
+    o, last, _ = features(q, k, v, memory, cu_seqlens, size, polynomial, segments, wide)
+    return x.finish(o[..., :V]).to(x.q.dtype), last[..., :V]
+
+
+def step(x: Polynomial, memory: Tensor) -> Tensor:
+    """The features of one token are few: they are made, and the memory is one that does not fade."""
+    q, k = (x.features(y[:, 0].float()).contiguous() for y in (x.q, x.k))
+    return decay.step(Normal(q, k, x.v[:, 0].contiguous(), None), memory)
+
+
+# ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@operator("features")
+def features(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    size: int,
+    polynomial: int,
+    segments: int,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments). `size`: columns of q and k before those filled in; `wide`:
+    o in float32."""
+    return kernels.forward(*packed(q, k, v, memory, cu_seqlens), size, polynomial, segments, wide)
+
+
+@features.register_fake
+def _(q, k, v, memory, cu_seqlens, size, polynomial, segments, wide):
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    h, F, V = q.shape[2], kernels.features(size, polynomial), v.shape[3]
+    states = (n, h, segments + 1, F, V) if segments > 1 else (0,)
+    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    return o, q.new_empty(n, h, F, V, dtype=torch.float32), q.new_empty(states, dtype=torch.float32)
+
+
+@operator("features_gradients")
+def features_gradients(
+    do: Tensor,
+    dlast: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+    states: Tensor,
+    size: int,
+    polynomial: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dmemory)."""
+    do, dlast = packed(do.to(v.dtype), dlast)
+    return kernels.backward(do, dlast, *packed(q, k, v, memory, cu_seqlens), states, size, polynomial)
+
+
+@features_gradients.register_fake
+def _(do, dlast, q, k, v, memory, cu_seqlens, states, size, polynomial):
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dmemory = q.new_empty(n, q.shape[2], kernels.features(size, polynomial), v.shape[3], dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmemory
+
+
+def features_context(ctx, inputs, output) -> None:
+    q, k, v, memory, cu_seqlens, ctx.size, ctx.polynomial, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, memory, cu_seqlens, output[2])
+
+
+def features_backward(ctx, do, dlast, _):
+    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
+    *grads, dmemory = features_gradients(do, dlast, *ctx.saved_tensors, ctx.size, ctx.polynomial)
+    return *grads, dmemory if ctx.needs_input_grad[3] else None, *[None] * 5
+
+
+features.register_autograd(features_backward, setup_context=features_context)
