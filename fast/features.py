@@ -12,18 +12,19 @@ from fast.kernels import features as kernels
 from fast.operators import even, operator, packed
 from reference import recurrence as words
 from reference.normal import ASKED, WRITTEN, Normal
-from reference.recurrence import Inputs, Row
+from reference.recurrence import Inputs, Row, with_one
 
 POLYNOMIALS = {words.taylor: kernels.TAYLOR, words.squares: kernels.SQUARES}
 
 
 class Polynomial(NamedTuple):
-    """M_t = M_{t-1} + φ(k_t)ᵀ v_t, o_t = finish(φ(q_t) M_t)."""
+    """M_t = M_{t-1} + φ(k_t)ᵀ v_t, o_t = finish(φ(q_t) M_t). `counted`: the last column of v is ones."""
 
     q: Float[Tensor, "b t h k"]
     k: Float[Tensor, "b t h k"]
     v: Float[Tensor, "b t h v"]
     features: Callable[[Tensor], Tensor]
+    counted: bool
     finish: Callable[[Tensor], Tensor]
 
 
@@ -33,7 +34,8 @@ def has_form(row: Row) -> bool:
 
 
 def form(row: Row, x: Inputs) -> Polynomial:
-    return Polynomial(x["q"], x["k"], WRITTEN[row.update](x)["v"], row.features, **ASKED[row.read](x))
+    v, counted = WRITTEN[row.update](x)["v"], row.update is words.counted
+    return Polynomial(x["q"], x["k"], v, row.features, counted, **ASKED[row.read](x))
 
 
 def takes(x) -> bool:
@@ -51,10 +53,14 @@ def fits(title: str, x: Polynomial) -> None:
 
 def run(x: Polynomial, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
     size, V, polynomial = x.k.shape[-1], x.v.shape[-1], POLYNOMIALS[x.features]
-    q, k, v = even(x.q), even(x.k), even(x.v)
+    v, count = x.v, -1
+    if x.counted and v.element_size() == 2:  # a second count, for what `split` adds
+        v, count = with_one(v), V - 1
+        memory = None if memory is None else torch.cat([memory, memory[..., -1:]], -1)
+    q, k, v = even(x.q), even(x.k), even(v)
     memory = None if memory is None else even(memory)
     segments = kernels.segments_for(q, v, sequences)
-    o, last, _ = features(q, k, v, memory, cu_seqlens, size, polynomial, segments, wide)
+    o, last, _ = features(q, k, v, memory, cu_seqlens, size, polynomial, count, segments, wide)
     return x.finish(o[..., :V]).to(x.q.dtype), last[..., :V]
 
 
@@ -62,6 +68,15 @@ def step(x: Polynomial, memory: Tensor) -> Tensor:
     """The features of one token are few: they are made, and the memory is one that does not fade."""
     q, k = (x.features(y[:, 0].float()).contiguous() for y in (x.q, x.k))
     return decay.step(Normal(q, k, x.v[:, 0].contiguous(), None), memory)
+
+
+def split(do: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """do in 16 bits; the count's, which nearly cancels what the values' columns give dq, in two: the second column of
+    ones has what the first lost."""
+    rounded = do.to(dtype)
+    if count >= 0:
+        rounded[..., count + 1] = do[..., count] - rounded[..., count]
+    return rounded
 
 
 # ------------------------------------------------------------------------------------- the operators, as torch sees
@@ -76,16 +91,17 @@ def features(
     cu_seqlens: Tensor | None,
     size: int,
     polynomial: int,
+    count: int,
     segments: int,
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, the last memory, the memories between segments). `size`: columns of q and k before those filled in; `wide`:
-    o in float32."""
+    """(o, the last memory, the memories between segments). `size`: columns of q and k before those filled in; `count`:
+    the first of two columns of v that are ones, or -1; `wide`: o in float32."""
     return kernels.forward(*packed(q, k, v, memory, cu_seqlens), size, polynomial, segments, wide)
 
 
 @features.register_fake
-def _(q, k, v, memory, cu_seqlens, size, polynomial, segments, wide):
+def _(q, k, v, memory, cu_seqlens, size, polynomial, count, segments, wide):
     n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     h, F, V = q.shape[2], kernels.features(size, polynomial), v.shape[3]
     states = (n, h, segments + 1, F, V) if segments > 1 else (0,)
@@ -105,29 +121,30 @@ def features_gradients(
     states: Tensor,
     size: int,
     polynomial: int,
+    count: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dmemory)."""
-    do, dlast = packed(do.to(v.dtype), dlast)
+    do, dlast = packed(split(do.contiguous(), v.dtype, count), dlast)
     return kernels.backward(do, dlast, *packed(q, k, v, memory, cu_seqlens), states, size, polynomial)
 
 
 @features_gradients.register_fake
-def _(do, dlast, q, k, v, memory, cu_seqlens, states, size, polynomial):
+def _(do, dlast, q, k, v, memory, cu_seqlens, states, size, polynomial, count):
     n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dmemory = q.new_empty(n, q.shape[2], kernels.features(size, polynomial), v.shape[3], dtype=torch.float32)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmemory
 
 
 def features_context(ctx, inputs, output) -> None:
-    q, k, v, memory, cu_seqlens, ctx.size, ctx.polynomial, _, _ = inputs
+    q, k, v, memory, cu_seqlens, ctx.size, ctx.polynomial, ctx.count, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, memory, cu_seqlens, output[2])
 
 
 def features_backward(ctx, do, dlast, _):
     do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
-    *grads, dmemory = features_gradients(do, dlast, *ctx.saved_tensors, ctx.size, ctx.polynomial)
-    return *grads, dmemory if ctx.needs_input_grad[3] else None, *[None] * 5
+    *grads, dmemory = features_gradients(do, dlast, *ctx.saved_tensors, ctx.size, ctx.polynomial, ctx.count)
+    return *grads, dmemory if ctx.needs_input_grad[3] else None, *[None] * 6
 
 
 features.register_autograd(features_backward, setup_context=features_context)

@@ -155,4 +155,5 @@ ops = reference.ops._replace(
         for name, f in reference.ops._asdict().items()
         if callable(f) and name not in ("recurrence", "span", "step")
     ),
+    again=True,
 )

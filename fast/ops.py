@@ -16,4 +16,5 @@ ops = reference.ops._replace(
     experts=experts.experts,
     norm=local.norm,
     kept=("running_sum", "attention", "token_losses", "total"),
+    again=True,
 )

@@ -234,7 +234,8 @@ def recurrence(ops: Ops, group: Group, back: bool = False) -> Callable:
 
     Where a memory adds to the outputs (`reference.late`) the tokens run once, from nothing, while the gather is under
     way, and what enters is added afterwards; the backward pass mirrors that. Other rows run for their span and again
-    from the memory: a delta rule would have to carry a K×K matrix to each token, an element's own decay K×V numbers.
+    from the memory: a delta rule would have to carry a K×K matrix to each token, an element's own decay K×V numbers. So
+    do all rows where that is less work than the addition, which is plain PyTorch in float32 (`ops.again`: by kernels).
 
     `back`: the tokens of each rank are reversed, and so is the order of the ranks.
     """
@@ -247,7 +248,7 @@ def recurrence(ops: Ops, group: Group, back: bool = False) -> Callable:
                 "rank to rank (states ring, serial), use another row, or keep sequences whole"
             )
         constants = constants or {}
-        inputs, late = [*tokens.values(), *constants.values()], comes_late(row)
+        inputs, late = [*tokens.values(), *constants.values()], comes_late(row) and not ops.again
         span = (span_of_late if late else ops.span)(row, tokens, constants, cu_seqlens)
         span = span._replace(S=attached(span.S, [], inputs))
         wire = Wire(*(brief(row, tokens, constants, cu_seqlens) or (span.A, [], "")))
@@ -403,7 +404,7 @@ def for_first(state: Float[Tensor, "b ..."], cu_seqlens) -> Float[Tensor, "n ...
 STATES = {"gather": recurrence, "ring": chain}
 CUT = {"short_convolution": short_convolution, "token_shift": token_shift, "running_sum": running_sum}
 # Acts on each token alone, is about my own tokens by definition, or belongs to the mesh (total).
-WHOLE = ("name", "span", "step", "experts", "norm", "token_losses", "total", "kept", "one_way", "cut")
+WHOLE = ("name", "span", "step", "experts", "norm", "token_losses", "total", "kept", "one_way", "cut", "again")
 
 # ------------------------------------------------------------------------------------------------ known to torch
 

@@ -768,8 +768,8 @@ MUTANTS = [
     Mutant(
         "what erases before the decay is decayed by its own token's gate",
         "fast/kernels/rank_one.py",
-        "found = faded(be, fading(before, before_lo, to, to_lo, EXACT))",
-        "found = faded(be, fade)",
+        "finding, _ = faded(sums, level, mild, count, heads, ik, C, K, True)",
+        "finding, _ = faded(sums, level, mild, count, heads, ik, C, K, False)",
         "tests/test_fast.py -k 'rwkv7 and values'",
     ),
     Mutant(

@@ -92,6 +92,8 @@ def draw(*shape, seed=0):
 
 AFFINE = [name for name in LSM if transition(LSM[name]) is not None]
 CALLS = {name: call_row(name) for name in AFFINE}
+AGAIN = {f"{name}, again": CALLS[name] for name in ("lightning", "mamba2", "gla", "rwkv6")}  # as with kernels
+CALLS |= AGAIN
 CALLS |= {f"convolution {w}": call_convolution(w) for w in (1, 2, 4)}
 CALLS |= {"token_shift": call_shift(), "running_sum": call_sum()}
 ATTENTION = {
@@ -123,7 +125,7 @@ def both(what: str, segments, packed, **how) -> tuple[list, list]:
     exact = [o[:, start:stop], *(g[:, start:stop] for g in exact[:timed]), *exact[timed:]]
     wanted = leaves(own, shared)
     local = None if cu_seqlens is None else lasp.cut_borders(cu_seqlens, start, stop)
-    o = call(lasp.over(ops, group, **how), own | shared, local)
+    o = call(lasp.over(ops._replace(again=what in AGAIN), group, **how), own | shared, local)
     (o * cotangent[:, start:stop]).sum().backward()
     got = [x.grad for x in wanted]
     assert all(g is not None for g in got), "a rank without a gradient would leave the others waiting for it"
@@ -215,7 +217,7 @@ def traffic(what: str, t: int):
     tokens, constants = inputs(2, t)
     leaves(tokens, constants)
     with comm.counted() as forward:
-        o = call(lasp.over(ops, group), tokens | constants, None)
+        o = call(lasp.over(ops._replace(again=what in AGAIN), group), tokens | constants, None)
     with comm.counted() as backward:
         o.sum().backward()
     return forward, backward
@@ -235,6 +237,7 @@ BRIEFLY = {"element": 2 * 4, "stepped": 2 * 3, "spiral": 1}  # a step for each v
 
 def numbers(what: str) -> tuple[int, int]:
     """Of A and of S, for b = 2 and the sizes above."""
+    what = what.removesuffix(", again")
     if what in LSM:
         row, tokens, constants = make(what, b=2, t=1, h=2, k=3, v=4)
         b, h, k, v = empty(row, tokens, constants).shape

@@ -16,19 +16,20 @@ chunk:
     features_sweep        out = φ(x) S + tril(w) z                                          S <- S + φ(y)ᵀ z
         o     x = q    y = k    z = v      forwards     the state is M
         dv    x = k    y = q    z = do     backwards    the state is dM, triu for tril
-    features_gradients    out = (a Sᵀ) dφ/dx + tril(w'(s) / √D ⊙ (a zᵀ)) y                  S <- S + φ(y)ᵀ z
+    features_gradients    out = (a Sᵀ) dφ/dx                                                S <- S + φ(y)ᵀ z
         dq    x = q    y = k    a = do   z = v      forwards     the state is M
-        dk    x = k    y = q    a = v    z = do     backwards    the state is dM, triu for tril
+        dk    x = k    y = q    a = v    z = do     backwards    the state is dM
+    features_pairs        dq += E k, dk += Eᵀ q                 E = tril(w'(s) / √D ⊙ (do vᵀ))
 
 A program owns a slice of z's columns and streams through time. The number of products is no power of two (136 for
 D = 16): the state has three blocks of them (64, 64 and 16), which is also what registers hold at a time. dq and dk of a
 slice are parts that are summed afterwards: D columns are few. Long sequences of few heads are cut in segments: what a
 segment does to a memory is `features_sweep` without its output, and `decay_fold` makes the memories between them.
 
-Bytes and operations. In U = one b t h V tensor: a sweep reads U and writes U, a gradient reads 2 U: 8 U with the four,
-against a floor of 2 + 4 for o, dv and their inputs; and q, k of D columns each for every slice (from the L2 cache), and
-D float32 numbers a slice for each gradient, twice. Every kernel does, a token and head, 2·F·V multiply-adds for the
-state and, in each slice, 4·D·F (gradients 6·D·F) for features and C·(D + V) for pairs.
+Bytes and operations. In U = one b t h V tensor: a sweep reads U and writes U, gradients read 2 U and so do pairs: 10 U
+with all five, against a floor of 2 + 3; and q, k of D columns each for every slice (from the L2 cache), and D float32
+numbers a slice for each gradient, twice. The four sweeps do, a token and head, 2·F·V multiply-adds for the state and,
+in each slice, 4·D·F (gradients 6·D·F) for features.
 
 Compilers. See `fast/kernels/decay.py`: no result of a dot is transposed, so φ(y)ᵀ is made as such by matrices turned
 over, and the gradients keep their state transposed; 16-bit lines have at least 2 stages; rows of q, k and z are
@@ -45,6 +46,8 @@ from torch import Tensor
 from fast.kernels import decay
 from fast.kernels.decay import (
     cdiv,
+    chunk_of,
+    chunks_of,
     decay_fold,
     multiprocessors,
     next_power_of_2,
@@ -251,8 +254,8 @@ def features_gradients(
     """What one slice of columns adds to the gradient of x, over one segment of one head of one sequence.
 
     Reads x and y (X columns), its slices of a and z; writes X float32 numbers a token. Products a chunk: 2·C·X·F for
-    y's features, 4·C·X·F through x's, 2·C·F·BZ for the state, which lies transposed, and C·C·(2 X + BZ) for pairs. Of
-    a constant there is no gradient, and no state here.
+    y's features, 4·C·X·F through x's, 2·C·F·BZ for the state, which lies transposed. Of a constant there is no
+    gradient, and no state here. What comes from pairs within a chunk is added by `features_pairs`.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -294,11 +297,7 @@ def features_gradients(
         ba = tl.load(a + row * Z + at_z, mask=in_rows, other=0.0)
         bz = tl.load(z + row * Z + at_z, mask=in_rows, other=0.0)
 
-        slope = tl.dot(bx, tl.trans(by), input_precision="ieee") * D**-0.5
-        slope = (1.0 + slope if POLYNOMIAL == 1 else 2.0 * slope) * D**-0.5
-        slope *= tl.dot(ba, tl.trans(bz), input_precision="ieee")
-        before = (ic[:, None] <= ic[None, :]) if REVERSE else (ic[:, None] >= ic[None, :])
-        dx = tl.dot(tl.where(before, slope, 0.0).to(by.dtype), by, input_precision="ieee")
+        dx = tl.zeros((C, X), tl.float32)
         dx = through_products(dx, ba, S2, bx, scale, 2 * B, REST, D, X)
         dx = through_products(dx, ba, S0, bx, scale, 0, B, D, X)
         dx = through_products(dx, ba, S1, bx, scale, B, B, D, X)
@@ -310,6 +309,50 @@ def features_gradients(
         S2 = tl.dot(tl.trans(bz), products(by, 2 * B, REST, D, X), S2, input_precision="ieee")
         S0 = tl.dot(tl.trans(bz), products(by, 0, B, D, X), S0, input_precision="ieee")
         S1 = tl.dot(tl.trans(bz), products(by, B, B, D, X), S1, input_precision="ieee")
+
+
+@triton.jit
+def sloped(x, y, d, D: tl.constexpr, POLYNOMIAL: tl.constexpr):
+    """d w'(s) / √D, s = x yᵀ / √D."""
+    s = tl.dot(x, tl.trans(y), input_precision="ieee") * D**-0.5
+    return (1.0 + s if POLYNOMIAL == 1 else 2.0 * s) * D**-0.5 * d
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
+def features_pairs(
+    q, k, v, do, borders, dq, dk, tokens, heads, sequences,
+    D: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+    POLYNOMIAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """What pairs within one chunk of one head add to dq and dk: all chunks at once, and all columns of v.
+
+    Reads q, k, v and do once, writes 2 X float32 numbers a token. 2·C·C·(V + 2 X) multiply-adds a chunk: the scores
+    and their transposed ones are products each. Where an output is a ratio, what v and what its count give dq nearly
+    cancels: they are added up before anything is rounded to 16 bits.
+    """
+    pid = tl.program_id(0)
+    h = pid % heads
+    _, start, begin, count = chunk_of(borders, pid // heads, tokens, sequences, C, PACKED)
+    if count > 0:
+        ic, ix = tl.arange(0, C), tl.arange(0, X)
+        inside = (ic < count)[:, None]
+        row = (start + begin) * heads + h
+        at_x = ic[:, None] * (heads * X) + ix[None, :]
+        bq = tl.load(q + row * X + at_x, mask=inside, other=0.0)
+        bk = tl.load(k + row * X + at_x, mask=inside, other=0.0)
+        d = tl.zeros((C, C), tl.float32)
+        across = tl.zeros((C, C), tl.float32)
+        for s in range(0, SLICES):
+            iz = s * BZ + tl.arange(0, BZ)
+            at_z = row * Z + ic[:, None] * (heads * Z) + iz[None, :]
+            bv = tl.load(v + at_z, mask=inside & (iz < Z)[None, :], other=0.0)
+            bdo = tl.load(do + at_z, mask=inside & (iz < Z)[None, :], other=0.0)
+            d = tl.dot(bdo, tl.trans(bv), d, input_precision="ieee")
+            across = tl.dot(bv, tl.trans(bdo), across, input_precision="ieee")
+        d = tl.where(ic[:, None] >= ic[None, :], sloped(bq, bk, d, D, POLYNOMIAL), 0.0)
+        across = tl.where(ic[:, None] <= ic[None, :], sloped(bk, bq, across, D, POLYNOMIAL), 0.0)
+        tl.store(dq + row * X + at_x, tl.dot(d.to(bk.dtype), bk, input_precision="ieee"), mask=inside)
+        tl.store(dk + row * X + at_x, tl.dot(across.to(bq.dtype), bq, input_precision="ieee"), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------ the launchers
@@ -371,16 +414,26 @@ def sweep(
     return out
 
 
-def gradients(x, y, a, z, size, polynomial, borders, entry, *, slots, segments, reverse=False) -> Tensor:
-    """`features_gradients`, its parts summed: dx in x's dtype."""
+def gradients(x, y, a, z, parts, size, polynomial, borders, entry, *, slots, segments, reverse=False) -> None:
+    """`features_gradients` into parts, a slice of columns each."""
     shape = shape_of(x, z, size, polynomial, borders, GRADIENTS)
-    parts = x.new_empty(shape["SLICES"], *x.shape, dtype=torch.float32)
     decay.launch(
         features_gradients, shape["SLICES"] * segments * x.shape[2] * sequences_of(x, borders),
         x, y, a, z, borders, entry, parts, x.shape[1], x.shape[2], segments, slots, rows_of(x),
         **shape, REVERSE=reverse, ENTRY=entry is not None,
     )  # fmt: skip
-    return parts.sum(0).to(x.dtype)
+
+
+def pairs(q, k, v, do, size, polynomial, borders) -> tuple[Tensor, Tensor]:
+    """What dq and dk are the sums of, one part of each for a slice of columns to come, and at last that of pairs."""
+    shape = shape_of(q, v, size, polynomial, borders, GRADIENTS)
+    dq, dk = (q.new_empty(shape["SLICES"] + 1, *q.shape, dtype=torch.float32) for _ in range(2))
+    shape = {name: x for name, x in shape.items() if name not in ("F", "B", "REST")}
+    decay.launch(
+        features_pairs, chunks_of(q, borders, shape["C"]) * q.shape[2],
+        q, k, v, do, borders, dq[-1], dk[-1], q.shape[1], q.shape[2], sequences_of(q, borders), **shape,
+    )  # fmt: skip
+    return dq, dk
 
 
 def between(y, z, size, polynomial, borders, first, segments, reverse=False) -> tuple[Tensor, Tensor]:
@@ -424,7 +477,8 @@ def backward(
         n, h, F, V = sequences_of(q, borders), q.shape[2], features(size, polynomial), v.shape[-1]
         dmemory = end = q.new_empty(n, h, F, V, dtype=torch.float32)
         before, after = memory, dlast
-    dq = gradients(q, k, do, v, *kind, before, **run)
-    dk = gradients(k, q, v, do, *kind, after, reverse=True, **run)
+    dq, dk = pairs(q, k, v, do, *kind)
+    gradients(q, k, do, v, dq, *kind, before, **run)
+    gradients(k, q, v, do, dk, *kind, after, reverse=True, **run)
     dv = sweep(k, q, do, *kind, after, end=end, reverse=True, **run)
-    return dq, dk, dv, dmemory
+    return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, dmemory
