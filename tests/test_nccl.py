@@ -475,9 +475,9 @@ def test_trainings_in_bfloat16_are_close_to_that_of_one_process(narrows):
             cut = title in ("alone", "heads", "heads and tokens")  # where they are used
             there = whole if cut else whole - {("experts", torch.float32)} | {("experts", torch.bfloat16)}
             assert got["dtypes"] == there
-            # Where layers' outputs are sums in bfloat16, the norms of later steps drift more.
-            drift = 0.06 if title in HEADS else 0.03
-            torch.testing.assert_close(got["said"], alone["said"], rtol=drift, atol=0.0)
+            # The first steps agree to a thousandth; from then on roundings choose other experts here and there.
+            torch.testing.assert_close(got["said"], alone["said"], rtol=0.06, atol=0.0)
+            torch.testing.assert_close(got["said"][:2], alone["said"][:2], rtol=0.01, atol=0.0)
 
 
 def test_a_killed_rank_ends_the_other(killed):
