@@ -82,19 +82,20 @@ gradient where it is 17. Two writes: 21.5 U of 8, and 94.5 of 23. Kept for the g
 the way back at most 12 U more. Chunks of 64 tokens would halve the states, 4 U each. In segments spans read 3.25 U
 forwards (4.25 with two writes) and 4.25 backwards, and of A and the states between, with n tokens a segment, 2·K/n U
 each are written and read (1/8 at n = 2048).
-Multiply-adds a token and head: prepare 2·C·d and 9·C², and for each of log C levels 2·C·d (two writes: 4·C·d); the
-sweep 3·d² + 2·C·d (two writes: 4·d²); in segments spans 4·d² + 2·C·d forwards (two writes: 6·d²), 3·d² + C·d
-backwards, folds d³/n; gradients 3·d² + 2·slices·C·d, pairs 2·C·d and for each level 4·C·d (two writes:
-8·C·d).
+Multiply-adds a token and head: prepare 2·C·d and 9·C², and for each level (one where gates are mild, else log C) 2·C·d
+(two writes: 4·C·d); the sweep 3·d² + 2·C·d (two writes: 4·d²); in segments spans 4·d² + 2·C·d forwards (two writes:
+6·d²), 3·d² + C·d backwards, folds d³/n; gradients 3·d² + 2·slices·C·d, pairs 2·C·d and for each level 4·C·d (two
+writes: 8·C·d).
 
 Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot; no 16-bit line has one
 stage. What goes into several dots is `pinned`. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128)
 chunks of 32 tokens, not of 64: with 64 a sweep takes 127 KB of shared memory in two stages, so that one program fits a
-multiprocessor, with 32 it takes 48 to 64, in three stages 74 to 98, and a span 66 to 90. A program's instructions,
-times warps and slices, for a chunk of KDA (RWKV7): prepare 19 (32) thousand, reverse 5 (7), gradients 22 (28), pairs 33
-(53); bytes of stack 160 (616), 0, 16 (128) and 0 (168); sweeps and spans 0, with 174 to 240 registers, `delta_fold` 40.
-Gradients and pairs in one kernel took 255 registers and 1,800 bytes of stack; pairs with their levels unrolled
-1,350. Segments are not timed.
+multiprocessor, with 32 it takes 48 to 64, in three stages 80 to 104, and a span 66 to 90. A program's instructions,
+times warps and slices, for a chunk of KDA (RWKV7) with mild gates: prepare 14 (18) thousand, reverse 4 (5), gradients
+15 (17), pairs 21 (26); bytes of stack 0 (112), 0, 0 and 40 (216); sweeps and spans 0, `delta_fold` 40. For times see
+bench/LOG.md.
+What a tile of memories is to several dots in a loop lies in shared memory as it was loaded, with eight-way conflicts:
+`rank_one_gradients` has no loop.
 """
 
 import torch
