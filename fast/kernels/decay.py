@@ -43,9 +43,10 @@ is that of one chunk's loads and products, one after the other, more than that o
 Compilers. Triton 3.4 to 3.7.0 on Hopper gives wrong numbers when a dot's result is cast, transposed and fed to another
 dot (flash-linear-attention issue 640): transposed scores are computed as their own product here, and no result of a
 dot is ever transposed. Triton 3.6.0 on Hopper gives wrong numbers, or an illegal access, for the gated sweeps in 16
-bits with num_stages = 1 (2 and 3 are right; found by the tests): CONFIG has no such line. 16-bit tensors with odd rows
-have been miscompiled: the caller pads K and V to multiples of 16. Sizes that change from call to call are never
-specialised, so an argument of 1 builds no different program.
+bits with num_stages = 1 (2 and 3 are right; found by the tests): CONFIG has no such line. It does so, too, where N of a
+weighted mean is a tile of the forward sweep's products (keys times ones, queries times N): its sums are taken element
+by element. 16-bit tensors with odd rows have been miscompiled: the caller pads K and V to multiples of 16. Sizes that
+change from call to call are never specialised, so an argument of 1 builds no different program.
 """
 
 import torch

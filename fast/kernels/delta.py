@@ -37,7 +37,7 @@ errors of its own memory, one built again keeps the rounding of each token.
 
 Segments. What a stretch of tokens does to a memory costs a K × K matrix: the sweep once more without outputs, from zero
 and from the identity (SPAN). Then `delta_fold` has the memories between, and all segments run at once. So it is done
-only where there are too few programs for a quarter of the GPU.
+only where there are too few programs for half of the GPU.
 
 Gates. As in `decay.py`, whose sums of gates these are. The sum for dg runs within a chunk alone: <M, E> is known for
 every chunk (`delta_answers` has E and reads M back). A token's own term, (q·k) (β r·do), is in q·dq and in r·dv.
@@ -53,8 +53,8 @@ the memories, 4 U; on the way back the cotangents and pairs, 3 U. Multiply-adds 
 10·C²; values and answers 3·d² + 2·C·d; pairs 2·C·d; chunks 3·d² + 4·C·d.
 
 Compilers: what `decay.py` says. No dot's result is transposed; no 16-bit line of CONFIG has one stage. Compiled for
-Hopper by Triton 3.7.1 at d = 128 in 16 bits the sweeps spill nothing; `delta_chunks` spills 42 numbers a thread, 122
-with the pairs' products in it.
+Hopper by Triton 3.7.1 at d = 128 in 16 bits none of them spills; `delta_chunks` takes 115 KB of shared memory, for one
+chunk a program. With V = 256 it does not fit: columns beyond 128 are computed on their own (`fast/delta.py`).
 """
 
 import torch
