@@ -507,6 +507,23 @@ def test_floors_of_one_gpu():
         assert times["optimizer"] * 1e3 == pytest.approx(optimizer, abs=0.1)
 
 
+@pytest.mark.parametrize("side, mesh, over", [("alone", {}, 0.03), ("data", {"data": 2}, 0.25)])
+def test_a_plan_is_about_what_was_measured(side, mesh, over):
+    """Seconds within a seventh; memory is never less than it took, and at most so much more."""
+    file = Path(budget.__file__).parent.parent / "bench" / "results" / "parallel-2xh200-torch-2.11.jsonl"
+    steps = [x for x in map(json.loads, file.open()) if x["what"] == "step" and x["side"] == side and "eager_ms" in x]
+    assert len(steps) == 4
+    for x in steps:
+        if x["row"] in ("linear_attention", "gated_delta_net"):
+            gpus, run = (
+                max(mesh.values(), default=1),
+                Run(length=x["tokens"], batch=max(mesh.values(), default=1), micro=1),
+            )
+            p = planned(replace(A03B, lsm=x["row"]), gpus, run, Assumptions(), **mesh)
+            assert p.step * 1e3 == pytest.approx(x["eager_ms"], rel=1 / 7)
+            assert 1 <= sum(p.memory.values()) / (x["peak_mib"] * 2**20) < 1 + over
+
+
 def test_hiding_ends_where_computing_does():
     slow = replace(BF16, between=1.0, inside=1.0, overlap_weights=1.0)
     p = planned(A03B, 8, Run(length=64, batch=8), slow)
