@@ -164,7 +164,7 @@ def test_only_the_pieces_of_a_sample_wait():
     for rows, late in ((1, 3 / 4), (2, 1 / 2), (4, 0)):
         times = planned(TINY, 4, Run(batch=4, micro=rows, length=256), sequence=4).times
         core = budget.operations(counted(TINY), Run(length=256), BF16)["softmax core"]
-        seconds = (core["training"] + core["recomputed"]) * 256 / (790e12 * 0.4)
+        seconds = (core["training"] + core["recomputed"]) * 256 / (BF16.peak * 1e12 * BF16.efficiency)
         assert times.get("waiting for the last segment", 0) == pytest.approx(late * seconds)
 
 
