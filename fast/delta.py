@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import delta as kernels
-from fast.operators import by_columns, operator, packed, results
+from fast.operators import by_columns, differentiated, operator, packed, results
 from reference.normal import Normal
 
 WHOLE = 128
@@ -18,9 +18,7 @@ def takes(x: Normal) -> bool:
 def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
     """Columns of v beyond WHOLE on their own: `delta_chunks` holds all of them, and 256 do not fit."""
     V = x.v.shape[-1]
-    keep = torch.is_grad_enabled() and any(
-        y is not None and y.requires_grad for y in (x.q, x.k, x.v, x.beta, x.g, memory)
-    )
+    keep = differentiated(x.q, x.k, x.v, x.beta, x.g, memory)
 
     def some(v: Tensor, M: Tensor | None) -> tuple[Tensor, Tensor]:
         segments = kernels.segments_for(x.q, v, sequences)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fast import decay
 from fast.kernels import features as kernels
-from fast.operators import even, operator, packed
+from fast.operators import even, operator, packed, results
 from reference import recurrence as words
 from reference.normal import ASKED, WRITTEN, Normal
 from reference.recurrence import Inputs, Row, with_one
@@ -102,11 +102,7 @@ def features(
 
 @features.register_fake
 def _(q, k, v, memory, cu_seqlens, size, polynomial, count, segments, wide):
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    h, F, V = q.shape[2], kernels.features(size, polynomial), v.shape[3]
-    states = (n, h, segments + 1, F, V) if segments > 1 else (0,)
-    o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
-    return o, q.new_empty(n, h, F, V, dtype=torch.float32), q.new_empty(states, dtype=torch.float32)
+    return results(q, v, cu_seqlens, segments, wide, kernels.features(size, polynomial))
 
 
 @operator("features_gradients")
@@ -130,8 +126,7 @@ def features_gradients(
 
 @features_gradients.register_fake
 def _(do, dlast, q, k, v, memory, cu_seqlens, states, size, polynomial, count):
-    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dmemory = q.new_empty(n, q.shape[2], kernels.features(size, polynomial), v.shape[3], dtype=torch.float32)
+    _, dmemory, _ = results(q, v, cu_seqlens, 1, False, kernels.features(size, polynomial))
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmemory
 
 

@@ -43,10 +43,14 @@ class Operator:
     def __call__(self, *inputs):
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return self.seen(*inputs)
-        if self.differentiable is None or not torch.is_grad_enabled():
+        if self.differentiable is None or not differentiated(*inputs):
             return self.function(*inputs)
-        wanted = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        return self.differentiable.apply(*inputs) if wanted else self.function(*inputs)
+        return self.differentiable.apply(*inputs)
+
+
+def differentiated(*inputs) -> bool:
+    """Whether a gradient of any of these may be wanted."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def operator(name: str, *mutated: str) -> Callable[[Callable], Operator]:
@@ -55,11 +59,12 @@ def operator(name: str, *mutated: str) -> Callable[[Callable], Operator]:
 
 
 def results(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, segments: int, wide: bool
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, segments: int, wide: bool, rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the first three results of every family look like: o, the last memory, the memories between segments."""
+    """What the first three results of every family look like: o, the last memory, the memories between segments.
+    `rows` of a memory, if not as many as q has columns."""
     n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    h, K, V = q.shape[2], q.shape[3], v.shape[3]
+    h, K, V = q.shape[2], rows or q.shape[3], v.shape[3]
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     states = (n, h, segments + 1, K, V) if segments > 1 else (0,)
     return o, q.new_empty(n, h, K, V, dtype=torch.float32), q.new_empty(states, dtype=torch.float32)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import rank_one as kernels
-from fast.operators import operator, packed, results
+from fast.operators import differentiated, operator, packed, results
 from reference.normal import Normal
 
 
@@ -14,7 +14,7 @@ def takes(x: Normal) -> bool:
 
 def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
     given = (x.q, x.k, x.v, x.beta, x.g, x.a, x.b, memory)
-    keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in given)
+    keep = differentiated(*given)
     segments = kernels.segments_for(x.q, x.v, sequences)
     o, last, *_ = rank_one(*given, cu_seqlens, segments, wide, keep)
     return o, last

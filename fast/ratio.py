@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fast import decay
 from fast.kernels import decay as kernels
-from fast.operators import even, operator, packed
+from fast.operators import even, operator, packed, results
 from reference import recurrence as words
 from reference.normal import Normal
 from reference.recurrence import Inputs, Row, over_count, with_one
@@ -86,11 +86,9 @@ def ratio(
 
 @ratio.register_fake
 def _(q, k, v, memory, count, cu_seqlens, segments, least):
-    n, (_, _, h, K), V = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, q.shape, v.shape[3]
-    last = q.new_empty(n, h, K, V, dtype=torch.float32)
-    weights = last.new_empty(q.shape[:3])
-    states, counts = ((n, h, segments + 1, K, V), (n, h, segments + 1, K)) if segments > 1 else ((0,), (0,))
-    return torch.empty_like(v), last, last.new_empty(n, h, K), weights, last.new_empty(states), last.new_empty(counts)
+    o, last, states = results(q, v, cu_seqlens, segments, False)
+    counts = states.new_empty(states.shape[:-1] if segments > 1 else 0)
+    return o, last, last.new_empty(last.shape[:-1]), last.new_empty(q.shape[:3]), states, counts
 
 
 @operator("ratio_gradients")
@@ -117,9 +115,8 @@ def ratio_gradients(
 
 @ratio_gradients.register_fake
 def _(do, dlast, dtotal, q, k, v, memory, count, cu_seqlens, o, weights, states, counts, least):
-    n, (_, _, h, K), V = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, q.shape, v.shape[3]
-    dmemory = weights.new_empty(n, h, K, V)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmemory, weights.new_empty(n, h, K)
+    _, dmemory, _ = results(q, v, cu_seqlens, 1, False)
+    return *(torch.empty_like(y) for y in (q, k, v)), dmemory, dmemory.new_empty(dmemory.shape[:-1])
 
 
 def ratio_context(ctx, inputs, output) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fast import channel, decay, delta, features, rank_one, ratio, scan, slots
 from fast.local import DTYPES, runnable
-from fast.operators import even
+from fast.operators import differentiated, even
 from reference import recurrence as words
 from reference import span as spans
 from reference.lsm import LSM
@@ -65,8 +65,7 @@ def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None)
     """
     constants = constants or {}
     checked(row, tokens, constants, memory, None)
-    inputs = [*tokens.values(), *constants.values(), *([] if memory is None else [memory])]
-    if torch.is_grad_enabled() and any(y.requires_grad for y in inputs):
+    if differentiated(*tokens.values(), *constants.values(), memory):
         return recurrence(row, tokens, constants, memory)
     x = form_of(row, {**tokens, **constants})
     supported(row, x, memory)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fast.kernels import scan as kernels
-from fast.operators import operator, packed
+from fast.operators import differentiated, operator, packed
 from reference import recurrence as words
 from reference.recurrence import Inputs, Row
 
@@ -94,7 +94,7 @@ def fits(title: str, x: Elements) -> None:
 def run(x: Elements, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
     segments = kernels.segments_for(x.kind, x.k, x.v, x.fixed, sequences)
     given = (x.q, x.k, x.v, x.rows, x.columns, x.fixed, memory)
-    keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in given)
+    keep = differentiated(*given)
     o, last, *_ = scan(x.kind, *given, cu_seqlens, segments, keep)
     return o, last
 

@@ -395,8 +395,7 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
     """In how many segments to cut each sequence: 64 columns a multiprocessor, and at least 512 tokens a segment."""
     columns = tile_of(q, SWEEP)[1]
     programs = sequences * q.shape[2] * cdiv(v.shape[-1], columns)
-    wanted = multiprocessors(q.device) * 64 // columns // max(programs, 1)
-    return max(1, min(wanted, q.shape[0] * q.shape[1] // max(sequences, 1) // 512))
+    return decay.long_enough(multiprocessors(q.device) * 64 // columns // max(programs, 1), q, sequences)
 
 
 def sweep(
