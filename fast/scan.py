@@ -64,7 +64,8 @@ FORM: dict[tuple[Callable, ...], Callable[[Inputs], dict]] = {
     },
     (words.spiral, words.level, words.real_part): lambda x: {
         "kind": kernels.SPIRAL.value,
-        "fixed": torch.stack([*turned(x["g"], x["theta"]), x["q"], x["p"]]),
+        # an error of z grows with every token: no larger than its last rounding
+        "fixed": torch.stack([*(z.float() for z in turned(x["g"].double(), x["theta"].double())), x["q"], x["p"]]),
     },
 }
 

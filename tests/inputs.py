@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from reference import example
 from reference.lsm import LSM
-from reference.recurrence import counted, empty
+from reference.recurrence import counted, empty, recurrence
 
 # Where ranks compute: on CPUs, but for those that test_nccl starts on GPUs.
 HERE = torch.device("cpu")
@@ -33,8 +33,12 @@ def small(lsm, key_size=4, value_size=6):
 
 
 def start(name, row, tokens, constants, seed=1, n=None):
-    """A memory to start from."""
+    """A memory to start from; of a row whose weights have features, one that tokens wrote: no weight is negative."""
     zeros = empty(row, tokens, constants, n)
+    if row.features and row.update is counted:
+        M = recurrence(row, {name: x[:1].flip(1).double() for name, x in tokens.items()}, constants)[1]
+        times = torch.rand(len(zeros), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+        return (times[:, None, None, None] * M).to(zeros.dtype)
     M = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(zeros.dtype)
     return M.abs() if row.update is counted else M
 
