@@ -724,6 +724,13 @@ MUTANTS = [
         "tests/test_fast.py -k delta_net",
     ),
     Mutant(
+        "a delta rule's gate has no gradient from what pairs of tokens read",
+        "fast/kernels/delta.py",
+        "found = tl.dot(bq, tl.trans(bk), input_precision=PRECISION) * P",
+        "found = 0.0 * P",
+        "tests/test_fast.py -k 'values and gated_delta_net'",
+    ),
+    Mutant(
         "a scan keeps memories at other tokens than its gradient takes them for",
         "fast/kernels/scan.py",
         "due = (i * R % FAR == 0) & (i > 0)",

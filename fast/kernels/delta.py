@@ -21,11 +21,11 @@ The last with dg_{T+1} = <M_T, dM_T>: <M_t, D_t> is q_t·dq_t + dg_{t+1}, and dg
 r_t + k_t M̂ is v_t. But the memory that goes with rounded r is another by as much, and the sum over tokens sees it.)
 
 Two kernels know nothing of memories and run for all chunks at once: `delta_prepare` makes A = stril(q kᵀ γ), q·k and
-Y, by halves from single tokens up: Y_b of the two halves, L_o of the later half's tokens with the earlier's keys,
-Z = L_o - L_o β Y_b, Y = Y_b + Z - Y_b β Z. `delta_pairs` makes stril(do rᵀ γ), stril(dv rᵀ γ) and their diagonals. Two
-are sweeps as in `decay.py`: a program owns a slice of the output's columns, streams through time and keeps its slice of
-the state in registers; with a gradient in sight they leave the state of every chunk in the tokens' dtype, as products
-take it. From these `delta_chunks` has the rest, again for all chunks at once.
+Y, by halves from single tokens up: Y_b of the two halves, L_o of the later half's tokens with the earlier's keys, Z =
+L_o - L_o β Y_b, Y = Y_b + Z - Y_b β Z. `delta_pairs` makes stril(do rᵀ γ), stril(dv rᵀ γ) and r·do. Two are sweeps as
+in `decay.py`: a program owns a slice of the output's columns, streams through time and keeps its slice of the state
+in registers; with a gradient in sight they leave the state of every chunk in the tokens' dtype, as products take it.
+From these `delta_chunks` has the rest, again for all chunks at once.
 
     delta_values     o, r          forwards     the memory before every chunk         S     K × V     a slice of V
     delta_answers    dv            backwards    the cotangent behind every chunk      E     K × V     a slice of V
@@ -40,21 +40,24 @@ and from the identity (SPAN). Then `delta_fold` has the memories between, and al
 only where there are too few programs for half of the GPU.
 
 Gates. As in `decay.py`, whose sums of gates these are. The sum for dg runs within a chunk alone: <M, E> is known for
-every chunk (`delta_answers` has E and reads M back). A token's own term, (q·k) (β r·do), is in q·dq and in r·dv.
+every chunk (`delta_answers` has E and reads M back). A token's own term, (q·k) (β r·do), is in q·dq and in r·dv. What
+pairs add to it is summed before they are rounded to 16 bits: rounded, they had 1.1 to 1.5 of the error budget.
 
 Precision. Y is found in float32: in products of tf32 for bfloat16 tokens, of three tf32 for float16, and it is stored
 as they are. A chunk has at most K tokens: more keys than channels depend on each other and the system loses digits
 (chunks of float32 have 16 all the same).
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 64: `delta_prepare` reads 2 U and
-writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (6 with a gate) and 3; pairs 3 and 1; chunks 10 and
-2. So 8 U forward where the floor is 4, and 36 U with the gradient where it is 11. Kept for the gradient: r, A, Y and
-the memories, 4 U; on the way back the cotangents and pairs, 3 U. Multiply-adds a token and head: preparing 2·C·d and
-10·C²; values and answers 3·d² + 2·C·d; pairs 2·C·d; chunks 3·d² + 4·C·d.
+writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (6 with a gate) and 3; pairs 3 (5 with a gate) and 1;
+chunks 10 and 2. So 8 U forward where the floor is 4, and 38 U with the gradient where it is 11. Kept for the gradient:
+r, A, Y and the memories, 4 U; on the way back the cotangents and pairs, 3 U. Multiply-adds a token and head: preparing
+2·C·d and 10·C²; values and answers 3·d² + 2·C·d; pairs 2·C·d (4·C·d with a gate); chunks 3·d² + 4·C·d.
 
-Compilers: what `decay.py` says. No dot's result is transposed; no 16-bit line of CONFIG has one stage. Compiled for
-Hopper by Triton 3.7.1 at d = 128 in 16 bits none of them spills; `delta_chunks` takes 115 KB of shared memory, for one
-chunk a program. With V = 256 it does not fit: columns beyond 128 are computed on their own (`fast/delta.py`).
+Compilers: what `decay.py` says. No dot's result is transposed; no 16-bit line of CONFIG has one stage. With chunks of
+64 tokens `delta_chunks` has 64 channels a program: with 32, and more columns than that, dk and dβ are wrong by
+hundreds on Triton 3.6.0, in 16 bits, as gradients of `channel.py` were (K = 256 had them). Compiled for Hopper by
+Triton 3.7.1 at d = 128 in 16 bits none of them spills; `delta_chunks` takes 115 KB of shared memory, for one chunk a
+program. With V = 256 it does not fit: columns beyond 128 are computed on their own (`fast/delta.py`).
 """
 
 import torch
@@ -97,7 +100,7 @@ CHUNKS = {
     (32, 2): (32, 4, 2),
     (64, 2): (64, 4, 2),
     (128, 2): (64, 4, 2),
-    (256, 2): (32, 4, 2),
+    (256, 2): (64, 4, 2),
     (16, 4): (16, 4, 1),
     (32, 4): (32, 4, 1),
     (64, 4): (32, 4, 1),
@@ -388,12 +391,16 @@ def delta_fold(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
 def delta_pairs(
-    do, dv, news, g, sums, borders, told, gone, own, tokens, heads, sequences, count_rows,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
-    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    do, dv, news, q, k, beta, g, sums, borders, told, gone, own, tokens, heads, sequences, count_rows,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, MET: tl.constexpr,
 ):  # fmt: skip
-    """(do rᵀ) γ and (dv rᵀ) γ of every chunk, b t h C in the tokens' dtype, zeros on and above the diagonal; their
-    diagonals r·do and r·dv: 2 h (b t). 2·C·C·V multiply-adds a chunk."""
+    """P = (do rᵀ) γ and D = (dv rᵀ) γ of every chunk, b t h C in the tokens' dtype, zeros on and above the diagonal.
+
+    `own`, 2 h (b t): r·do, the diagonal of P; with MET what pairs add to the sum for dg, q·dq - k·dk of a chunk without
+    its memories: Σ_s β_s (P_ts q_t·k_s - D_ts k_t·k_s) + β_t r·do q·k - r·dv, before any rounding. 2·C·C·V multiply-adds a
+    chunk, with MET 2·C·C·K more.
+    """
     pid = tl.program_id(0)
     h = pid % heads
     _, start, begin, count = chunk_of(borders, pid // heads, tokens, sequences, C, PACKED)
@@ -412,8 +419,9 @@ def delta_pairs(
     br = tl.load(news + at_v, mask=ok_v, other=0.0)
     P = tl.dot(bdo, tl.trans(br), input_precision=PRECISION)
     D = tl.dot(bdv, tl.trans(br), input_precision=PRECISION)
-    tl.store(own + line + t, tl.sum(tl.where(here == other, P, 0.0), 1), mask=inside)
-    tl.store(own + count_rows + line + t, tl.sum(tl.where(here == other, D, 0.0), 1), mask=inside)
+    asked = tl.sum(tl.where(here == other, P, 0.0), 1)
+    erased = tl.sum(tl.where(here == other, D, 0.0), 1)
+    tl.store(own + line + t, asked, mask=inside)
     if GATE != 0:
         hi, lo, _, _ = sums_of(g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT)
         between = decays_of(hi, lo, g, 0, ic, GATE, EXACT, False)
@@ -421,6 +429,17 @@ def delta_pairs(
     at_c = row * C + here * (heads * C) + other
     tl.store(told + at_c, tl.where(here > other, P, 0.0), mask=inside[:, None])
     tl.store(gone + at_c, tl.where(here > other, D, 0.0), mask=inside[:, None])
+    if MET:
+        ik = tl.arange(0, BK)
+        at_k = row * K + here * (heads * K) + ik[None, :]
+        ok_k = inside[:, None] & (ik < K)[None, :]
+        bq = tl.load(q + at_k, mask=ok_k, other=0.0)
+        bk = tl.load(k + at_k, mask=ok_k, other=0.0)
+        strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
+        found = tl.dot(bq, tl.trans(bk), input_precision=PRECISION) * P
+        found -= tl.where(here > other, tl.dot(bk, tl.trans(bk), input_precision=PRECISION) * D, 0.0)
+        found = tl.where(here >= other, found, 0.0) * strength[None, :]
+        tl.store(own + count_rows + line + t, tl.sum(found, 1) - erased, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
@@ -434,7 +453,7 @@ def delta_chunks(
     and dg: slices (b t) h.
 
     With MET, the slices of `met`, dg's sum goes from the chunk's end, where <M, D> is e^{b_C} <M, E> and what the chunk
-    wrote, to its start. Where e^g is 0 it is 0, and is set to it. 3·C·BK·BV + 4·C·C·BK multiply-adds a chunk.
+    wrote, to its start; what pairs add to it is in `own`. Where e^g is 0 it is 0, and is set to it. 3·C·BK·BV + 4·C·C·BK multiply-adds a chunk.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -476,18 +495,18 @@ def delta_chunks(
     asked = tl.dot(bdo, tl.trans(M), input_precision=PRECISION)
     if GATE != 0:
         asked = asked * power_of_2(hi, EXACT)[:, None]
-    asked = tl.dot(P, written, asked, input_precision=PRECISION)
-    asked += (strength * itself)[:, None] * bk.to(tl.float32)
     if MET > 0:
         change = tl.sum(asked * bq.to(tl.float32), 1)
+    asked = tl.dot(P, written, asked, input_precision=PRECISION)
+    asked += (strength * itself)[:, None] * bk.to(tl.float32)
     tl.store(dq + at_k, asked, mask=ok_k)
 
     erased = tl.dot(bdv, tl.trans(M), input_precision=PRECISION)
     if GATE != 0:
         erased = erased * power_of_2(hi, EXACT)[:, None]
-    erased = tl.dot(D, written, erased, input_precision=PRECISION)
     if MET > 0:
         change -= tl.sum(erased * bk.to(tl.float32), 1)
+    erased = tl.dot(D, written, erased, input_precision=PRECISION)
 
     answered = tl.dot(br, tl.trans(E), input_precision=PRECISION)
     if GATE != 0:
@@ -503,7 +522,7 @@ def delta_chunks(
     tl.store(dk + at_k, strength[:, None] * answered - erased, mask=ok_k)
     if MET > 0:
         if s == 0:
-            change -= tl.load(own + count_rows + line + t, mask=inside, other=0.0)
+            change += tl.load(own + count_rows + line + t, mask=inside, other=0.0)
             for slice in tl.static_range(MET):
                 later += tl.load(met + chunk * MET + slice) * power_of_2(total, EXACT)
         value = later + tl.cumsum(change, 0, reverse=True)
@@ -678,8 +697,8 @@ def backward(
     slices, chunks = cdiv(K, columns), chunks_of(k, borders, chunk) * h
     told, gone, own = torch.empty_like(scores), torch.empty_like(scores), beta.new_empty(2, h, b * t)
     decay.launch(
-        delta_pairs, chunks, do, dv, news, g, sums, borders, told, gone, own, t, h, n, count,
-        V=V, BV=padded(V), C=chunk, **kind_of(q, g, borders),
+        delta_pairs, chunks, do, dv, news, q, k, beta, g, sums, borders, told, gone, own, t, h, n, count,
+        K=K, V=V, BK=padded(K), BV=padded(V), C=chunk, MET=want_g, **kind_of(q, g, borders),
         num_warps=4 if chunk == 64 else 1, num_stages=1 if exact else 2,
     )  # fmt: skip
     dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), beta.new_empty(slices, b, t, h)
