@@ -398,8 +398,8 @@ def delta_pairs(
     """P = (do rᵀ) γ and D = (dv rᵀ) γ of every chunk, b t h C in the tokens' dtype, zeros on and above the diagonal.
 
     `own`, 2 h (b t): r·do, the diagonal of P; with MET what pairs add to the sum for dg, q·dq - k·dk of a chunk without
-    its memories: Σ_s β_s (P_ts q_t·k_s - D_ts k_t·k_s) + β_t r·do q·k - r·dv, before any rounding. 2·C·C·V multiply-adds a
-    chunk, with MET 2·C·C·K more.
+    its memories: Σ_s β_s (P_ts q_t·k_s - D_ts k_t·k_s) + β_t r·do q·k - r·dv, before any rounding. 2·C·C·V
+    multiply-adds a chunk, with MET 2·C·C·K more.
     """
     pid = tl.program_id(0)
     h = pid % heads
@@ -453,7 +453,8 @@ def delta_chunks(
     and dg: slices (b t) h.
 
     With MET, the slices of `met`, dg's sum goes from the chunk's end, where <M, D> is e^{b_C} <M, E> and what the chunk
-    wrote, to its start; what pairs add to it is in `own`. Where e^g is 0 it is 0, and is set to it. 3·C·BK·BV + 4·C·C·BK multiply-adds a chunk.
+    wrote, to its start; what pairs add to it is in `own`. Where e^g is 0 it is 0, and is set to it. 3·C·BK·BV +
+    4·C·C·BK multiply-adds a chunk.
     """
     pid = tl.program_id(0)
     s = pid % SLICES
