@@ -79,7 +79,8 @@ class End(NamedTuple):
     @property
     def said(self) -> list[str]:
         """Its lines, without what a progress bar draws."""
-        return [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
+        lines = self.err.replace("\r", "\n").splitlines()
+        return [line for line in lines if line.strip() and "step/s" not in line and "s/step" not in line]
 
 
 def forked(
