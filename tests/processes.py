@@ -80,7 +80,7 @@ class End(NamedTuple):
     def said(self) -> list[str]:
         """Its lines, without what a progress bar draws."""
         lines = self.err.replace("\r", "\n").splitlines()
-        return [line for line in lines if line.strip() and "step/s" not in line and "s/step" not in line]
+        return [line for line in lines if line.strip() and "step/s" not in line and "s/step]" not in line]
 
 
 def forked(
