@@ -1,5 +1,6 @@
 """One thread a process: the suite runs on two cores, several processes at a time."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, whoever does it
+    if importlib.util.find_spec("triton"):
+        import interpreter
+
+        interpreter.hurry()
 
 from hypothesis import settings
 

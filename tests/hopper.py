@@ -132,12 +132,12 @@ def whole(q, k, v) -> None:
 def products(q, k, v) -> None:
     size, borders = q.shape[-1], torch.tensor([0, q.shape[1]], dtype=torch.int32)
     q, k, v = (even(x) for x in (q, k, v))
-    for kind in (features.SQUARES, features.TAYLOR):
+    # the other sweeps of squares are a part of those of Taylor's features, which need more registers
+    for kind, segments in ((features.SQUARES, 1), (features.TAYLOR, 1), (features.TAYLOR, 2)):
         memory = torch.empty(1, q.shape[2], features.features(size, kind), v.shape[-1])
-        for segments in (1, 2):
-            given = (q, k, v, memory, borders)
-            _, _, states = features.forward(*given, size, kind, segments, True)
-            features.backward(v, memory, *given, states, size, kind)
+        given = (q, k, v, memory, borders)
+        _, _, states = features.forward(*given, size, kind, segments, True)
+        features.backward(v, memory, *given, states, size, kind)
 
 
 if __name__ == "__main__":

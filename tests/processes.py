@@ -1,12 +1,15 @@
 """Runs of the command lines in processes of their own, on a model and a text so small that a run takes seconds."""
 
+import logging
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,6 +40,25 @@ def start(script: str, *arguments: str, ranks: int = 1) -> subprocess.Popen:
 
 
 def run(script: str, *arguments: str, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess:
+    """The command line in forked processes, which need not load what is loaded here; the first that fails ends the
+    others, as with torchrun. Where there are GPUs, which a fork may lose: in fresh ones."""
+    if torch.cuda.is_available():
+        return fresh(script, *arguments, ranks=ranks, timeout=timeout)
+
+    def main(_):
+        os.chdir(ROOT)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    command = [str(ROOT / script), *map(str, arguments)]
+    ends = _forked(ranks, command, main, seconds=timeout, launched=ranks > 1, together=True)
+    if all(not end.code for end in ends) and any(end.code is None for end in ends):
+        raise subprocess.TimeoutExpired(command, timeout, ends[0].out, ends[0].err)
+    code = next((end.code for end in ends if end.code), 0)
+    return subprocess.CompletedProcess(command, code, "".join(e.out for e in ends), "".join(e.err for e in ends))
+
+
+def fresh(script: str, *arguments: str, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess:
+    """The command line in processes of its own, started as a user does."""
     process = start(script, *arguments, ranks=ranks)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -46,16 +68,19 @@ def run(script: str, *arguments: str, ranks: int = 1, timeout: float = 120) -> s
 
 
 class End(NamedTuple):
-    """How a rank ended: exit code (negative: the signal), seconds from the start (None: it did not), standard error."""
+    """How a rank ended: exit code (negative: the signal), seconds from the start (None: it did not), what it said on
+    standard error and output."""
 
     code: int | None
     seconds: float | None
     err: str
+    out: str
 
     @property
     def said(self) -> list[str]:
         """Its lines, without what a progress bar draws."""
-        return [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
+        lines = self.err.replace("\r", "\n").splitlines()
+        return [line for line in lines if line.strip() and "step/s" not in line and "s/step]" not in line]
 
 
 def forked(
@@ -64,21 +89,43 @@ def forked(
     """train.py with these arguments on n ranks, forked: it starts quickly, with nobody to stop the others if one dies.
     `before(rank)` runs first in each, and may patch what it likes. Who still runs when `enough` have ended (None: all),
     or after `seconds`, is killed."""
+    import train
+
+    def main(rank):
+        before(rank)
+        train.main()
+
+    return _forked(n, ["train.py", *map(str, arguments)], main, enough=enough, seconds=seconds)
+
+
+def _forked(
+    n: int,
+    command: list[str],
+    main: Callable[[int], None],
+    *,
+    enough: int | None = None,
+    seconds: float = 60,
+    launched: bool = True,
+    together: bool = False,
+) -> list[End]:
+    """main(rank) in n forked processes with that command line, `launched` as torchrun launches ranks. Who still runs
+    when `enough` have ended (`together`: when one has failed), or after `seconds`, is killed."""
+    import matplotlib.pyplot
     import torch._dynamo
 
     import train
 
-    assert torch._dynamo  # what every optimizer imports: once, before the fork
+    assert matplotlib and torch._dynamo and train  # what every run loads: once, before the fork
 
     fork, start = get_context("fork"), time.monotonic()
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        files = [Path(folder) / f"{rank}.err" for rank in range(n)]
+        files = [(Path(folder) / f"{rank}.err", Path(folder) / f"{rank}.out") for rank in range(n)]
+        where = {"WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if launched else None
         ranks = [
-            fork.Process(target=_train, args=(train, rank, n, port, file, [str(a) for a in arguments], before))
-            for rank, file in enumerate(files)
+            fork.Process(target=_child, args=(rank, where, said, command, main)) for rank, said in enumerate(files)
         ]
         for child in ranks:
             child.start()
@@ -87,35 +134,47 @@ def forked(
             for rank, child in enumerate(ranks):
                 if rank not in ends and child.exitcode is not None:
                     ends[rank] = time.monotonic() - start
+            if together and any(ranks[rank].exitcode for rank in ends):
+                break
             time.sleep(0.01)
         for child in ranks:
             child.kill()
             child.join()
         return [
-            End(child.exitcode if rank in ends else None, ends.get(rank), file.read_text())
-            for rank, (child, file) in enumerate(zip(ranks, files, strict=True))
+            End(child.exitcode if rank in ends else None, ends.get(rank), *(file.read_text() for file in said))
+            for rank, (child, said) in enumerate(zip(ranks, files, strict=True))
         ]
 
 
-def _train(train, rank: int, n: int, port: int, err: Path, arguments: list[str], before: Callable) -> None:
+def _child(rank: int, where: dict | None, said: tuple[Path, Path], command: list[str], main: Callable) -> None:
     torch.set_num_threads(1)  # first: the parent's threads do not survive a fork
-    for stream, file in ((1, os.devnull), (2, err)):
+    for stream, file in zip((2, 1), said, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in where.items()})
-    sys.argv = ["train.py", *arguments]
-    code = 1
+    sys.stderr, sys.stdout = (os.fdopen(stream, "w", 1, "utf-8", closefd=False) for stream in (2, 1))
+    _forget_pytest()
+    if where is not None:
+        os.environ.update({name: str(x) for name, x in ({"RANK": rank, "LOCAL_RANK": rank} | where).items()})
+    sys.argv, code = command, 1
     try:
-        before(rank)
-        train.main()
+        main(rank)
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
+
+
+def _forget_pytest() -> None:
+    """Warnings and logs are said, as in a process of its own, and not collected."""
+    logging.getLogger().handlers.clear()
+    warnings.showwarning = lambda *x, file=None, line=None: sys.stderr.write(warnings.formatwarning(*x, line))
+    warnings.resetwarnings()
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
 
 
 def text(folder: Path, documents: int = 40) -> Path:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from processes import ROOT, SMALL, run, text
+from processes import ROOT, SMALL, fresh, run, text
 
 WRONG = {
     "no preset": ("train.py", [], "a preset comes first; expected one of tiny"),
@@ -42,6 +42,7 @@ WRONG = {
     "unknown row to learn": ("learn.py", ["grid", "--rows", "glaa", "--out", "{folder}/x"], "'glaa'.*'gla'.*'softmax'"),
     "no text to evaluate": ("evaluate.py", ["--data", "nowhere.txt"], "nowhere.txt"),
 }
+FRESH = ("no preset", "no run", "no run to evaluate", "unknown row to learn")  # in a process of its own, each program
 
 
 def assert_one_line(done, message):
@@ -62,7 +63,7 @@ def test_a_mistake_gives_one_line(case, tmp_path):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json\n')
     out = ["--out", str(tmp_path / "run")] if script == "train.py" and arguments else []
-    done = run(script, *(a.format(folder=tmp_path) for a in arguments), *out)
+    done = (fresh if case in FRESH else run)(script, *(a.format(folder=tmp_path) for a in arguments), *out)
     assert_one_line(done, message)
     assert not (tmp_path / "run").exists()
 

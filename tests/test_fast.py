@@ -55,6 +55,11 @@ GATED = (
     "rwkv7",
 )  # one row for every way that a gate of one number a token, or more, goes
 CHANNELS = 16 if CUDA else 6  # of queries and keys that have features, at most
+# Without a GPU: float32 chunks are of 16 tokens, segments end at multiples of 64. What a law needs beyond one chunk or
+# one segment is little more than that.
+SEVERAL = 64 if CUDA else 32  # tokens: whole chunks, more than one
+FEW = 70 if CUDA else 35  # tokens: several chunks, the last one not whole
+MANY = 140 if CUDA else 75  # tokens: two segments, too
 INPUTS = ("q", "k", "v", "beta", "g", "a", "b")  # of `rank_one`
 DEVICE = "cuda" if CUDA else "cpu"
 HALVES = [torch.float16] + [torch.bfloat16] * CUDA
@@ -106,7 +111,18 @@ def run(f, row, inputs, weights, dtype, device, cu_seqlens=None):
 
 
 def compare(
-    name, dtype=torch.float32, b=1, t=83, h=1, k=20, v=33, cu_seqlens=None, seed=0, change=None, bare=False, wide=False
+    name,
+    dtype=torch.float32,
+    b=1,
+    t=83,
+    h=1,
+    k=20 if CUDA else 12,
+    v=33 if CUDA else 9,
+    cu_seqlens=None,
+    seed=0,
+    change=None,
+    bare=False,
+    wide=False,
 ):
     """fast within the budget: exact is the token loop in float64, plain the worse of loop and chunk form in float32.
 
@@ -160,15 +176,18 @@ def added_up(row, inputs, weights, want, cu_seqlens):
 # ------------------------------------------------------------------------------------------------------ the laws
 
 
-@pytest.mark.parametrize("t, k, v", [(1, 20, 33), (63, 16, 16), (64, 33, 20), (65, 5, 40), (83, 20, 33)])
+SHAPES = [(1, 20, 33), (SEVERAL - 1, 16, 16), (SEVERAL, 33, 20), (SEVERAL + 1, 5, 40)] + [(83, 20, 33)] * CUDA
+
+
+@pytest.mark.parametrize("t, k, v", SHAPES)
 @pytest.mark.parametrize("name", ROWS)
 def test_values_and_gradients(name, t, k, v):
-    compare(name, b=2 if t < 64 else 1, h=2 if t > 64 else 1, t=t, k=k, v=v)
+    compare(name, b=2 if t < SEVERAL else 1, h=2 if t > SEVERAL else 1, t=t, k=k, v=v)
 
 
 @pytest.mark.parametrize("name", LOOSE)
 def test_rules_as_they_are_printed(name):
-    compare(name, t=83, k=20, v=33)
+    compare(name, t=FEW, k=20, v=33)
     compare(name, torch.float16, t=70, k=33, v=20, cu_seqlens=torch.tensor([0, 33, 33, 70], dtype=torch.int32))
 
 
@@ -180,14 +199,14 @@ def test_sixteen_bits(name, dtype):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_from_an_empty_memory(name):
-    compare(name, bare=True, t=70)
+    compare(name, bare=True, t=FEW)
 
 
 @pytest.mark.parametrize("segments", [2, 3])
 @pytest.mark.parametrize("name", ROWS)
 def test_segments(name, segments, monkeypatch, launched):
     cut(monkeypatch, segments)
-    compare(name, t=150, k=16, v=16, bare=segments == 3)
+    compare(name, t=150 if CUDA else 64 * (segments - 1) + 19, k=16, v=16, bare=segments == 3)
     family = {"ratio": "decay"}.get(family_of(name), family_of(name))
     fold = {"rank_one": "delta", "features": "decay"}.get(family, family)
     assert launched[f"{fold}_fold"] == 2  # the memories, and their cotangents
@@ -205,15 +224,17 @@ def test_segments(name, segments, monkeypatch, launched):
 @pytest.mark.parametrize("name", ROWS)
 def test_documents(name, segments, monkeypatch):
     cut(monkeypatch, segments)
-    compare(name, t=150, k=20, v=24, cu_seqlens=torch.tensor([0, 7, 7, 137, 150, 150], dtype=torch.int32))
+    long = 130 if CUDA else 64 * (segments - 1) + 20
+    borders = torch.tensor([0, 7, 7, 7 + long, 20 + long, 20 + long], dtype=torch.int32)
+    compare(name, t=20 + long, k=20, v=24, cu_seqlens=borders)
 
 
 @given(
     name=st.sampled_from(("mamba2", "rwkv6", "gated_delta_net", "kda", "rwkv7")),
-    t=st.integers(1, 130),
-    k=st.integers(1, 40),
-    v=st.integers(1, 40),
-    cuts=st.lists(st.integers(0, 130), max_size=3),
+    t=st.integers(1, 130 if CUDA else 80),
+    k=st.integers(1, 40 if CUDA else 24),
+    v=st.integers(1, 40 if CUDA else 24),
+    cuts=st.lists(st.integers(0, 130 if CUDA else 80), max_size=3),
     segments=st.integers(1, 3),
 )
 @settings(deadline=None, derandomize=True, max_examples=14)
@@ -229,7 +250,8 @@ def test_any_shape(name, t, k, v, cuts, segments):
 def test_sixteen_bits_by_channel_over_segments_and_documents(name, dtype, monkeypatch):
     """Their chunks are 64 tokens: more than one a document and a segment."""
     cut(monkeypatch, 2)
-    compare(name, dtype, t=300, k=16, v=20, cu_seqlens=torch.tensor([0, 33, 33, 290, 300], dtype=torch.int32))
+    borders = [0, 33, 33, 290, 300] if CUDA else [0, 13, 13, 185, 190]
+    compare(name, dtype, t=borders[-1], k=16, v=20, cu_seqlens=torch.tensor(borders, dtype=torch.int32))
 
 
 def lasting(name, repeated=False):
@@ -250,8 +272,8 @@ def lasting(name, repeated=False):
 def test_what_segments_do_to_lasting_memories(name, dtype, monkeypatch):
     """What a segment does is a product of hundreds of steps: no later step corrects what it gets wrong."""
     cut(monkeypatch, 4)
-    compare(name, dtype, t=500, k=32, v=16, change=lasting(name))
-    compare(name, t=300, k=16, v=16, change=lasting(name, repeated=True))
+    compare(name, dtype, t=500 if CUDA else 200, k=32, v=16, change=lasting(name))
+    compare(name, t=300 if CUDA else 200, k=16, v=16, change=lasting(name, repeated=True))
 
 
 @given(
@@ -294,25 +316,25 @@ def test_extreme_gates_in_sixteen_bits(name, dtype):
 @pytest.mark.parametrize("name", GATED)
 def test_extreme_gates(name, segments, monkeypatch):
     cut(monkeypatch, segments)
-    compare(name, t=140, change=extreme)
+    compare(name, t=MANY, change=extreme)
 
 
 @pytest.mark.parametrize("gate", [0.0, -1e-6, -20.0, -79.0, -150.0, -1e4, -torch.inf])
 @pytest.mark.parametrize("name", GATED)
 def test_the_same_gate_everywhere(name, gate):
     """Strong decay everywhere makes the gate's gradient tiny: it must not drown in what cancels."""
-    compare(name, t=70, change=lambda tokens, _: tokens["g"].fill_(gate))
+    compare(name, t=FEW, change=lambda tokens, _: tokens["g"].fill_(gate))
 
 
 @pytest.mark.parametrize("name", GATED)
 def test_precision_behind_strong_gates(name):
     """Every other gate -79: sums of gates reach thousands, differences must not notice."""
-    compare(name, t=128, change=lambda tokens, _: tokens["g"][:, ::2].fill_(-79.0))
+    compare(name, t=2 * SEVERAL, change=lambda tokens, _: tokens["g"][:, ::2].fill_(-79.0))
 
 
 @pytest.mark.parametrize("gate", [0.0, -1e4, -torch.inf])
 def test_extreme_slopes(gate):
-    compare("retention", t=70, change=lambda _, constants: constants["g"].fill_(gate))
+    compare("retention", t=FEW, change=lambda _, constants: constants["g"].fill_(gate))
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -338,12 +360,13 @@ def test_features_of_any_number_of_channels(name, k):
 def test_features_are_never_written_to_memory(segments, monkeypatch):
     """Forward and backward make nothing of the size of one head's features: 153 numbers a token."""
     cut(monkeypatch, segments)
-    row, tokens, _ = some("based", t=300, h=1)
+    t = 300 if CUDA else 200
+    row, tokens, _ = some("based", t=t, h=1)
     given = leaves(tokens)
     with Made() as made:
         o, _ = quick.recurrence(row, tokens)
         torch.autograd.grad(o.square().sum(), given)
-    assert 300 * 17 <= max(made.sizes) < 300 * 153 / 2
+    assert t * 17 <= max(made.sizes) < t * 153 / 2
 
 
 # ------------------------------------------------------------------------------------ the laws, element by element
@@ -419,7 +442,7 @@ def test_long_scans_end_their_angles_where_the_loop_does():
 
 
 def some(name, **sizes):
-    row, tokens, constants = make(name, **{"b": 1, "t": 70, "h": 2, "k": 16, "v": 16, **sizes}, dtype=torch.float32)
+    row, tokens, constants = make(name, **{"b": 1, "t": FEW, "h": 2, "k": 16, "v": 16, **sizes}, dtype=torch.float32)
     return row, {n: x.to(DEVICE) for n, x in tokens.items()}, {n: x.to(DEVICE) for n, x in constants.items()}
 
 
@@ -429,7 +452,7 @@ def test_expanded_or_missing_gradients(name, ask):
     """A sum's gradient has stride 0; an output that is not used has none."""
 
     def grads(f):
-        row, tokens, constants = some(name, t=17 if name in SCANNED else 70)
+        row, tokens, constants = some(name, t=17 if name in SCANNED else FEW)
         given = leaves(tokens, constants)
         o, last = f(row, tokens, constants)
         loss = {"o": o.sum(), "last": last.sum(), "both": o.sum() + last.sum()}[ask]
@@ -441,7 +464,7 @@ def test_expanded_or_missing_gradients(name, ask):
 
 @pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "rwkv7", "based"])
 def test_strided_inputs(name):
-    row, *given = some(name, t=17 if name in SCANNED else 70)
+    row, *given = some(name, t=17 if name in SCANNED else FEW)
     want, _ = quick.recurrence(row, *given)
     strided = [{n: torch.stack([x, x], -1)[..., 0] for n, x in group.items()} for group in given]
     assert torch.equal(quick.recurrence(row, *strided)[0], want)
@@ -658,7 +681,7 @@ def test_operators_only_where_somebody_looks(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_span(name):
-    row, tokens, constants = some(name, t=9 if name in SCANNED else 70)
+    row, tokens, constants = some(name, t=9 if name in SCANNED else FEW)
     M = start(name, row, tokens, constants).to(DEVICE)
     _, want = chunked.recurrence(row, tokens, constants, M)
     got = span.apply(quick.span(row, tokens, constants), M)

@@ -100,7 +100,7 @@ def whole(corpus, tmp_path_factory) -> Path:
 
 # ----------------------------------------------------------------------------------------------- on another mesh
 
-WALK = [(1, 1), (2, 2), (1, 3), (4, 1), (1, 2), (3, 1), (1, 4), (2, 1)]  # data x sequence, one a step
+WALK = [(1, 1), (2, 2), (1, 3), (4, 1), (1, 2), (3, 1)]  # data x sequence, one a step
 
 
 def stopped_at(last: int):

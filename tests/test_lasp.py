@@ -105,7 +105,12 @@ ATTENTION = {
 }
 CALLS |= {name: call_attention(**how) for name, how in ATTENTION.items()}
 GATHERED = tuple(CALLS)  # to which test_sequence adds calls of its own
-CASES = list(itertools.product(GATHERED, SEGMENTS, PACKED))
+# Of every call half of all pairs of segments and documents, and of its neighbours in the table the other half.
+CASES = [
+    (what, segments, packed)
+    for (i, what), (j, segments), (k, packed) in itertools.product(*map(enumerate, (GATHERED, SEGMENTS, PACKED)))
+    if (i + j + k) % 2 == 0
+]
 
 
 def both(what: str, segments, packed, **how) -> tuple[list, list]:
@@ -155,7 +160,7 @@ def verdicts() -> dict:
 @pytest.mark.parametrize("what", CALLS)
 def test_ranks_equal_one(what, verdicts):
     wrong = {case: e for case, e in verdicts.items() if case[0] == what and not e < 1e-12}
-    assert not wrong and sum(case[0] == what for case in verdicts) == len(SEGMENTS) * len(PACKED)
+    assert not wrong and sum(case[0] == what for case in verdicts) == len(SEGMENTS) * len(PACKED) // 2
 
 
 # -------------------------------------------------------------------------------------------------- planted bugs
@@ -302,7 +307,9 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool, **more):
         shard.checkpointing(model.blocks)
     shard.shard(model, place, model.blocks)
     initialize(model, 5, how)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    # AdamW works out anew at each step where its operations go, and needs longer for it than for the step
+    kind = torch.optim.AdamW if lsm == "rwkv6" or torch.cuda.is_available() else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=0.01)
     said = []
     for step, packed in enumerate(BATCHES):
         batch = Batch(*(x.to(HERE) for x in lasp.cut(packed, place.sequence_size, place.sequence_rank)))

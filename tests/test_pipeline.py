@@ -3,6 +3,8 @@
 Each world of two or four processes starts once and runs all of its cases; the tests look up their verdicts.
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -15,14 +17,22 @@ from ranks import made_once, prepared, whole
 from reference.model import LanguageModel
 from reference.ops import ops
 from reference.presets import Model
+from test_experts import MOVED_BY, STEPS
 
 SIZES = {"width": 8, "heads": 2, "lsm": "retention", "experts": 4, "expert_width": 6, "top_k": 2, "dense_width": 8}
-BATCH, LENGTH, STEPS = 8, 5, 3
+BATCH, LENGTH = 8, 5
 DOCUMENTS = [Document("a", bytes(range(40)) * 3), Document("b", bytes(range(90, 120)) * 4)]
 STREAM = Stream(DOCUMENTS, LENGTH, 0)
 MODELS = {
     "L": {"pattern": "LD", "repeat": 4},
-    "hybrid": {"pattern": "LN", "repeat": 2, "bare": True, "lsm": "gated_delta_net", "dropout": 0.1},
+    "hybrid": {
+        "pattern": "LN",
+        "repeat": 2,
+        "bare": True,
+        "lsm": "gated_delta_net",
+        "dropout": 0.1,
+        "optimizer": "adamw",
+    },
     "experts": {"pattern": "LE", "repeat": 4, "balance": {"switch": 0.1, "z": 0.01}, "lsm": "gla"},
     "bias": {"pattern": "LENEDLELD", "router": "deepseek_v3", "balance": {"switch": 0.1}, "shared_width": 4},
     "penalty": {"pattern": "LENE", "repeat": 2, "router": "remoe", "balance": {"penalty": 1e6}, "dropout": 0.1},
@@ -38,11 +48,12 @@ UNSAID = "remoe", "sequence"
 
 def config_of(degrees=ALONE, **more) -> trainer.Train:
     outside = {name: more.pop(name) for name in ("balance", "micro", "recompute", "precision") if name in more}
+    optimizer = more.pop("optimizer", MOVED_BY)
     outside = {"micro": 2 // max(degrees.data, 1), "precision": "float64"} | outside
     return trainer.Train(
         model=Model(**SIZES | more),
         # Adam divides by the gradient's size, which makes a rounding of a small gradient a large one.
-        optimizer=trainer.Optimizer(rate=0.05, warmup=1, clip=0.5, eps=1e-2),
+        optimizer=trainer.Optimizer(name=optimizer, rate=0.05, warmup=1, clip=0.5, eps=1e-2),
         mesh=degrees,
         length=LENGTH,
         batch=BATCH,
@@ -118,6 +129,12 @@ def alone() -> dict:
     return runs({name: config_of(**how) for name, how in MODELS.items()})
 
 
+@functools.cache
+def alone_in_parts(name) -> tuple:
+    """In one process, the micro-batches of two data ranks."""
+    return run(config_of(**MODELS[name]), data=2)
+
+
 @pytest.fixture(scope="module")
 def two() -> list:
     return testing.run(2, runs, {(n, s): config_of(degrees(s), **MODELS[n]) for n, s in TWO})
@@ -159,13 +176,13 @@ def titled(case) -> str:
 
 @pytest.mark.parametrize("case", FOUR, ids=titled)
 def test_four_ranks_train_as_one(case, alone, four):
-    want = alone[case[0]] if case[1].data == 1 else run(config_of(**MODELS[case[0]]), data=2)
+    want = alone[case[0]] if case[1].data == 1 else alone_in_parts(case[0])
     same([rank[case] for rank in four], want)
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints
 
-SAVED = MODELS["bias"]
+SAVED = MODELS["bias"] | {"optimizer": "adamw"}
 
 
 def save(folder, where, first, last):
@@ -186,7 +203,7 @@ def test_checkpoints_go_from_any_number_of_stages_to_any_other(tmp_path):
     config = config_of(**SAVED)
     place, model, over, optimizer = prepared(config)
     said = []
-    for step in range(STEPS):
+    for step in range(3):
         trainer.one_step(config, model, over, optimizer, batches_of(config, place, step), step, False)
         said.append(named(model))
     for name, places in {

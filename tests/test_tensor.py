@@ -95,7 +95,7 @@ def shared(alone) -> list:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_three_steps_of_every_mixer_with_shared_heads_are_those_of_one_process(name, alone, shared):
+def test_steps_of_every_mixer_with_shared_heads_are_those_of_one_process(name, alone, shared):
     for rank in shared:
         same(rank[name], alone[name])
 
