@@ -724,6 +724,20 @@ MUTANTS = [
         "tests/test_fast.py -k delta_net",
     ),
     Mutant(
+        "the gradient of rates forgets the rows' steps",
+        "fast/kernels/scan.py",
+        "d_rate += felt * gate[:, None]",
+        "d_rate += felt",
+        "tests/test_fast.py -k 'scanned_values and s4_printed'",
+    ),
+    Mutant(
+        "the gradient of a token's own gates is that of its memory",
+        "fast/kernels/scan.py",
+        "V + cell, felt, mask=inside & ok)",
+        "V + cell, D, mask=inside & ok)",
+        "tests/test_fast.py -k 'scanned_values and fast_weights_printed'",
+    ),
+    Mutant(
         "a scan keeps memories at other tokens than its gradient takes them for",
         "fast/kernels/scan.py",
         "due = (i * R % FAR == 0) & (i > 0)",
