@@ -786,7 +786,7 @@ def test_scans_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
     outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("hopper.py")
     said = subprocess.run(
-        [sys.executable, script, "32", "256", "bfloat16", "rate", "spiral"],
+        [sys.executable, script, "32", "256", "bfloat16", "rate", "full", "spiral"],
         env=outside, check=True, capture_output=True, text=True,
     ).stdout.splitlines()  # fmt: skip
     kernels = {line.split()[0] for line in said}
