@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reference import moe
 from reference.head import product_of
-from reference.moe import Drop, combine, each, spared, swiglu, thinned
+from reference.moe import Drop, Groups, combine, each, spared, swiglu, thinned
 from reference.routers import Routing
 
 
@@ -75,6 +75,31 @@ def grouped(
     y = together(rows, ends, (w13, w2, b13, b2), inner, mask, dtype)
     gate = routing.gate if gate_at == "output" else routing.kept.to(routing.gate)
     return combine(Moved.apply(y, back, order), gate).to(x.dtype)
+
+
+def linears(
+    x: Float[Tensor, "p i"], groups: Groups, weights: list[Tensor], biases: list[Tensor] | None = None
+) -> Float[Tensor, "p o"]:
+    """`reference.moe.linears`: one grouped product where `experts` would have some (i a multiple of 8), else the
+    reference's loop, which asks the GPU once for the groups' sizes."""
+    bf16 = x.is_cuda and all(product_of(y) == torch.bfloat16 for y in (x, *weights))
+    if bf16 and len(x) and len(weights) < 1024 and x.shape[1] % 8 == 0:
+        return grouped_linears(x, groups.ends, weights, biases)
+    return moe.linears(x, groups, weights, biases)
+
+
+def grouped_linears(
+    x: Float[Tensor, "p i"], ends: Int[Tensor, " e"], weights: list[Tensor], biases: list[Tensor] | None = None
+) -> Float[Tensor, "p o"]:
+    """`linears` by a grouped product, on any device and in any dtype that torch takes; columns are filled up to a
+    multiple of 8."""
+    visited, dtype, size = ends.diff(prepend=ends.new_zeros(1)) > 0, product_of(weights[0]), len(weights[0])
+
+    def stacked(parts: list[Tensor]) -> Float[Tensor, "e o ..."]:
+        w = torch.stack([part.to(dtype) for part in parts])
+        return Visited.apply(F.pad(w, (0, 0) * (w.ndim - 2) + (0, -size % 8)), visited)
+
+    return product(x.to(dtype), stacked(weights), None if biases is None else stacked(biases), ends)[:, :size]
 
 
 def together(

@@ -14,6 +14,7 @@ ops = reference.ops._replace(
     short_convolution=local.short_convolution,
     token_shift=local.token_shift,
     experts=experts.experts,
+    linears=experts.linears,
     norm=local.norm,
     kept=("running_sum", "attention", "token_losses", "total"),
     again=True,

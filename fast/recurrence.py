@@ -21,6 +21,7 @@ from torch import Tensor
 from fast import channel, decay, delta, features, rank_one, ratio, scan, slots
 from fast.local import DTYPES, runnable
 from fast.operators import differentiated, even
+from reference import printed
 from reference import recurrence as words
 from reference import span as spans
 from reference.lsm import LSM
@@ -29,6 +30,7 @@ from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
 OWN = (ratio, scan, slots, features)  # families whose form is not the normal one
 FAMILIES = (*OWN, decay, channel, delta, rank_one)
+PLAIN = (words.keep, fixed, words.scalar, words.channel, printed.timed)  # decays of heads or of key channels
 LARGEST = 256  # K and V, the count column of a normalised row included
 Form = Normal | ratio.Ratio | scan.Elements | slots.Slots | features.Polynomial
 
@@ -107,11 +109,11 @@ def form_of(row: Row, x: Inputs) -> Form:
 
 
 def form_by_words(row: Row, x: Inputs) -> Form | None:
-    """A family's own; or the normal form, whose gates must be inputs of the row as they are, without features."""
+    """A family's own; or the normal form, of rows without features whose columns do not fade."""
     for family in OWN:
         if family.has_form(row):
             return family.form(row, x)
-    if not has_normal(row) or row.features or row.decay not in (words.keep, fixed, words.scalar, words.channel):
+    if not has_normal(row) or row.features or row.decay not in PLAIN:
         return None
     form = normal(row, x)
     # vectors that are made of gates or write strengths are float32 as these are: the products want all alike

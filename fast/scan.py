@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fast.kernels import scan as kernels
 from fast.operators import differentiated, operator, packed
+from reference import printed
 from reference import recurrence as words
 from reference.recurrence import Inputs, Row
 
@@ -20,6 +21,8 @@ class Elements(NamedTuple):
         erase    1 - k² dt         k² of a row, dt of a column
         column   e^f               f of a column (`fast/slots.py`)
         cross    e^g e^f           g of a row, f of a column
+        pace     e^{A dt}          A of an element, dt of a token and row
+        full     e^G               G of an element and token
         rotate   e^{g + i θ}       of a row; M complex, o real
         spiral   e^{g + i θ}       of an element, no token's; k is 1, and q + i p too is an element's: o = 2 Re(q M)
 
@@ -32,7 +35,7 @@ class Elements(NamedTuple):
     k: Float[Tensor, "b t h k"] | None = None
     rows: Float[Tensor, "b t h k"] | Float[Tensor, "b t h 2*k"] | None = None
     columns: Float[Tensor, "b t h v"] | None = None
-    fixed: Float[Tensor, "n h k v"] | None = None
+    fixed: Float[Tensor, "n h k v"] | Float[Tensor, "b t h k v"] | None = None
 
     @staticmethod
     def finish(o: Tensor) -> Tensor:
@@ -58,6 +61,13 @@ FORM: dict[tuple[Callable, ...], Callable[[Inputs], dict]] = {
         "rows": x["g"],
         "columns": x["f"],
     },
+    (printed.stepped, printed.paced, words.inclusive): lambda x: {
+        "kind": kernels.PACE.value,
+        "k": (x["dt"] * x["k"]).to(x["k"].dtype),
+        "rows": x["dt"],
+        "fixed": x["A"][None],
+    },
+    (printed.full, words.outer, words.inclusive): lambda x: {"kind": kernels.FULL.value, "fixed": x["G"]},
     (words.rotating, words.real, words.above): lambda x: {
         "kind": kernels.ROTATE.value,
         "rows": torch.cat(turned(x["g"], x["theta"]), -1),
@@ -78,7 +88,7 @@ def form(row: Row, x: Inputs) -> Elements:
     """The row's tokens and constants (all in x), as its elements see them."""
     x = {name: y if name in ("q", "k", "v") and name in row.tokens else y.float() for name, y in x.items()}
     tokens = {name: x[name] for name in ("q", "k", "v") if name in row.tokens}
-    return Elements(**tokens, **FORM[row[:3]](x))
+    return Elements(**(tokens | FORM[row[:3]](x)))
 
 
 def takes(x) -> bool:

@@ -10,12 +10,14 @@ spans as well: their memory is the last inputs, of which a segment pushes its ow
 attention stands in `parallel.attention`.
 
 Cut documents: in a segment's `cu_seqlens` a leading empty document, [0, 0, ...], says that the first token begins a
-document. What comes in from earlier ranks belongs to document 0; all others start from zeros.
+document. What comes in from earlier ranks belongs to document 0; all others start from zeros. Borders `l n1` are those
+of l lines, one behind the other, that are all cut here (the memories of a mixture): each has a document 0 of its own.
 
     W ranks   r this rank   T_r its tokens, any number, 0 too   b h k v as in `reference.recurrence`
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ from parallel.attention import ATTENTION, refuse, ulysses
 from parallel.comm import Group
 from parallel.graph import attached, differentiable, known
 from reference.bidirectional import both_ways
+from reference.documents import end_to_end
 from reference.late import comes_late, left_of, seen
 from reference.late import span as span_of_late
 from reference.ops import Ops
@@ -248,10 +251,12 @@ def recurrence(ops: Ops, group: Group, back: bool = False) -> Callable:
                 "rank to rank (states ring, serial), use another row, or keep sequences whole"
             )
         constants = constants or {}
-        inputs, late = [*tokens.values(), *constants.values()], comes_late(row) and not ops.again
-        span = (span_of_late if late else ops.span)(row, tokens, constants, cu_seqlens)
+        one = lines(cu_seqlens) == 1
+        inputs, late = [*tokens.values(), *constants.values()], one and comes_late(row) and not ops.again
+        span = (span_of_late if late else partial(span_of_lines, ops))(row, tokens, constants, cu_seqlens)
         span = span._replace(S=attached(span.S, [], inputs))
-        wire = Wire(*(brief(row, tokens, constants, cu_seqlens) or (span.A, [], "")))
+        short = brief(row, tokens, constants, cu_seqlens) if one else None
+        wire = Wire(*(short or (span.A, [], "")))
         underway = departed(span, wire, group, back)
         if late:
             o, last = ops.recurrence(row, tokens, constants, None, cu_seqlens)
@@ -261,10 +266,22 @@ def recurrence(ops: Ops, group: Group, back: bool = False) -> Callable:
             o = added(o, seen(row, first, constants, M))
             last = last + for_first(left_of(row, first, constants, M), cu_seqlens)
         else:
-            o, last = ops.recurrence(row, tokens, constants, for_first(M, cu_seqlens), cu_seqlens)
+            o, last = ops.recurrence(row, tokens, constants, for_first(M, cu_seqlens), end_to_end(cu_seqlens))
         return attached(o, [M], inputs), last
 
     return run
+
+
+def span_of_lines(ops: Ops, row, tokens, constants, cu_seqlens) -> Span:
+    """`ops.span`, of each line if there are several."""
+    if lines(cu_seqlens) == 1:
+        return ops.span(row, tokens, constants, end_to_end(cu_seqlens))
+    spans = []
+    for borders in cu_seqlens.cpu():
+        own = {name: x[:, borders[0] : borders[-1]] for name, x in tokens.items()}
+        spans.append(ops.span(row, own, constants, (borders - borders[0]).to(cu_seqlens.device)))
+    A, S, kind = zip(*spans, strict=True)
+    return Span(torch.cat(A), torch.cat(S), kind[0])
 
 
 def tokens_of_first(tokens: dict[str, Tensor], cu_seqlens) -> dict[str, Tensor]:
@@ -290,14 +307,16 @@ def chain(ops: Ops, group: Group) -> Callable:
     def run(row, tokens, constants=None, memory=None, cu_seqlens=None):
         refuse("recurrence", memory)
         constants = constants or {}
-        check(row, tokens, constants, None, cu_seqlens)
+        borders = end_to_end(cu_seqlens)
+        check(row, tokens, constants, None, borders)
         nothing = prepare(row, tokens, constants, None, None)[-1]
+        nothing = nothing.repeat(lines(cu_seqlens), 1, 1, 1)
         inputs = [*tokens.values(), *constants.values()]
         # a constant that my tokens do not use gets a gradient of zeros, not none
         nothing = nothing + 0 * sum(x.sum() for x in constants.values())
         M = torch.ops.linear_moe.take_memory(attached(nothing, [], inputs), group.group_name)
-        o, last = ops.recurrence(row, tokens, constants, for_first(M, cu_seqlens), cu_seqlens)
-        given = torch.ops.linear_moe.give_memory(last[-len(M) :], group.group_name)
+        o, last = ops.recurrence(row, tokens, constants, for_first(M, cu_seqlens), borders)
+        given = torch.ops.linear_moe.give_memory(of_last(last, cu_seqlens), group.group_name)
         return attached(o, [given, M], inputs), last
 
     return run
@@ -345,9 +364,10 @@ def short_convolution(ops: Ops, group: Group) -> Callable:
     def run(x, weight, bias=None, activation=None, taps=None, cu_seqlens=None):
         refuse("short_convolution", taps)
         if weight.shape[-1] == 1:
-            return ops.short_convolution(x, weight, bias, activation, None, cu_seqlens)
+            return ops.short_convolution(x, weight, bias, activation, None, end_to_end(cu_seqlens))
         before = enter(window(x, weight.shape[-1] - 1, cu_seqlens), group)
-        y, taps = ops.short_convolution(x, weight, bias, activation, for_first(before[:, 0], cu_seqlens), cu_seqlens)
+        first = for_first(before[:, 0], cu_seqlens)
+        y, taps = ops.short_convolution(x, weight, bias, activation, first, end_to_end(cu_seqlens))
         return attached(y, [before], [x, weight, bias]), taps
 
     return run
@@ -359,7 +379,7 @@ def token_shift(ops: Ops, group: Group) -> Callable:
     def run(x, last=None, cu_seqlens=None):
         refuse("token_shift", last)
         before = enter(window(x, 1, cu_seqlens), group)
-        y, last = ops.token_shift(x, for_first(before[:, 0, 0], cu_seqlens), cu_seqlens)
+        y, last = ops.token_shift(x, for_first(before[:, 0, 0], cu_seqlens), end_to_end(cu_seqlens))
         return attached(y, [before], [x]), last
 
     return run
@@ -370,10 +390,11 @@ def running_sum(ops: Ops, group: Group) -> Callable:
 
     def run(x, last=None, cu_seqlens=None):
         refuse("running_sum", last)
-        S = attached(ops.running_sum(x, None, cu_seqlens)[1], [], [x])[-x.shape[0] :, None, None]
-        whole = cu_seqlens is None or len(cu_seqlens) == 2  # else only the last document goes on
+        borders = end_to_end(cu_seqlens)
+        S = of_last(attached(ops.running_sum(x, None, borders)[1], [], [x]), cu_seqlens)[:, None, None]
+        whole = cu_seqlens is None or cu_seqlens.shape[-1] == 2  # else only the last document goes on
         before = enter(Span(S.new_full(S.shape[:2], float(whole)), S, "scalar"), group)
-        y, last = ops.running_sum(x, for_first(before[:, 0, 0], cu_seqlens), cu_seqlens)
+        y, last = ops.running_sum(x, for_first(before[:, 0, 0], cu_seqlens), borders)
         return attached(y, [before], [x]), last
 
     return run
@@ -385,26 +406,55 @@ def window(x: Float[Tensor, "b t c"], reach: int, cu_seqlens) -> Span:
     A span like any other, of one head, with places for key channels: A is 1 where an old input moves to. Segments
     shorter than `reach`, and empty ones, pass on what they got.
     """
-    b, t, _ = x.shape
-    new = min(t, reach)
-    A, S = torch.diag(x.new_ones(reach - new), new), F.pad(x[:, t - new :], (0, 0, reach - new, 0))
-    if cu_seqlens is not None and len(cu_seqlens) > 2:  # a border: only the last document goes on
-        place = torch.arange(t - reach, t, device=x.device)
-        A, S = torch.zeros_like(A), torch.where((place >= cu_seqlens[-2])[:, None], S, 0)
-    return Span(A.expand(b, 1, reach, reach), S[:, None], "matrix")
+    if cu_seqlens is None:
+        t = x.shape[1]
+        new = min(t, reach)
+        A, S = torch.diag(x.new_ones(reach - new), new), F.pad(x[:, t - new :], (0, 0, reach - new, 0))
+        return Span(A.expand(len(x), 1, reach, reach), S[:, None], "matrix")
+    documents = cu_seqlens.view(-1, cu_seqlens.shape[-1]).long()
+    start, stop, place = documents[:, -2, None], documents[:, -1, None], torch.arange(reach, device=x.device)
+    source = stop - reach + place
+    S = F.pad(x[0], (0, 0, reach, 0))[(source + reach)].where((source >= start)[..., None], 0)
+    moved = place == place[:, None] + (stop - start)[..., None]
+    A = (moved & (documents.shape[1] == 2)).to(x.dtype)  # a border: only the last document goes on
+    return Span(A[:, None], S[:, None], "matrix")
+
+
+def lines(cu_seqlens) -> int:
+    """How many sequences lie one behind the other."""
+    return 1 if cu_seqlens is None or cu_seqlens.ndim == 1 else len(cu_seqlens)
 
 
 def for_first(state: Float[Tensor, "b ..."], cu_seqlens) -> Float[Tensor, "n ..."]:
-    """The state that comes in is document 0's; the others start from zeros."""
+    """The state that comes in is document 0's, line by line; the others start from zeros."""
     if cu_seqlens is None:
         return state
-    return torch.cat([state, state.new_zeros(len(cu_seqlens) - 2, *state.shape[1:])])
+    others = state.new_zeros(len(state), cu_seqlens.shape[-1] - 2, *state.shape[1:])
+    return torch.cat([state[:, None], others], 1).flatten(0, 1)
+
+
+def of_last(states: Float[Tensor, "n ..."], cu_seqlens) -> Float[Tensor, "b ..."]:
+    """What goes on: the state of the last document, line by line."""
+    return states if cu_seqlens is None else states.unflatten(0, (lines(cu_seqlens), -1))[:, -1]
 
 
 STATES = {"gather": recurrence, "ring": chain}
 CUT = {"short_convolution": short_convolution, "token_shift": token_shift, "running_sum": running_sum}
 # Acts on each token alone, is about my own tokens by definition, or belongs to the mesh (total).
-WHOLE = ("name", "span", "step", "experts", "norm", "token_losses", "total", "kept", "one_way", "cut", "again")
+WHOLE = (
+    "name",
+    "span",
+    "step",
+    "experts",
+    "linears",
+    "norm",
+    "token_losses",
+    "total",
+    "kept",
+    "one_way",
+    "cut",
+    "again",
+)
 
 # ------------------------------------------------------------------------------------------------ known to torch
 

@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 
 from parallel import tensor
+from parallel.lasp import lines
 from reference import moe
+from reference.documents import end_to_end
 from reference.model import LanguageModel
 from reference.ops import Ops
 from reference.ops import ops as reference
@@ -85,23 +87,24 @@ def tracing(crossings: list[Crossing], fused: bool) -> Ops:
 
     def recurrence(row, tokens, constants=None, memory=None, cu_seqlens=None):
         constants, v = constants or {}, tokens["v"]
-        S = prepare(row, tokens, constants, None, None)[-1]
-        crossings.append(crossing_of(row, tokens, constants, S))
+        S = prepare(row, tokens, constants, None, end_to_end(cu_seqlens))[-1]
+        crossings.append(crossing_of(row, tokens, constants, S, lines(cu_seqlens)))
         memories = S.new_empty(v.shape[0], v.shape[1] // CHUNK, *S.shape[1:])
         return made_of(torch.empty_like(v), *tokens.values(), *constants.values(), memories), S
 
     def short_convolution(x, weight, bias=None, activation=None, taps=None, cu_seqlens=None):
         reach = weight.shape[-1] - 1
         if reach:
-            crossings.append(window("short_convolution", x, reach))
+            crossings.append(window("short_convolution", x, reach, lines(cu_seqlens)))
+        cu_seqlens = end_to_end(cu_seqlens)
         if not fused:
             return reference.short_convolution(x, weight, bias, activation, taps, cu_seqlens)
         y, taps = without_gradient(reference.short_convolution)(x, weight, bias, activation, taps, cu_seqlens)
         return made_of(y, x, weight, bias), taps
 
     def token_shift(x, last=None, cu_seqlens=None):
-        crossings.append(window("token_shift", x, 1))
-        return reference.token_shift(x, last, cu_seqlens)
+        crossings.append(window("token_shift", x, 1, lines(cu_seqlens)))
+        return reference.token_shift(x, last, end_to_end(cu_seqlens))
 
     def running_sum(x, last=None, cu_seqlens=None):
         y, last = reference.running_sum(x, last, cu_seqlens)
@@ -125,12 +128,13 @@ def tracing(crossings: list[Crossing], fused: bool) -> Ops:
     def norm(x, weight=None, eps=1e-5, gate=None, *more, **how):
         return made_of(without_gradient(reference.norm)(x, weight, eps, gate, *more, **how), x, weight, gate)
 
-    own = {f.__name__: f for f in (recurrence, short_convolution, token_shift, running_sum, attention, experts)}
-    return reference._replace(name="tracing", **own, **({"norm": norm} if fused else {}))
+    own = (recurrence, short_convolution, token_shift, running_sum, attention, experts, linears)
+    own = {f.__name__: f for f in own}
+    return reference._replace(name="tracing", cut=True, **own, **({"norm": norm} if fused else {}))
 
 
-def crossing_of(row, tokens, constants, S: Tensor) -> Crossing:
-    """The row's span. None of a row that has none: its A has no bytes."""
+def crossing_of(row, tokens, constants, S: Tensor, lines: int) -> Crossing:
+    """The row's span, of each of so many lines. None of a row that has none: its A has no bytes."""
     kind = transition(row)
     h, k, v = S.shape[1:]
     numbers = 0
@@ -138,11 +142,11 @@ def crossing_of(row, tokens, constants, S: Tensor) -> Crossing:
         sizes = {"h": h, "k": k, "v": v, "k+v": k + v, "l": tokens["weight"].shape[-1] if "weight" in tokens else 1}
         short = brief(row, tokens, constants)
         numbers = short[0].numel() if short else math.prod(sizes[n] for n in TRANSITION[kind].shape.split())
-    return Crossing("recurrence", numbers * 4, h * k * v * 4, (h, k, v), kind)
+    return Crossing("recurrence", lines * numbers * 4, lines * h * k * v * 4, (lines * h, k, v), kind)
 
 
-def window(kind: str, x: Tensor, reach: int) -> Crossing:
-    return Crossing(kind, reach**2 * x.element_size(), reach * x.shape[-1] * x.element_size())
+def window(kind: str, x: Tensor, reach: int, lines: int) -> Crossing:
+    return Crossing(kind, lines * reach**2 * x.element_size(), lines * reach * x.shape[-1] * x.element_size())
 
 
 def without_gradient(function):
@@ -159,6 +163,11 @@ def experts(x, routing, w13, w2, b13=None, b2=None, inner=moe.swiglu, gate_at="o
     y = moe.each(slots.index_select(0, order), [len(slots), 0], weights, inner, None)
     gate = routing.gate if gate_at == "output" else routing.kept.to(routing.gate)
     return moe.combine(y.index_select(0, order.argsort()), gate).to(x.dtype)
+
+
+def linears(x, groups, weights, biases=None) -> Tensor:
+    """As `reference.moe.linears`, with all rows in the first group."""
+    return torch.nn.functional.linear(x, weights[0], biases and biases[0])
 
 
 def imagined(ranks: int, sums: list[tuple[str, int]]) -> tensor.Team:

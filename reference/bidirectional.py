@@ -32,6 +32,7 @@ from torch import Tensor
 
 from reference import recurrence as words
 from reference.attention import checked
+from reference.documents import end_to_end
 from reference.late import READS, WRITES, comes_late
 from reference.normal import FORGOTTEN, normal
 from reference.ops import Ops
@@ -59,7 +60,7 @@ def both_ways(ops: Ops, backwards: Callable | None = None) -> Ops:
         refuse("recurrence", memory)
         summed, finish = without_count(row)
         constants = constants or {}
-        check(row, tokens, constants, None, cu_seqlens)
+        check(row, tokens, constants, None, end_to_end(cu_seqlens))
         dtype, tokens, constants, _ = prepare(row, tokens, constants, None, None)  # three terms, rounded once
         if finish is not None:
             tokens = {**tokens, "v": with_one(tokens["v"])}
@@ -112,9 +113,9 @@ def own(row: Row, tokens: Inputs, constants: Inputs) -> Float[Tensor, "b t h v"]
     return (q * x.k).sum(-1, keepdim=True) * x.v
 
 
-def mirrored(cu_seqlens: Int[Tensor, " n1"] | None) -> Int[Tensor, " n1"] | None:
+def mirrored(cu_seqlens: Int[Tensor, "*l n1"] | None) -> Int[Tensor, "*l n1"] | None:
     """The borders of the reversed sequence. A leading empty document becomes a last one: after it nothing remains."""
-    return None if cu_seqlens is None else cu_seqlens[-1] - cu_seqlens.flip(0)
+    return None if cu_seqlens is None else cu_seqlens.max() - cu_seqlens.flip(*range(cu_seqlens.ndim))
 
 
 def attention(

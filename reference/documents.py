@@ -23,6 +23,16 @@ def position_in_document(cu_seqlens: Int[Tensor, " n1"], t: int) -> Int[Tensor, 
     return token - cu_seqlens[document_of(cu_seqlens, t)]
 
 
+def end_to_end(cu_seqlens: Int[Tensor, "l n1"] | Int[Tensor, " n1"] | None) -> Int[Tensor, " ln1"] | None:
+    """The borders of l lines of n documents each, one line behind the other, as the borders of l n documents.
+
+    Each line ends where the next begins; both are counted from the start of the first.
+    """
+    if cu_seqlens is None or cu_seqlens.ndim == 1:
+        return cu_seqlens
+    return torch.cat([cu_seqlens[:, :-1].flatten(), cu_seqlens[-1, -1:]])
+
+
 def batches(cu_seqlens: Int[Tensor, " n1"], padded: bool = True) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Documents grouped by length, so that padding at most doubles the work, whatever the lengths (or none is needed).
 

@@ -12,6 +12,7 @@ are computed: sorted by expert, so that each expert multiplies all of its rows a
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -185,6 +186,29 @@ def by_expert(routing: Routing, experts: int) -> tuple[Int[Tensor, " nk"], list[
 def combine(y: Float[Tensor, "nk d"], gate: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
     """Each token's sum over its own k rows of y, weighted by its gates."""
     return (gate[..., None] * y.view(*gate.shape, y.shape[-1])).sum(1)
+
+
+class Groups:
+    """Rows of several groups, one group's behind the other's: group e has those from ends_{e-1} to ends_e."""
+
+    def __init__(self, ends: Int[Tensor, " e"]):
+        self.ends = ends
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Rows of each. Asks the device, once."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+
+
+def linears(
+    x: Float[Tensor, "p i"], groups: Groups, weights: list[Tensor], biases: list[Tensor] | None = None
+) -> Float[Tensor, "p o"]:
+    """W_e x + b_e for each group's rows, all p of which belong to one; weights are o i, biases o.
+
+    Every weight and bias gets a gradient, zeros where its group has no rows.
+    """
+    biases = biases or [None] * len(weights)
+    return torch.cat(list(map(F.linear, x.split(groups.lengths), weights, biases)))
 
 
 def softly(

@@ -85,12 +85,12 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
 def scans(kind: int, q, k, v) -> None:
     b, t, h, K = q.shape
     V, size = v.shape[-1], scan.memories(kind) * K
-    rows = {scan.CROSS.value: K, scan.ROTATE.value: 2 * K}.get(kind)
-    fixed = {scan.RATE.value: 1, scan.SPIRAL.value: 4}.get(kind)
+    rows = {scan.CROSS.value: K, scan.PACE.value: K, scan.ROTATE.value: 2 * K}.get(kind)
+    fixed = {scan.RATE.value: (1,), scan.PACE.value: (1,), scan.FULL.value: (b, t), scan.SPIRAL.value: (4,)}.get(kind)
     q, k = (None, None) if kind == scan.SPIRAL.value else (q, k)
     rows = None if rows is None else torch.empty(b, t, h, rows)
-    columns = torch.empty(b, t, h, V) if kind < scan.ROTATE.value else None
-    fixed = None if fixed is None else torch.empty(fixed, h, K, V)
+    columns = torch.empty(b, t, h, V) if kind < scan.PACE.value else None
+    fixed = None if fixed is None else torch.empty(*fixed, h, K, V)
     memory = torch.empty(1, h, size, V)
     given = (kind, q, k, v, rows, columns, fixed, memory, torch.tensor([0, t], dtype=torch.int32))
     _, *kept = scan.forward(*given, 2, True)

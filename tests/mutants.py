@@ -369,7 +369,7 @@ MUTANTS = [
     Mutant(
         "both ways: the borders of the reversed sequence are not mirrored",
         "reference/bidirectional.py",
-        "cu_seqlens[-1] - cu_seqlens.flip(0)",
+        "cu_seqlens.max() - cu_seqlens.flip(*range(cu_seqlens.ndim))",
         "cu_seqlens",
         "tests/test_bidirectional.py -k documents",
     ),
@@ -383,8 +383,8 @@ MUTANTS = [
     Mutant(
         "cut: a chain passes on its first document's memory",
         "parallel/lasp.py",
-        "last[-len(M) :]",
-        "last[: len(M)]",
+        "give_memory(of_last(last, cu_seqlens)",
+        "give_memory(last[: len(M)]",
         "tests/test_sequence.py -k rank_to_rank",
     ),
     Mutant(
@@ -729,6 +729,20 @@ MUTANTS = [
         "found = tl.dot(bq, tl.trans(bk), input_precision=PRECISION) * P",
         "found = 0.0 * P",
         "tests/test_fast.py -k 'values and gated_delta_net'",
+    ),
+    Mutant(
+        "the gradient of rates forgets the rows' steps",
+        "fast/kernels/scan.py",
+        "d_rate += felt * gate[:, None]",
+        "d_rate += felt",
+        "tests/test_fast.py -k 'scanned_values and s4_printed'",
+    ),
+    Mutant(
+        "the gradient of a token's own gates is that of its memory",
+        "fast/kernels/scan.py",
+        "V + cell, felt, mask=inside & ok)",
+        "V + cell, D, mask=inside & ok)",
+        "tests/test_fast.py -k 'scanned_values and fast_weights_printed'",
     ),
     Mutant(
         "a scan keeps memories at other tokens than its gradient takes them for",
@@ -1097,9 +1111,30 @@ MUTANTS = [
     Mutant(
         "memories share the taps of the first",
         "reference/mixers/mom.py",
-        "type(state)(*(part[:, e] for part in state))",
-        "type(state)(state[0][:, e], *(part[:, 0] for part in state[1:]))",
-        "tests/test_mixers.py -k 'pieces_equal and mom_gated'",
+        "before.memory, own)\n        after = (",
+        "before.memory, own)\n        carried = tuple(part[:1].expand_as(part) for part in carried)\n        after = (",
+        "tests/test_mom.py -k 'at_once and gated'",
+    ),
+    Mutant(
+        "states lie document by document where memories do",
+        "reference/mixers/mom.py",
+        "part.transpose(0, 1).flatten(0, 1)",
+        "part.flatten(0, 1)",
+        "tests/test_mom.py -k at_once",
+    ),
+    Mutant(
+        "a memory's first token belongs to the one before",
+        "reference/mixers/mom.py",
+        "first + cu_seqlens, out_int32=True)",
+        "first + cu_seqlens, out_int32=True, right=True)",
+        "tests/test_mom.py -k at_once",
+    ),
+    Mutant(
+        "what enters a rank is the first memory's alone",
+        "reference/mixers/mom.py",
+        "borders if self.ops.cut else end_to_end(borders)",
+        "end_to_end(borders)",
+        "tests/test_bidirectional.py -k cut_model",
     ),
     Mutant(
         "the weights of the memories do not sum to one",
@@ -1110,10 +1145,10 @@ MUTANTS = [
     ),
     Mutant(
         "a memory that nobody visits has no gradient",
-        "reference/mixers/mom.py",
-        "if not len(who):",
-        "if False:",
-        "tests/test_mixers.py -k nobody_visits",
+        "reference/moe.py",
+        "list(map(F.linear, x.split(groups.lengths), weights, biases))",
+        "[F.linear(*y) for y in zip(x.split(groups.lengths), weights, biases, strict=True) if len(y[0])]",
+        "tests/test_mom.py -k nobody_visits",
     ),
     Mutant(
         "values lean towards their own layer's",

@@ -129,6 +129,38 @@ def test_grouped_experts_are_the_loop(way, kind, n, e, sizes, kept, choices, dat
     compare(way, case, inner=EXPERT[kind].inner, gate_at="input" if at_input else "output")
 
 
+@pytest.mark.parametrize("way", WAYS)
+@given(
+    lengths=st.lists(st.sampled_from((0, 1, 3, 8)), min_size=1, max_size=5).filter(any),
+    columns=st.sampled_from((3, 8, 20)),
+    biases=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=8)
+def test_grouped_maps_are_the_loop(way, lengths, columns, biases, seed):
+    """Of any number of rows each, none too, and any number of columns."""
+    dtype, autocast = torch.bfloat16 if way == "bfloat16" else torch.float32, way == "autocast"
+    narrow = torch.float32 if way == "float32" else torch.bfloat16
+    shapes = [(sum(lengths), 8), *[(columns, 8)] * len(lengths), *[(columns,)] * len(lengths) * biases]
+    inputs = [draw(*shape, seed=seed + i).to(dtype) for i, shape in enumerate(shapes)]
+
+    def run(function, dtype, device, autocast):
+        x, *weights = leaves = [y.to(dtype).to(device).requires_grad_() for y in inputs]
+        ends = torch.tensor(lengths, device=device).cumsum(0, dtype=torch.int32)
+        maps, shifts = weights[: len(lengths)], weights[len(lengths) :] or None
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            y = function(x, ends, maps, shifts)
+        return [y, *torch.autograd.grad(y, leaves, draw(*y.shape, seed=seed).to(y))]
+
+    def loop(x, ends, *more):
+        return moe.linears(x, moe.Groups(ends), *more)
+
+    exact, plain = run(loop, torch.float64, "cpu", False), run(loop, dtype, "cpu", autocast)
+    for got, near, right in zip(run(quick.grouped_linears, dtype, DEVICE, autocast), plain, exact, strict=True):
+        assert got.dtype == near.dtype
+        assert_within_budget(got.cpu().to(narrow), near, right, way)
+
+
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "bfloat16"])
 @pytest.mark.parametrize("gate_at", ["output", "input"])
 def test_dropout_is_the_loop_s(way, gate_at):

@@ -20,7 +20,6 @@ from oracles.linear_attention import FEATURES
 from reference import mixers, ops
 from reference.lsm import LSM
 from reference.mixers.linear_attention import FEATURE_MAP, POSITIVE, dpfp, feature_map
-from reference.mixers.mom import MixtureOfMemories
 from reference.mixers.parts import Mixer
 from reference.mixers.softmax import ATTENTION, Latents
 from reference.model import Side, state_bytes
@@ -512,20 +511,6 @@ def test_linear_attention_takes_its_features_and_gate_from_the_configuration(fea
         o = (q / len(q) ** 0.5 @ k) * of("v", h)
         heads.append(rms(o, w["norm"]) * (silu(of("gate", h)) if gate else 1))
     torch.testing.assert_close(layer(x)[0][0, 0], w["o.weight"] @ torch.cat(heads), **close)
-
-
-@pytest.mark.parametrize("name", [name for name in LSM if issubclass(mixers.kind(name), MixtureOfMemories)])
-def test_a_memory_that_nobody_visits_gets_a_gradient_of_zeros(name):
-    """Not none: an optimizer that sees none would leave its own state of the memory as it is."""
-    layer, x = Layer(name, memories=4, memories_kept=2), draw(2, 9, 12)
-    with torch.no_grad():
-        x[..., 0] = 1.0
-        layer.inner.router.zero_()[1:3, 0] = 9.0
-    layer(x)[0].square().sum().backward()
-    gradients = {n: w.grad for n, w in layer.inner.others.named_parameters()}  # from the second to the shared one
-    assert all(gradient is not None for gradient in gradients.values())
-    moved = {n.split(".")[0] for n, gradient in gradients.items() if gradient.any()}
-    assert moved == {"0", "1", "3"}
 
 
 UNEQUAL = "TTT-linear's inner model maps keys to values: key_size 4 and value_size 6 must be equal"

@@ -200,7 +200,7 @@ def kept(model: Model, own, t: int, bf16: bool, then=lambda built: None) -> int:
         {"pattern": "ND"},
         {"pattern": "N", "shared_width": 48, "router": "deepseek_v3", "key_heads": 1, "qk_norm": True},
         {"pattern": "N", "attention": "latent", "expert_kind": "relu_squared", "latent": 32},
-        {"pattern": "L", "lsm": "gated_delta_net"},
+        {"pattern": "L", "lsm": "mom_gated_delta_net"},
         {"pattern": "L", "lsm": "mamba2"},
         {"pattern": "L", "lsm": "rwkv6"},
     ],
@@ -210,7 +210,7 @@ def test_autograd_keeps_what_the_trace_says(change, bf16):
     """With real numbers and real routing. A recurrence keeps what a kernel would, in both; everything else, softmax
     attention too, is the reference itself. What does not grow with the tokens is left to the next test."""
     model = replace(SMALL, **change)
-    own = tracing.tracing([], False)._replace(experts=moe.experts)
+    own = tracing.tracing([], False)._replace(experts=moe.experts, linears=moe.linears)
     less, more = (kept(model, own, t, bf16) for t in LENGTHS)
     traced = tracing.trace(model, bf16, fused=False)
     assert sum(k.a_token for k in traced) == pytest.approx((more - less) / LENGTHS[0], rel=0.01)
@@ -303,7 +303,7 @@ def on_two_ranks(model: Model, attention: str, states: str, t: int) -> tuple[int
     [
         ({"pattern": "L", "lsm": "linear_attention"}, "gather", "gather"),
         ({"pattern": "L", "lsm": "mamba2"}, "gather", "gather"),
-        ({"pattern": "L", "lsm": "gated_delta_net", "convolution": 3}, "gather", "gather"),
+        ({"pattern": "L", "lsm": "mom_gated_delta_net", "convolution": 3}, "gather", "gather"),
         ({"pattern": "L", "lsm": "kda"}, "gather", "ring"),
         ({"pattern": "LD", "lsm": "rwkv6"}, "gather", "gather"),
         ({"pattern": "L", "lsm": "mamba"}, "gather", "gather"),

@@ -6,6 +6,8 @@ a_t is a number an element and token, of few parts, by KIND (c is a column, a nu
     ERASE    1 - k_tk² Δ_tc       Longhorn      SPIRAL   z_kc, complex, no token's  S4; k is 1, o = Σ_k Re(r_kc M_kc)
     CROSS    e^{g_tk + f_tc}      gated fast weights
     COLUMN   e^{f_tc}             the keys of slots
+    PACE     e^{A_kc Δ_tk}        S4 and Mamba as a survey prints them: Δ of a row
+    FULL     e^{G_tkc}            gated fast weights as it prints them: a gate of each token's own for every element
 
 Chunks of tokens are no matrix products here: the sum over tokens has another weight for every pair of row and column.
 So a program owns all K rows of a slice of columns, in registers, and goes through time token by token; every input is
@@ -15,6 +17,8 @@ read once. With D_t the cotangent of M_t, its own read included, and Λ_t = D_t 
     RATE     dA = Σ_t Δ_t Λ_t     dΔ_t = Σ_k A Λ_t
     ERASE    dΔ_t = -Σ_k k² D_t M_{t-1}     dk_t -= 2 k Σ_c Δ_t D_t M_{t-1}
     CROSS    dg_t = Σ_c Λ_t     df_t = Σ_k Λ_t, as for COLUMN
+    PACE     dA = Σ_t Δ_t Λ_t     dΔ_t = Σ_c A Λ_t
+    FULL     dG_t = Λ_t
     ROTATE   dz_t = Σ_c D_t conj(M_{t-1})
     SPIRAL   dz = Σ_t D_t conj(M_{t-1})     dr = Σ_t do_t conj(M_t)     D_t += conj(r) do_t     r = 2 (q + i p)
 
@@ -43,14 +47,21 @@ multiprocessor of an H200, where 4 U take 0.063), 2.5 times as many backward. Be
 2 multiplications and 2 multiply-adds forward; backward 12, and 4 for each step of walking. S4 has no exponentials and
 moves 2 U forward and 3 more backward; a complex element and token costs 4 multiply-adds, a sum, and 2 to be read.
 
+PACE has RATE's exponentials and products, with a sum over columns in place of one over rows. Its Δ is a row's, so that
+2 U forward and 5 backward are left beside q k Δ. FULL has an exponential an element and token as well, and 4 bytes of G
+(16 × 16: 1 KiB a token and head, where q k v o are 128 bytes in 16 bits): read once forward; backward read once, 1.5
+times more in walking where R = 4, and once more where FAR counts, with dG written once. The floor is one read forward,
+one read and one write backward: whoever wants speed does not give every element a gate of its own.
+
 Layout. The first tile loaded decides how Triton lays out the memory: 16 bytes a thread, so 4 × 8 threads of 4 × 4
 elements each for 16 × 32. A sum over rows is then 8 exchanges between threads and one over columns 12; with all rows in
 one thread, which Triton would choose for sums over rows alone, a sum over columns takes 80. Tokens are asked for R at a
 time, one group ahead (forwards): no load is waited for in the chain.
 
-Compilers: code after a `return` that stands under a condition known at compile time is compiled all the same. Every
-line of the tables below compiles for sm_90 without spills, in 16 and 32 bits (Triton 3.7.1, tests/hopper.py). They are
-chosen by instructions (bench/LOG.md), not by times.
+Compilers: code after a `return` that stands under a condition known at compile time is compiled all the same. The lines
+of the tables below are chosen by instructions (bench/LOG.md), not by times. Compiled for sm_90 (Triton 3.7.1,
+tests/hopper.py) they do not spill, in 16 and 32 bits, but for RATE, PACE and FULL from 128 rows on in float32, whose
+exponents are float64 (up to 200 bytes a thread), and 24 bytes of PACE's span with 256 rows in 16 bits.
 """
 
 import torch
@@ -61,8 +72,8 @@ from torch import Tensor
 from fast.kernels import decay
 from fast.kernels.decay import LOG2_E, cdiv, next_power_of_2, padded, part_of, power_of_2, run_of, sequences_of
 
-# what a_t is made of; RATE ... CROSS are real and have a gate of columns, ROTATE and SPIRAL are complex
-RATE, ERASE, COLUMN, CROSS, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(6))
+# what a_t is made of; RATE ... CROSS have a gate of columns, PACE and FULL none, ROTATE and SPIRAL are complex
+RATE, ERASE, COLUMN, CROSS, PACE, FULL, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(8))
 
 # padded rows of the memory, how many memories it is (2: a complex one) -> (columns a program, warps, tokens at once)
 CONFIG = {
@@ -88,8 +99,8 @@ BACKWARD = {
     (64, 2): (32, 8, 4),
     (128, 2): (32, 8, 2),
 }
-# and where they hold more: the decays too (RATE), what becomes the gradients of four constants (SPIRAL)
-FULL = {
+# and where they hold more: the decays too (RATE, PACE, FULL), what becomes the gradients of four constants (SPIRAL)
+HOLDING = {
     (32, 1): (32, 4, 4),
     (64, 1): (32, 8, 4),
     (128, 1): (32, 8, 2),
@@ -119,10 +130,12 @@ def token_of(
             bx = tl.load(x + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
     if KIND == CROSS:
         gate = tl.load(rows + at * K + ik, mask=in_k & ok, other=0.0) * LOG2_E
+    if KIND == PACE:
+        gate = tl.load(rows + at * K + ik, mask=in_k & ok, other=0.0)
     if KIND == ROTATE:
         gate = tl.load(rows + at * 2 * K + ik, mask=in_k & ok, other=1.0)
         turn = tl.load(rows + at * 2 * K + K + ik, mask=in_k & ok, other=0.0)
-    if KIND < ROTATE:
+    if KIND < PACE:
         step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0)
     if KIND == COLUMN:
         step *= LOG2_E
@@ -147,12 +160,25 @@ def tokens_of(
 
 
 @triton.jit
+def rate_of(fixed, rate, at, cell, inside, ok, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
+    """The rates of a token's elements: those of all tokens, unless it has its own (FULL)."""
+    if KIND == FULL:
+        rate = tl.load(fixed + at.to(tl.int64) * K * V + cell, mask=inside & ok, other=0.0) * LOG2_E
+    return rate
+
+
+@triton.jit
 def decay_of(bk, gate, turn, step, rate, spin, ok, KIND: tl.constexpr, EXACT: tl.constexpr):
     """a_t, and its imaginary part."""
     a, b = rate, spin
     if KIND == RATE:
         each = rate.to(tl.float64) if EXACT else rate
         a = power_of_2(each * step[None, :], EXACT)
+    if KIND == PACE:
+        each = rate.to(tl.float64) if EXACT else rate
+        a = power_of_2(each * gate[:, None], EXACT)
+    if KIND == FULL:
+        a = power_of_2(rate, EXACT)
     if KIND == ERASE:
         a = 1 - (bk * bk)[:, None] * step[None, :]
     if KIND == COLUMN:
@@ -200,7 +226,7 @@ def tile_of(x, cell, inside, GIVEN: tl.constexpr, BK: tl.constexpr, BV: tl.const
 def constants_of(fixed, M, h, heads, cell, inside, K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr):
     """What no token changes, in registers: (rate, spin, the read's real and imaginary parts)."""
     rate, spin, asked, turned = M, M, M, M
-    if KIND == RATE:
+    if (KIND == RATE) | (KIND == PACE):
         rate = tl.load(fixed + h * K * V + cell, mask=inside, other=0.0) * LOG2_E
     if KIND == SPIRAL:
         rate = tl.load(fixed + h * K * V + cell, mask=inside, other=0.0)
@@ -263,7 +289,8 @@ def scan_forward(
         for j in tl.static_range(R):
             ok = begin + j < stop
             bv, bk, gate, turn, step, bq = now[j]
-            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
+            each = rate_of(fixed, rate, (start + begin + j) * heads + h, cell, inside, ok, K, V, KIND)
+            a, b = decay_of(bk, gate, turn, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             M, N = times(a, b, M, N, COMPLEX)
             M = written(M, bk, bv, KIND)
             if KIND == SPIRAL:
@@ -280,7 +307,7 @@ def scan_forward(
 
 @triton.jit
 def walked(
-    M, N, near, v, k, rows, columns, start, origin, stop, groups, heads, h, rate, spin, cell, inside,
+    M, N, near, v, k, rows, columns, fixed, start, origin, stop, groups, heads, h, rate, spin, cell, inside,
     ik, iv, in_k, in_v,
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, KEPT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -300,7 +327,9 @@ def walked(
         )
         for j in tl.static_range(R):
             bv, bk, gate, turn, step, _ = now[j]
-            a, b = decay_of(bk, gate, turn, step, rate, spin, begin + j < stop, KIND, v.dtype.element_ty == tl.float32)
+            ok = begin + j < stop
+            each = rate_of(fixed, rate, (start + begin + j) * heads + h, cell, inside, ok, K, V, KIND)
+            a, b = decay_of(bk, gate, turn, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             M, N = times(a, b, M, N, COMPLEX)
             M = written(M, bk, bv, KIND)
     return M, N
@@ -316,12 +345,15 @@ def scan_backward(
 ):  # fmt: skip
     """The gradients of a slice of columns, a segment of one head of one sequence.
 
+    Decays that take an exponential an element, or a load (HELD), stay in registers until the way back.
+
     The memory before R tokens comes from `marks` (at a segment's start: `entry`) where FAR = KEPT. Else the first time
     that a stretch of FAR tokens is met its memories are made from there, every KEPT tokens, and left in `near`.
     `parts`: what its columns give the gradients of rows (dq, dk, the gate's and its turn's): · SLICES (b t h) K; count
-    is b t h. `dfixed`: what its tokens give those of constants: n segments · h K V.
+    is b t h. `dfixed`: what its tokens give those of constants: n segments · h K V; of FULL, each token's: b t h K V.
     """
     COMPLEX: tl.constexpr = KIND >= ROTATE
+    HELD: tl.constexpr = (KIND == RATE) | (KIND == PACE) | (KIND == FULL)
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -372,7 +404,7 @@ def scan_backward(
             tl.debug_barrier()  # the stretch before has been read
             groups = tl.where(newly, late * (KEPT // R), 0)
             M, N = walked(
-                M, N, near, v, k, rows, columns, start, first + far * KEPT, stop, groups, heads, h,
+                M, N, near, v, k, rows, columns, fixed, start, first + far * KEPT, stop, groups, heads, h,
                 rate, spin, cell, inside, ik, iv, in_k, in_v, K, V, KIND, R, KEPT, True,
             )  # fmt: skip
             tl.store(near + late * SIZE + cell, M, mask=wanted)
@@ -384,7 +416,7 @@ def scan_backward(
             if COMPLEX:
                 N = tl.load(near + late * SIZE + K * V + cell, mask=inside, other=0.0)
         M, N = walked(
-            M, N, near, v, k, rows, columns, start, origin, stop, ahead // R,
+            M, N, near, v, k, rows, columns, fixed, start, origin, stop, ahead // R,
             heads, h, rate, spin, cell, inside, ik, iv, in_k, in_v, K, V, KIND, R, KEPT, False,
         )  # fmt: skip
         states, turns, decays = (), (), ()
@@ -400,10 +432,11 @@ def scan_backward(
             ok = begin + j < stop
             bv, bk, gate, turn, step, _ = now[j]
             bdo = cotangents[j]
-            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
+            each = rate_of(fixed, rate, (start + begin + j) * heads + h, cell, inside, ok, K, V, KIND)
+            a, b = decay_of(bk, gate, turn, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             states += (M,)
             turns += (N,)
-            if KIND == RATE:
+            if HELD:
                 decays += (a,)
             M, N = times(a, b, M, N, COMPLEX)
             M = written(M, bk, bv, KIND)
@@ -419,7 +452,7 @@ def scan_backward(
             at = (start + begin + j) * heads + h
             bv, bk, gate, turn, step, bq = now[R - 1 - back]
             bdo = cotangents[R - 1 - back]
-            if KIND == RATE:
+            if HELD:
                 a, b = decays[R - 1 - back], decays[R - 1 - back]
             else:
                 a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
@@ -456,7 +489,13 @@ def scan_backward(
                             d_step = tl.sum(felt, 0)
                         if KIND == CROSS:
                             tl.store(line + 2 * kind, tl.sum(felt, 1), mask=in_k & ok)
-                    tl.store(dcolumns + at * V + iv, d_step, mask=in_v & ok)
+                        if KIND == PACE:
+                            d_rate += felt * gate[:, None]
+                            tl.store(line + 2 * kind, tl.sum(felt * rate, 1) / LOG2_E, mask=in_k & ok)
+                        if KIND == FULL:
+                            tl.store(dfixed + at.to(tl.int64) * K * V + cell, felt, mask=inside & ok)
+                    if KIND < PACE:
+                        tl.store(dcolumns + at * V + iv, d_step, mask=in_v & ok)
                 tl.store(line + kind, dk, mask=in_k & ok)
 
     if END:
@@ -464,7 +503,7 @@ def scan_backward(
         if COMPLEX:
             tl.store(end + nh * SIZE + K * V + cell, E, mask=inside)
     own = ((n * segments + segment).to(tl.int64) * (4 if COMPLEX else 1) * heads + h) * K * V + cell
-    if KIND == RATE:
+    if (KIND == RATE) | (KIND == PACE):
         tl.store(dfixed + own, d_rate, mask=inside)
     if KIND == SPIRAL:
         tl.store(dfixed + own, d_rate, mask=inside)
@@ -508,7 +547,9 @@ def scan_span(
         for j in tl.static_range(R):
             bv, bk, gate, turn, step, bx = now[R - 1 - j if REVERSE else j]
             ok = (begin + R - 1 - j >= first) if REVERSE else (begin + j < stop)
-            a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
+            at = (start + begin + (R - 1 - j if REVERSE else j)) * heads + h
+            each = rate_of(fixed, rate, at, cell, inside, ok, K, V, KIND)
+            a, b = decay_of(bk, gate, turn, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             if REVERSE:
                 if KIND == SPIRAL:
                     M += asked * bv[None, :]
@@ -577,8 +618,9 @@ def scan_fold(
 
 # ------------------------------------------------------------------------------------------------ the launchers
 # Tensors are contiguous; gates, constants and memories float32. q k : b t h K, v : b t h V (SPIRAL has only v);
-# rows : b t h K (CROSS) or b t h 2K (ROTATE), columns : b t h V (RATE ... CROSS), fixed : 1 h K V (RATE: A) or
-# 4 h K V (SPIRAL); memory : n h K V, complex ones n h 2K V. What a kind does not have is None.
+# rows : b t h K (CROSS, PACE) or b t h 2K (ROTATE), columns : b t h V (RATE ... CROSS), fixed : 1 h K V (RATE, PACE:
+# A), 4 h K V (SPIRAL) or b t h K V (FULL: G); memory : n h K V, complex ones n h 2K V. What a kind does not have is
+# None.
 
 
 def keys_of(k: Tensor | None, fixed: Tensor | None) -> int:
@@ -597,13 +639,13 @@ def largest(kind: int) -> int:
 
 def row_gradients(kind: int) -> int:
     """Of how many inputs by row: q, k and their gates."""
-    return {CROSS.value: 3, ROTATE.value: 4, SPIRAL.value: 0}.get(kind, 2)
+    return {CROSS.value: 3, PACE.value: 3, ROTATE.value: 4, SPIRAL.value: 0}.get(kind, 2)
 
 
 def line_of(kind: int, K: int, backward: bool = False) -> tuple[int, int, int]:
     size = padded(K), memories(kind)
-    full = backward and kind in (RATE.value, ERASE.value, SPIRAL.value)
-    return FULL[size] if full and size in FULL else (BACKWARD if backward else CONFIG)[size]
+    full = backward and kind in (RATE.value, ERASE.value, PACE.value, FULL.value, SPIRAL.value)
+    return HOLDING[size] if full and size in HOLDING else (BACKWARD if backward else CONFIG)[size]
 
 
 def segments_for(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, sequences: int) -> int:
@@ -709,7 +751,7 @@ def backward(do, dlast, kind, q, k, v, rows, columns, fixed, memory, borders, la
     parts = last.new_empty(row_gradients(kind), shape["SLICES"], b, t, h, K)
     between_marks = far_of(kind, k, v, fixed, n)
     near = last.new_empty(n, h, segments, between_marks // KEPT, *last.shape[2:]) if between_marks > KEPT else None
-    dfixed = None if fixed is None else last.new_empty(n, segments, *fixed.shape)
+    dfixed = None if fixed is None else last.new_empty(*(() if kind == FULL.value else (n, segments)), *fixed.shape)
     decay.launch(
         scan_backward, shape["SLICES"] * segments * h * n,
         do, q, k, v, rows, columns, fixed, borders, start, far, marks, near, dv, dcolumns, parts, dfixed,
@@ -719,7 +761,8 @@ def backward(do, dlast, kind, q, k, v, rows, columns, fixed, memory, borders, la
     dq, dk, *gates = (part.sum(0) for part in parts) if len(parts) else (None, None)
     drows = torch.cat(gates, -1) if gates else None
     dq, dk = (None if y is None else y.to(q.dtype) for y in (dq, dk))
-    return dq, dk, dv, drows, dcolumns, None if dfixed is None else dfixed.sum((0, 1)), end
+    dfixed = dfixed if dfixed is None or kind == FULL.value else dfixed.sum((0, 1))
+    return dq, dk, dv, drows, dcolumns, dfixed, end
 
 
 def step(kind, q, k, v, rows, columns, fixed, memory) -> Tensor:

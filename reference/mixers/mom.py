@@ -1,31 +1,63 @@
 """Mixture-of-Memories (2502.13685): several memories, of which each token writes to a few and to one that all share."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial, reduce
 from inspect import isfunction
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from reference.documents import end_to_end
 from reference.mixers.delta import GatedDeltaNet
 from reference.mixers.gated import GLA
 from reference.mixers.parts import Mixer
+from reference.moe import Groups, combine
 from reference.routers import Inside, load, route, wanted
 from reference.routers import row as router
 
 
-class Apart:
-    """A layer with some of its submodules replaced: its methods find those, and everything else where it was."""
+class Together:
+    """A layer of whose submodules named in `own` each group of tokens has its own; all else is where it was."""
 
-    def __init__(self, layer: Mixer, own: nn.ModuleDict):
-        self.layer, self.own = layer, own
+    def __init__(self, layer: Mixer, own: list[Mapping[str, nn.Module]], groups: Groups):
+        self.layer, self.own, self.groups = layer, own, groups
 
     def __getattr__(self, name: str):
-        if name in self.own:
-            return self.own[name]
+        if name in self.layer.own:
+            return partial(through, self.layer.ops, [modules[name] for modules in self.own], self.groups)
         method = getattr(type(self.layer), name, None)
         return MethodType(method, self) if isfunction(method) else getattr(self.layer, name)
+
+
+def through(ops, modules: Sequence[nn.Module], groups: Groups, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+    """Each group's tokens through its own linear map, or chain of them."""
+    if isinstance(modules[0], nn.Sequential):
+        return reduce(lambda y, stage: through(ops, stage, groups, y), zip(*modules, strict=True), x)
+    biases = None if modules[0].bias is None else [m.bias for m in modules]
+    return ops.linears(x.flatten(0, -2), groups, [m.weight for m in modules], biases).unflatten(0, x.shape[:-1])
+
+
+class Visits(NamedTuple):
+    """All (token, memory) pairs, sorted by memory and then by token; the memory that all share is the last one."""
+
+    order: Int[Tensor, " p"]  # pair -> its place among (token, slot), where a token's slots stand side by side
+    memory: Int[Tensor, " p"]
+    token: Int[Tensor, " p"]
+
+    def borders(self, cu_seqlens: Int[Tensor, " n1"], tokens: int, memories: int) -> Int[Tensor, "m n1"]:
+        """Where each memory's documents begin and end among the pairs. No number is asked of the device."""
+        first = torch.arange(memories, device=cu_seqlens.device)[:, None] * tokens
+        return torch.searchsorted(self.memory * tokens + self.token, first + cu_seqlens, out_int32=True)
+
+
+def visits(index: Int[Tensor, "n s"]) -> Visits:
+    memory, order = index.flatten().sort(stable=True)
+    return Visits(order, memory, order // index.shape[1])
 
 
 class MixtureOfMemories(nn.Module):
@@ -36,8 +68,10 @@ class MixtureOfMemories(nn.Module):
     itself (the projections of keys, values and gates); all else is shared, and norm, gate and output follow the sum.
     w = softmax over all memories, the k largest, divided by their sum; in float32.
 
-    A token's memories depend on that token alone, so nothing here looks ahead. Rows of a batch are packed for the
-    memories, one after the other: a batch of several rows cannot be cut over ranks, packed documents (b = 1) can.
+    All memories are one recurrence over (k + 1) b t tokens: those of the first, row by row of the batch or document by
+    document, then those of the second, ... so the length is known and no device has to be asked who visits whom.
+    A token's memories depend on that token alone, so nothing here looks ahead. A batch of several rows cannot be cut
+    over ranks, packed documents (b = 1) can.
     """
 
     inner: type[Mixer]
@@ -63,46 +97,58 @@ class MixtureOfMemories(nn.Module):
         return cls.inner.common(config, layers)
 
     def forward(self, x: Float[Tensor, "b t d"], side, state=None) -> tuple[Tensor, tuple, Any, list[Inside]]:
-        (b, t), flat = x.shape[:2], x.flatten(0, 1)
+        flat = x.flatten(0, 1)
         logits = wanted(flat, self.router)
         routing = route(router("mixtral"), logits, self.kept)
-        cu_seqlens = side.cu_seqlens
-        if cu_seqlens is None:
-            cu_seqlens = torch.arange(b + 1, device=x.device, dtype=torch.int32) * t
-        one_each = t == 1 and side.cu_seqlens is None and state is not None and not torch.is_grad_enabled()
-        run = self.stepped if one_each else self.packed
-        o, after = 0.0, []
-        for e, memory in enumerate([self.first, *(Apart(self.first, own) for own in self.others)]):
-            chosen = routing.index == e
-            who = chosen.any(-1).nonzero()[:, 0] if e < self.count else torch.arange(len(flat), device=x.device)
-            before = None if state is None else type(state)(*(part[:, e] for part in state))
-            y, own = run(memory, flat, who, cu_seqlens, side, before)
-            if e < self.count:
-                y = y * (routing.gate * chosen).sum(-1)[who, None, None].to(y.dtype)
-            o = o + y.new_zeros(len(flat), *y.shape[1:]).index_copy(0, who, y)
-            after.append(own)
-        y = self.first.output(o.unflatten(0, (b, t)), x)
-        state = type(after[0])(*(torch.stack(parts, 1) for parts in zip(*after, strict=True)))
+        shared = F.pad(routing.index, (0, 1), value=self.count)
+        alone = x.shape[1] == 1 and side.cu_seqlens is None and state is not None and not torch.is_grad_enabled()
+        y, state = (self.stepped if alone else self.packed)(x, visits(shared), side, state)
+        o = combine(y.flatten(1), F.pad(routing.gate, (0, 1), value=1.0)).to(y.dtype)
+        y = self.first.output(o.view(*x.shape[:2], *y.shape[1:]), x)
         return y, state, side, [Inside(self.kept, load(router("mixtral"), logits, routing))]
 
-    def packed(self, memory: Mixer | Apart, x: Float[Tensor, "n d"], who: Int[Tensor, " p"], cu_seqlens, side, state):
-        """The memory over its tokens `who`, packed in as many documents as there are: outputs p h v, and its state."""
-        borders = torch.searchsorted(who, cu_seqlens.long()).int()
-        own = side._replace(positions=side.positions.flatten()[who][None], cu_seqlens=borders)
-        tokens, constants, carried = memory.inputs(x[who][None], own, state)
-        o, M = memory.advance(tokens, constants, state and state.memory, own)
-        if not len(who):  # a memory that nobody visits gets a gradient of zeros, not none: optimizers tell them apart
-            o = o + 0 * sum(y.sum() for y in tokens.values())
-        return o[0], memory.state(M, *carried)
+    def together(self, borders: Int[Tensor, "m n1"]) -> Together:
+        own = [{name: getattr(self.first, name) for name in self.inner.own}, *self.others]
+        return Together(self.first, own, Groups(borders[:, -1]))
 
-    def stepped(self, memory: Mixer | Apart, x: Float[Tensor, "b d"], who: Int[Tensor, " p"], cu_seqlens, side, state):
-        """One token for each of the sequences `who`; the others keep their state."""
-        own = side._replace(positions=side.positions[who])
-        before = type(state)(*(part[who] for part in state))
-        tokens, constants, carried = memory.inputs(x[who][:, None], own, before)
-        o, M = memory.advance(tokens, constants, before.memory, own)
-        parts = zip(state, (M, *carried), strict=True)
-        return o[:, 0], type(state)(*(old.index_copy(0, who, new.to(old.dtype)) for old, new in parts))
+    def packed(self, x: Float[Tensor, "b t d"], pairs: Visits, side, state):
+        """All memories over their tokens, one memory's documents behind the other's: outputs a (token, slot) h v, and
+        the state."""
+        (b, t), cu_seqlens = x.shape[:2], side.cu_seqlens
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(b + 1, device=x.device, dtype=torch.int32) * t
+        borders = pairs.borders(cu_seqlens, b * t, self.count + 1)
+        layer = self.together(borders)
+        # where the sequence is cut, each memory's first document goes on from what enters, not the first of all alone
+        line = borders if self.ops.cut else end_to_end(borders)
+        own = side._replace(positions=side.positions.flatten()[pairs.token][None], cu_seqlens=line)
+        before = state and type(state)(*(part.transpose(0, 1).flatten(0, 1) for part in state))
+        tokens, constants, carried = layer.inputs(self.seen(x, pairs)[None], own, before)
+        o, M = layer.advance(tokens, constants, before and before.memory, own)
+        if not b * t:  # weights that no token meets get a gradient of zeros, not none: optimizers tell them apart
+            o = o + 0 * sum(y.sum() for y in tokens.values())
+        documents = (self.count + 1, len(cu_seqlens) - 1)
+        after = (part if part is None else part.unflatten(0, documents).transpose(0, 1) for part in (M, *carried))
+        return o[0].index_select(0, pairs.order.argsort()), layer.state(*after)
+
+    def stepped(self, x: Float[Tensor, "b 1 d"], pairs: Visits, side, state):
+        """One token for each sequence and memory that it visits; the other memories stay as they are."""
+        all_of_them = torch.arange(2, device=x.device) * len(x)
+        layer = self.together(pairs.borders(all_of_them, len(x), self.count + 1))
+        place = pairs.token * (self.count + 1) + pairs.memory
+        own = side._replace(positions=side.positions[pairs.token])
+        before = type(state)(*(part.flatten(0, 1)[place] for part in state))
+        tokens, constants, carried = layer.inputs(self.seen(x, pairs)[:, None], own, before)
+        o, M = layer.advance(tokens, constants, before.memory, own)
+        after = (
+            old.flatten(0, 1).index_copy(0, place, new.to(old.dtype)).view(old.shape)
+            for old, new in zip(state, (M, *carried), strict=True)
+        )
+        return o[:, 0].index_select(0, pairs.order.argsort()), layer.state(*after)
+
+    def seen(self, x: Float[Tensor, "b t d"], pairs: Visits) -> Float[Tensor, "p d"]:
+        """Each pair's token: copied to its slots, then moved, so that no two gradients are added up in one place."""
+        return repeat(x, "b t d -> (b t s) d", s=self.kept + 1).index_select(0, pairs.order)
 
 
 class GLAMemories(MixtureOfMemories):
