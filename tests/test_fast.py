@@ -150,10 +150,10 @@ def compare(
         assert x.dtype == loop[what].dtype, what
         plain = max(loop[what], chunks[what], key=lambda y: (y.double() - want[what]).abs().max().item())
         judged = x.cpu().to(dtype)
-        rate = what == "dA" and row.decay is printed.timed  # 16-bit products, summed over all tokens
-        if rate or (what == "dg" and dtype == torch.float32):
-            size = rate_added_up if rate else added_up
-            slack = (1 if rate else 8) * torch.finfo(dtype).eps * size(row, rounded, weights, want, cu_seqlens)
+        rate, full = what == "dA" and row.decay is printed.timed, dtype == torch.float32
+        if rate or (what == "dg" and full):
+            size = rate_added_up(full, *args, want, cu_seqlens) if rate else added_up(*args, want, cu_seqlens)
+            slack = (8 if full else 1) * torch.finfo(dtype).eps * size
             off = judged - want[what]
             judged = (want[what] + off.sign() * (off.abs() - slack).clamp(min=0)).float()
         if (judged - want[what]).abs().max() < torch.finfo(torch.float32).tiny:
@@ -175,12 +175,16 @@ def added_up(row, inputs, weights, want, cu_seqlens):
     return size
 
 
-def rate_added_up(row, inputs, weights, want, cu_seqlens):
-    """The same of a rate that each token's write strength multiplies."""
+def rate_added_up(full, row, inputs, weights, want, cu_seqlens):
+    """The same of a rate that each token's write strength multiplies: of 16-bit products all tokens' gradients; in
+    float32 the differences that these are, whose errors add up as their root."""
     (tokens, constants, memory), beta = inputs, inputs[0]["beta"]
     each = {"q": tokens["q"], "k": beta[..., None] * tokens["k"], "v": tokens["v"], "g": constants["A"] * beta}
-    dg = run(exact.recurrence, LSM["mamba2"], (each, {}, memory), weights, torch.float64, "cpu", cu_seqlens)["dg"]
-    return (beta * dg).abs().sum((0, 1)).max().item()
+    args = LSM["mamba2"], (each, {}, memory), weights
+    found = run(exact.recurrence, *args, torch.float64, "cpu", cu_seqlens)
+    if full:
+        return added_up(*args, found, cu_seqlens) * beta.square().sum((0, 1)).sqrt().max().item()
+    return (beta * found["dg"]).abs().sum((0, 1)).max().item()
 
 
 # ------------------------------------------------------------------------------------------------------ the laws
