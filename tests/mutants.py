@@ -355,8 +355,8 @@ MUTANTS = [
     Mutant(
         "cut: backward folds over the earlier ranks",
         "parallel/lasp.py",
-        "fold_back(spans[me + 1 :], Gs[me + 1 :], torch.zeros_like(S))",
-        "fold_back(spans[:me], Gs[:me], torch.zeros_like(S))",
+        "fold_back(spans[me + 1 :], G[me + 1 :], nothing)",
+        "fold_back(spans[:me], G[:me], nothing)",
         "tests/test_lasp.py -k equal_one",
     ),
     Mutant(
@@ -376,8 +376,8 @@ MUTANTS = [
     Mutant(
         "both ways, cut: backwards the ranks come in ascending order",
         "parallel/lasp.py",
-        "(parts[::-1], len(parts) - 1 - me) if back",
-        "(parts, me) if back",
+        "(back[::-1], len(parts) - 1 - me)",
+        "(back, me)",
         "tests/test_bidirectional.py -k equal_one",
     ),
     Mutant(
