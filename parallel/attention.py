@@ -14,23 +14,22 @@ everywhere, so they are those of the whole sequence.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
-from jaxtyping import Bool, Float, Int
+from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from parallel import comm
 from parallel.comm import Group
 from parallel.graph import attached, differentiable, exchange, known
-from reference.attention import Past, behind, checked
-from reference.cache import fresh, recent
-from reference.documents import document_of
+from reference.attention import behind, checked, reach
 from reference.ops import Ops
+from reference.pieces import Sight, fused, merge, multiplied, piece, piece_back
 from reference.recurrence import in_full_precision
 
 
@@ -117,13 +116,12 @@ def gather(ops: Ops, group: Group) -> Callable:
 
 def continued(ops: Ops, q, k, v, before: tuple[Tensor, Tensor], cu_seqlens, how: dict) -> Float[Tensor, "b t h e"]:
     """Attention over my tokens: the first document (where nothing is packed, all rows) has a past, the others none."""
-    first = q.shape[1] if cu_seqlens is None else int(cu_seqlens[1])
-    if before[0].shape[1] and how["window"] is None:
-        all_of_it = (torch.cat([x, y[:, :first]], 1) for x, y in zip(before, (k, v), strict=True))
-        o = behind(q[:, :first], *all_of_it, how["scale"])
-    else:
-        past = recent(fresh(Past, *before), how["window"]) if before[0].shape[1] else None
-        o = ops.attention(q[:, :first], k[:, :first], v[:, :first], past, **how)[0]
+    first, past = q.shape[1] if cu_seqlens is None else int(cu_seqlens[1]), before[0].shape[1]
+    if not past or not first:
+        return ops.attention(q, k, v, None, cu_seqlens, **how)[0]
+    start = 0 if how["window"] is None else max(past - reach(how["window"]), 0)
+    own = (torch.cat([x[:, start:], y[:, :first]], 1) for x, y in zip(before, (k, v), strict=True))
+    o = behind(q[:, :first], *own, **how)
     if first == q.shape[1]:
         return o
     rest = ops.attention(q[:, first:], k[:, first:], v[:, first:], None, cu_seqlens[1:] - first, **how)[0]
@@ -145,73 +143,53 @@ def _gather_tokens_backward(D: Tensor, group: str) -> Tensor:
 
 
 def ring(ops: Ops, group: Group) -> Callable:
-    """Keys and values go round, and each rank takes of them what it may see: a softmax whose largest score, sum and
-    output are corrected as better scores come (1805.02867).
+    """Keys and values go round, and each rank takes of them what it may see: pieces of a softmax, merged as they come
+    (`reference.pieces`: by kernels where there are any, else scores of some of my queries at a time).
 
     They go on for as many ranks as any rank looks back: a window, or documents that end, make that fewer than W - 1.
     Backward they go round again, with what they have received so far, which is then sent home. Later ranks have more
-    to see than earlier ones, and all wait for the last. Scores of some of my queries and one segment are held at a
-    time.
+    to see than earlier ones, and all wait for the last.
     """
 
     def run(q, k, v, past=None, cu_seqlens=None, window=None, scale=None):
         refuse("attention", past)
         checked(q, k, cu_seqlens, window)
         layout = layout_of(k, cu_seqlens, group)
-        low = first_seen(layout, q, cu_seqlens, window)
+        q, k, v = multiplied(q, k, v) if fused(q, k, v) else (q, k, v)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        how = (layout.starts, layout.rounds(window), scale, group.group_name)
-        o, _ = torch.ops.linear_moe.ring_attention(q, k, v, low, *how)
+        first = q.shape[1] if cu_seqlens is None else int(cu_seqlens[1])
+        how = (layout.starts, layout.opened[layout.rank], first, window, layout.rounds(window), scale, group.group_name)
+        o, _ = torch.ops.linear_moe.ring_attention(q, k, v, cu_seqlens, *how)
         return attached(o, [], [q, k, v]), None
 
     return run
 
 
-def first_seen(layout: Layout, x: Float[Tensor, "b t ..."], cu_seqlens, window: int | None) -> Int[Tensor, " t"]:
-    """The first place that each of my tokens may see."""
-    start, t = layout.starts[layout.rank], x.shape[1]
-    place = start + torch.arange(t, device=x.device)
-    low = torch.full_like(place, layout.opened[layout.rank])
-    if cu_seqlens is not None:
-        document = document_of(cu_seqlens, t)
-        low = torch.where(document > 0, start + cu_seqlens[document].long(), low)
-    return low if window is None else torch.maximum(low, place - window + 1)
+class Part(NamedTuple):
+    """Of my queries, and of another rank's keys, those that have to do with each other, and how."""
+
+    rows: slice
+    columns: slice
+    sight: Sight
 
 
-SCORES = 2**28  # that are there at one moment: 1 GiB in float32
-
-
-class Pair(NamedTuple):
-    """My queries, or some of them, and another segment's keys and values, in one precision, and who sees whom."""
-
-    q: Float[Tensor, "b g r t d"]  # scaled; r query heads share each of g key heads
-    k: Float[Tensor, "b g s d"]
-    v: Float[Tensor, "b g s e"]
-    seen: Bool[Tensor, "t s"]
-
-    def scores(self) -> Float[Tensor, "b g r t s"]:
-        return einsum(self.q, self.k, "b g r t d, b g s d -> b g r t s").masked_fill(~self.seen, -math.inf)
-
-
-def by_key_head(x: Float[Tensor, "b t h d"], keys: int) -> Float[Tensor, "b g r t d"]:
-    return rearrange(x, "b t (g r) d -> b g r t d", g=keys)
-
-
-def pairs_of(q, held, low, starts, block: int, me: int, sizes: list[int]) -> Iterator[tuple[slice, Pair]]:
-    """My queries piece by piece, so many that the scores are `SCORES` numbers at most; which they are, and the pair.
-    `held` has the padded keys and values of the rank `block`."""
-    place = torch.arange(starts[block], starts[block + 1], device=low.device)
-    own = torch.arange(starts[me], starts[me + 1], device=low.device)
-    k, v = rearrange(held[:, : len(place)].to(q.dtype), "b s g d -> b g s d").split(sizes, -1)
-    step = max(SCORES // (q.shape[:3].numel() * len(place)), 1)
-    for start in range(0, len(own), step):
-        rows = slice(start, start + step)
-        seen = (place <= own[rows, None]) & (place >= low[rows, None])
-        yield rows, Pair(q[..., rows, :], k, v, seen)
-
-
-def wide_of(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def part_of(back: int, cu_seqlens, starts: list[int], me: int, opened: int, first: int, window: int | None):
+    """My part with the rank so far back, or None. Of earlier ranks only my first `first` tokens see something, from
+    the place `opened` on."""
+    block = me - back
+    if block < 0:  # before the first rank comes the last
+        return None
+    t, s = (starts[r + 1] - starts[r] for r in (me, block))
+    if not back:
+        several = cu_seqlens is not None and len(cu_seqlens) > 2
+        return Part(slice(t), slice(s), Sight(True, reach(window), cu_seqlens if several else None)) if t else None
+    end = starts[block + 1]
+    rows, columns, left = first, min(s, end - opened), None
+    if window is not None:
+        near = reach(window) - (starts[me] - end)  # so many of their last tokens my first one sees, the next one less
+        rows, columns = min(rows, near), min(columns, near)
+        left = near - rows
+    return Part(slice(rows), slice(s - columns, s), Sight(False, left)) if rows > 0 and columns > 0 else None
 
 
 def held_first(k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
@@ -219,74 +197,58 @@ def held_first(k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
     return F.pad(torch.cat([k, v], -1), (0, 0, 0, 0, 0, longest - k.shape[1]))
 
 
-def _ring_attention(q, k, v, low, starts, rounds, scale, group):
+def _ring_attention(q, k, v, cu_seqlens, starts, opened, first, window, rounds, scale, group):
     """o, and the logarithm of each query's sum of e^score, for the backward pass."""
-    group = comm.named(group)
-    me, sizes = comm.rank(group), [k.shape[-1], v.shape[-1]]
-    wide, held = wide_of(q), held_first(k, v, starts)
-    queries = by_key_head(q.to(wide), k.shape[2]) * scale
-    best = queries.new_full((*queries.shape[:-1], 1), -math.inf)
-    total, o = torch.zeros_like(best), queries.new_zeros(*queries.shape[:-1], sizes[1])
+    group, held, sizes = comm.named(group), held_first(k, v, starts), [k.shape[-1], v.shape[-1]]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    o, log_sum = v.new_zeros(*q.shape[:3], sizes[1], dtype=wide), q.new_empty(sums_of(q), dtype=wide)
+    log_sum.fill_(-math.inf)
     with in_full_precision(q):
         for back in range(rounds + 1):
             held = comm.rotate(held, group) if back else held
-            if not visible(starts, me, back):
+            part = part_of(back, cu_seqlens, starts, comm.rank(group), opened, first, window)
+            if part is None:
                 continue
-            for rows, pair in pairs_of(queries, held, low, starts, me - back, me, sizes):
-                scores, (b, n, y) = pair.scores(), (x[..., rows, :] for x in (best, total, o))
-                higher = torch.maximum(b, scores.amax(-1, keepdim=True))  # finite: every token sees itself, first
-                weights, kept = (scores - higher).exp(), (b - higher).exp()
-                n.copy_(kept * n + weights.sum(-1, keepdim=True))
-                y.copy_(kept * y + einsum(weights, pair.v, "b g r t s, b g s e -> b g r t e"))
-                b.copy_(higher)
-        o = rearrange(o / total, "b g r t e -> b t (g r) e").to(v.dtype)
-    return o.contiguous(), best + total.log()
+            theirs = held[:, part.columns].split(sizes, -1)
+            found = piece(q[:, part.rows], *theirs, part.sight, scale)
+            merge(o[:, part.rows], log_sum[..., part.rows], *found)
+    return o.to(v.dtype), log_sum
 
 
-def _ring_attention_backward(do, q, k, v, o, log_sum, low, starts, rounds, scale, group):
+def _ring_attention_backward(do, q, k, v, o, log_sum, cu_seqlens, starts, opened, first, window, rounds, scale, group):
     """(dq, dk, dv)."""
-    group = comm.named(group)
-    me, keys, sizes = comm.rank(group), k.shape[2], [k.shape[-1], v.shape[-1]]
-    wide, held = wide_of(q), held_first(k, v, starts)
-    queries, do, o = (by_key_head(x.to(wide), keys) for x in (q, do, o))
-    queries, along = queries * scale, (do * o).sum(-1, keepdim=True)
-    dq, received = torch.zeros_like(queries), torch.zeros_like(held, dtype=wide)
+    group, held, sizes = comm.named(group), held_first(k, v, starts), [k.shape[-1], v.shape[-1]]
+    dq, received = (torch.zeros_like(x, dtype=log_sum.dtype) for x in (q, held))
     with in_full_precision(q):
         for back in range(rounds + 1):
             if back:
                 held, received = comm.rotate(held, group), comm.rotate(received, group)
-            if not visible(starts, me, back):
+            part = part_of(back, cu_seqlens, starts, comm.rank(group), opened, first, window)
+            if part is None:
                 continue
-            for rows, pair in pairs_of(queries, held, low, starts, me - back, me, sizes):
-                D = do[..., rows, :]
-                weights = (pair.scores() - log_sum[..., rows, :]).exp()
-                dv = einsum(weights, D, "b g r t s, b g r t e -> b s g e")
-                ds = einsum(D, pair.v, "b g r t e, b g s e -> b g r t s") - along[..., rows, :]
-                ds = ds * weights
-                dq[..., rows, :] += einsum(ds, pair.k, "b g r t s, b g s d -> b g r t d")
-                dk = einsum(ds, pair.q, "b g r t s, b g r t d -> b s g d")
-                received[:, : dk.shape[1]] += torch.cat([dk, dv], -1)
+            mine = (x[:, part.rows] for x in (do, q, o))
+            (D, queries, seen), theirs = mine, held[:, part.columns].split(sizes, -1)
+            dq_part, *more = piece_back(D, queries, *theirs, seen, log_sum[..., part.rows], part.sight, scale)
+            dq[:, part.rows] += dq_part
+            received[:, part.columns] += torch.cat(more, -1)
         received = comm.rotate(received, group, -rounds)
-        dk, dv = received[:, : k.shape[1]].split(sizes, -1)
-        dq = rearrange(dq * scale, "b g r t d -> b t (g r) d")
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+    dk, dv = received[:, : k.shape[1]].split(sizes, -1)
+    return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
 
 
-def visible(starts: list[int], me: int, back: int) -> bool:
-    """Whether the rank so far back has tokens before mine, and I have any. Before the first rank comes the last."""
-    block = me - back
-    return block >= 0 and starts[block] < starts[block + 1] and starts[me] < starts[me + 1]
+def sums_of(q: Tensor) -> tuple[int, int, int]:
+    return q.shape[0], q.shape[2], q.shape[1]
 
 
 def _keep_ring(ctx, inputs, output):
-    *tensors, ctx.starts, ctx.rounds, ctx.scale, ctx.group = inputs
+    *tensors, ctx.starts, ctx.opened, ctx.first, ctx.window, ctx.rounds, ctx.scale, ctx.group = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _back_to_ring(ctx, do, _):
-    q, k, v, low, o, log_sum = ctx.saved_tensors
-    how = (ctx.starts, ctx.rounds, ctx.scale, ctx.group)
-    return *torch.ops.linear_moe.ring_attention_backward(do, q, k, v, o, log_sum, low, *how), *[None] * 5
+    q, k, v, cu_seqlens, o, log_sum = ctx.saved_tensors
+    how = (ctx.starts, ctx.opened, ctx.first, ctx.window, ctx.rounds, ctx.scale, ctx.group)
+    return *torch.ops.linear_moe.ring_attention_backward(do, q, k, v, o, log_sum, cu_seqlens, *how), *[None] * 8
 
 
 # ----------------------------------------------------------------------------------------------------------- ulysses
@@ -353,7 +315,7 @@ def _gather_tokens_shapes(x, group):
 
 
 def _ring_shapes(q, k, v, *_):
-    sums = q.new_empty(q.shape[0], k.shape[2], q.shape[2] // k.shape[2], q.shape[1], 1, dtype=wide_of(q))
+    sums = q.new_empty(sums_of(q), dtype=torch.promote_types(q.dtype, torch.float32))
     return v.new_empty(*q.shape[:3], v.shape[-1]), sums
 
 
@@ -367,7 +329,8 @@ known(
 differentiable("gather_tokens", _back_to_tokens, _keep_group)
 
 
-HOW = "Tensor low, int[] starts, int rounds, float scale, str group"
+PLACE = "Tensor? cu_seqlens, int[] starts, int opened, int first, int? window"
+HOW = f"{PLACE}, int rounds, float scale, str group"
 known("ring_attention", f"(Tensor q, Tensor k, Tensor v, {HOW}) -> (Tensor, Tensor)", _ring_attention, _ring_shapes)
 known(
     "ring_attention_backward",

@@ -29,7 +29,7 @@ from parallel import comm
 from parallel.attention import ATTENTION, refuse, ulysses
 from parallel.comm import Group
 from parallel.graph import attached, differentiable, known
-from reference.bidirectional import both_ways
+from reference.bidirectional import both_ways, reverse
 from reference.documents import end_to_end
 from reference.late import comes_late, left_of, seen
 from reference.late import span as span_of_late
@@ -88,24 +88,26 @@ def enter(span: Span, group: Group) -> Float[Tensor, "b h k v"]:
     return arrived(departed(span, wire, group), span, wire, group)
 
 
-def departed(span: Span, wire: Wire, group: Group, back: bool = False) -> Float[Tensor, " n"]:
+def departed(span: Span, wire: Wire, group: Group, both: bool = False) -> Float[Tensor, " n"]:
     """Sends my span on its way. What comes back is a buffer for `arrived`, into which nobody else may look; work
     between the two hides the gather. Backward mirrors it: `arrived` sends the cotangents, `departed` waits for them."""
-    return torch.ops.linear_moe.depart(span.A, span.S, *wire, span.kind, back, group.group_name)
+    return torch.ops.linear_moe.depart(span.A, span.S, *wire, span.kind, both, group.group_name)
 
 
-def arrived(underway: Tensor, span: Span, wire: Wire, group: Group, back: bool = False) -> Float[Tensor, "b h k v"]:
-    """The memory before my segment; `back`: of a run from the last rank to the first."""
-    return torch.ops.linear_moe.arrive(underway, span.A, span.S, *wire, span.kind, back, group.group_name)
+def arrived(underway: Tensor, span: Span, wire: Wire, group: Group, both: bool = False) -> Float[Tensor, "b h k v"]:
+    """The memory before my segment. `both`: the second half of the batch runs from the last rank to the first."""
+    return torch.ops.linear_moe.arrive(underway, span.A, span.S, *wire, span.kind, both, group.group_name)
 
 
-def in_order(parts: Sequence, group: Group, back: bool) -> tuple[Sequence, int]:
-    """All ranks' parts in the order of the run, and my place among them."""
-    me = comm.rank(group)
-    return (parts[::-1], len(parts) - 1 - me) if back else (parts, me)
+def each_way(parts: Sequence[tuple[Tensor, ...]], me: int, both: bool) -> list[tuple[Sequence, int]]:
+    """Of each way all ranks' parts in the order of its run, and my place among them."""
+    if not both:
+        return [(parts, me)]
+    there, back = zip(*(zip(*(x.chunk(2) for x in part), strict=True) for part in parts), strict=True)
+    return [(there, me), (back[::-1], len(parts) - 1 - me)]
 
 
-def _depart(A, S, numbers, constants, name, kind, back, group):
+def _depart(A, S, numbers, constants, name, kind, both, group):
     mine = torch.cat([numbers.flatten().to(S.dtype), S.flatten()])
     group = comm.named(group)
     underway = mine.new_empty(comm.size(group) * mine.numel())
@@ -113,12 +115,15 @@ def _depart(A, S, numbers, constants, name, kind, back, group):
     return underway
 
 
-def _arrive(underway, A, S, numbers, constants, name, kind, back, group):
+def _arrive(underway, A, S, numbers, constants, name, kind, both, group):
     comm.end_gather(underway)
     with torch.autocast(S.device.type, enabled=False):
-        spans = spans_of(underway, A, S, numbers, constants, name, kind)
-        spans, me = in_order(spans, comm.named(group), back)
-        return fold(spans[:me], torch.zeros_like(S))[-1]
+        parts = spans_of(underway, A, S, numbers, constants, name)
+        memories = []
+        for spans, me in each_way(parts, comm.rank(comm.named(group)), both):
+            before = [Span(*span, kind) for span in spans[:me]]
+            memories.append(fold(before, torch.zeros_like(spans[me][1]))[-1])
+        return torch.cat(memories)
 
 
 def _depart_back(G: Tensor, underway: Tensor, group: str) -> Tensor:
@@ -129,26 +134,32 @@ def _depart_back(G: Tensor, underway: Tensor, group: str) -> Tensor:
     return returning
 
 
-def _arrive_back(returning, underway, A, S, numbers, constants, name, kind, back, group):
+def _arrive_back(returning, underway, A, S, numbers, constants, name, kind, both, group):
     """(dA, dS)."""
     group = comm.named(group)
     comm.end_gather(returning)
-    Gs, me = in_order(returning[: comm.size(group) * S.numel()].view(-1, *S.shape).unbind(), group, back)
+    Gs = returning[: comm.size(group) * S.numel()].view(-1, *S.shape).unbind()
+    dA, dS = [], []
     with torch.autocast(S.device.type, enabled=False):
-        spans, _ = in_order(spans_of(underway, A, S, numbers, constants, name, kind), group, back)
-        M = fold(spans[:me], torch.zeros_like(S))[-1]
-        D = fold_back(spans[me + 1 :], Gs[me + 1 :], torch.zeros_like(S))[0]
-        dA = gradient_of_transition(kind, spans[me].A, D, M)
-    return dA.to(A.dtype), D.clone()  # an op's output may not be a piece of the buffer
+        parts = spans_of(underway, A, S, numbers, constants, name)
+        parts = [(*span, G) for span, G in zip(parts, Gs, strict=True)]
+        for ordered, me in each_way(parts, comm.rank(group), both):
+            spans, (*_, G) = [Span(*part[:2], kind) for part in ordered], zip(*ordered, strict=True)
+            nothing = torch.zeros_like(G[me])
+            M = fold(spans[:me], nothing)[-1]
+            D = fold_back(spans[me + 1 :], G[me + 1 :], nothing)[0]
+            dA.append(gradient_of_transition(kind, spans[me].A, D, M))
+            dS.append(D)
+    return torch.cat(dA).to(A.dtype), torch.cat(dS)  # an op's output may not be a piece of the buffer
 
 
-def spans_of(underway, A, S, numbers, constants, name, kind) -> list[Span]:
-    """Every rank's span, from the buffer."""
+def spans_of(underway, A, S, numbers, constants, name) -> list[tuple[Tensor, Tensor]]:
+    """Every rank's A and S, from the buffer."""
     spans = []
     for part in underway.view(-1, numbers.numel() + S.numel()).unbind():
         theirs, own = part.split([numbers.numel(), S.numel()])
         theirs = rebuilt(theirs.view(numbers.shape), constants, name) if name else theirs.view(A.shape)
-        spans.append(Span(theirs, own.view(S.shape), kind))
+        spans.append((theirs, own.view(S.shape)))
     return spans
 
 
@@ -157,7 +168,7 @@ def gradient_of_transition(kind: str, A: Tensor, D: Tensor, M: Tensor) -> Tensor
     return TRANSITION[kind].gradient(A, D, M)
 
 
-def _depart_shapes(A, S, numbers, constants, name, kind, back, group):
+def _depart_shapes(A, S, numbers, constants, name, kind, both, group):
     return S.new_empty(comm.size(comm.named(group)) * (numbers.numel() + S.numel()))
 
 
@@ -209,12 +220,17 @@ def over(ops: Ops, group: Group, attention: str = "gather", how: str = "gather")
 
 
 def over_both_ways(ops: Ops, group: Group, attention: str, how: str) -> Ops:
-    """Of ops that look both ways: two gathers a layer and direction, one of what ranks before mine do to the memory,
-    one of what those behind it do to that of the reversed sequence. Softmax attention exchanges tokens for heads, for
-    then each rank sees all of them; the other ways are causal."""
+    """Of ops that look both ways: what ranks before mine do to the memory, and what those behind it do to that of the
+    reversed sequence, come in one gather a layer and direction. Softmax attention exchanges tokens for heads, for then
+    each rank sees all of them; the other ways are causal."""
     if how != "gather":
         raise ValueError(f"ops that look both ways cannot be cut with states {how}: use gather")
-    both = both_ways(over(ops.one_way, group, attention), recurrence(ops.one_way, group, back=True))
+
+    def run(row, tokens, constants, cu_seqlens):
+        there, back = runs(ops.one_way, group, row, [(tokens, cu_seqlens), reverse(tokens, cu_seqlens)], constants)
+        return there[0] + back[0].flip(1)
+
+    both = both_ways(over(ops.one_way, group, attention), run)
     return both._replace(attention=ulysses(ops, group) if attention == "ulysses" else causal_only(attention))
 
 
@@ -231,17 +247,9 @@ def known_as(what: str, name: str, table: dict[str, Callable]) -> Callable:
     return table[name]
 
 
-def recurrence(ops: Ops, group: Group, back: bool = False) -> Callable:
+def recurrence(ops: Ops, group: Group) -> Callable:
     """One gather each way. Receives (W - 1)(bytes of A and S) forward, (W - 1)(bytes of S) backward. The memory that
-    it returns is the one that leaves my segment.
-
-    Where a memory adds to the outputs (`reference.late`) the tokens run once, from nothing, while the gather is under
-    way, and what enters is added afterwards; the backward pass mirrors that. Other rows run for their span and again
-    from the memory: a delta rule would have to carry a K×K matrix to each token, an element's own decay K×V numbers. So
-    do all rows where that is less work than the addition, which is plain PyTorch in float32 (`ops.again`: by kernels).
-
-    `back`: the tokens of each rank are reversed, and so is the order of the ranks.
-    """
+    it returns is the one that leaves my segment."""
 
     def run(row, tokens, constants=None, memory=None, cu_seqlens=None):
         refuse("recurrence", memory)
@@ -250,26 +258,51 @@ def recurrence(ops: Ops, group: Group, back: bool = False) -> Callable:
                 f"{row.title} is not affine in its memory: its segments have no spans to gather; let memories go from "
                 "rank to rank (states ring, serial), use another row, or keep sequences whole"
             )
-        constants = constants or {}
-        one = lines(cu_seqlens) == 1
-        inputs, late = [*tokens.values(), *constants.values()], one and comes_late(row) and not ops.again
-        span = (span_of_late if late else partial(span_of_lines, ops))(row, tokens, constants, cu_seqlens)
-        span = span._replace(S=attached(span.S, [], inputs))
-        short = brief(row, tokens, constants, cu_seqlens) if one else None
-        wire = Wire(*(short or (span.A, [], "")))
-        underway = departed(span, wire, group, back)
-        if late:
-            o, last = ops.recurrence(row, tokens, constants, None, cu_seqlens)
-        M = arrived(underway, span, wire, group, back)
-        if late:
-            first = tokens_of_first(tokens, cu_seqlens)
-            o = added(o, seen(row, first, constants, M))
-            last = last + for_first(left_of(row, first, constants, M), cu_seqlens)
-        else:
-            o, last = ops.recurrence(row, tokens, constants, for_first(M, cu_seqlens), end_to_end(cu_seqlens))
-        return attached(o, [M], inputs), last
+        return runs(ops, group, row, [(tokens, cu_seqlens)], constants or {})[0]
 
     return run
+
+
+def runs(ops: Ops, group: Group, row, ways: list[tuple[dict, Tensor | None]], constants: dict) -> list[tuple]:
+    """(outputs, last memory) of my tokens, and of my tokens in reverse, if there is a second way; one gather for both.
+
+    Where a memory adds to the outputs (`reference.late`) the tokens run once, from nothing, while the gather is under
+    way, and what enters is added afterwards; the backward pass mirrors that. Other rows run for their span and again
+    from the memory: a delta rule would have to carry a K×K matrix to each token, an element's own decay K×V numbers. So
+    do all rows where that is less work than the addition, which is plain PyTorch in float32 (`ops.again`: by kernels).
+    """
+    both, one = len(ways) > 1, lines(ways[0][1]) == 1
+    inputs, late = [*ways[0][0].values(), *constants.values()], one and comes_late(row) and not ops.again
+    span_of = span_of_late if late else partial(span_of_lines, ops)
+    span = side_by_side([span_of(row, tokens, constants, cu) for tokens, cu in ways])
+    span = span._replace(S=attached(span.S, [], inputs))
+    wire = wire_of(span, [brief(row, tokens, constants, cu) if one else None for tokens, cu in ways])
+    underway = departed(span, wire, group, both)
+    alone = [ops.recurrence(row, tokens, constants, None, cu) if late else None for tokens, cu in ways]
+    memories = arrived(underway, span, wire, group, both).chunk(len(ways))
+    found = []
+    for (tokens, cu), M, own in zip(ways, memories, alone, strict=True):
+        if late:
+            first = tokens_of_first(tokens, cu)
+            o = added(own[0], seen(row, first, constants, M))
+            last = own[1] + for_first(left_of(row, first, constants, M), cu)
+        else:
+            o, last = ops.recurrence(row, tokens, constants, for_first(M, cu), end_to_end(cu))
+        found.append((attached(o, [M], inputs), last))
+    return found
+
+
+def side_by_side(spans: list[Span]) -> Span:
+    """As one, of so many times the batch."""
+    if len(spans) == 1:
+        return spans[0]
+    return Span(*(torch.cat(xs) for xs in zip(*(span[:2] for span in spans), strict=True)), spans[0].kind)
+
+
+def wire_of(span: Span, briefs: list) -> Wire:
+    if briefs[0] is None:
+        return Wire(span.A, [], "")
+    return Wire(torch.cat([numbers for numbers, *_ in briefs]), *briefs[0][1:])
 
 
 def span_of_lines(ops: Ops, row, tokens, constants, cu_seqlens) -> Span:
@@ -458,7 +491,7 @@ WHOLE = (
 
 # ------------------------------------------------------------------------------------------------ known to torch
 
-SPAN = "Tensor A, Tensor S, Tensor numbers, Tensor[] constants, str name, str kind, bool back, str group"
+SPAN = "Tensor A, Tensor S, Tensor numbers, Tensor[] constants, str name, str kind, bool both, str group"
 known("depart", f"({SPAN}) -> Tensor", _depart, _depart_shapes)
 known("arrive", f"(Tensor underway, {SPAN}) -> Tensor", _arrive, lambda underway, A, S, *_: torch.empty_like(S))
 known(

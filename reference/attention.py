@@ -8,7 +8,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reference.cache import by_document, fresh, joined, recent, stacked
+from reference.cache import by_document, fresh, joined, recent, remember, stacked
+from reference.pieces import Sight, flash, fused, multiplied
 from reference.recurrence import check_borders
 
 
@@ -37,15 +38,20 @@ def attention(
     below 1, wrong borders.
     """
     checked(q, k, cu_seqlens, window)
+    new = fresh(Past, k, v)
+    if past is None and cu_seqlens is not None and len(cu_seqlens) > 2 and q.shape[1] and fused(q, k, v):
+        sight = Sight(True, reach(window), cu_seqlens)
+        return flash(q, k, v, sight, scale), remember(None, new, cu_seqlens, window)
     if cu_seqlens is not None:
         texts = [
             attention(*(x[:, start:stop] for x in (q, k, v)), own, None, window, scale)
             for start, stop, own in by_document(past, cu_seqlens)
         ]
         return torch.cat([o for o, _ in texts], 1), stacked([own for _, own in texts])
-    now, t = joined(past, fresh(Past, k, v)), q.shape[1]
-    plain = past is None and (window is None or t <= window)
-    mask = None if plain else visible(now.length - t, t, now.k.shape[1], window)
+    if past is None:
+        return behind(q, k, v, scale, window), recent(new, window)
+    now, t = joined(past, new), q.shape[1]
+    mask = visible(now.length - t, t, now.k.shape[1], window)
     return product(q, now.k, now.v, mask, scale), recent(now, window)
 
 
@@ -77,19 +83,31 @@ def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float |
 
 
 def behind(
-    q: Float[Tensor, "b t h d"], k: Float[Tensor, "b s g d"], v: Float[Tensor, "b s g e"], scale: float | None = None
+    q: Float[Tensor, "b t h d"],
+    k: Float[Tensor, "b s g d"],
+    v: Float[Tensor, "b s g e"],
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Float[Tensor, "b t h e"]:
     """The outputs of the last t of s tokens: those of `attention` after a past of s - t tokens in every row. On a GPU
-    who sees whom is a rule that fast kernels know, and no table of t s places is made."""
+    who sees whom is a rule that fast kernels know, and no table of t s places is made: in 16 bits by those of
+    `reference.pieces`; in other dtypes by torch's own, which have no window."""
     t, s = q.shape[1], k.shape[1]
-    if not q.is_cuda:
-        return product(q, k, v, visible(torch.tensor([s - t]), t, s), scale)
-    from torch.nn.attention.bias import causal_lower_right
+    if t == s and (window is None or t <= window):
+        return product(q, k, v, None, scale)
+    if t and fused(q, k, v):
+        return flash(q, k, v, Sight(True, reach(window)), scale)
+    if q.is_cuda and window is None:
+        from torch.nn.attention.bias import causal_lower_right
 
-    if torch.is_autocast_enabled("cuda") and q.dtype != torch.float64:  # which knows the function, not what it calls
-        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-    return product(q, k, v, causal_lower_right(t, s), scale)
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+        return product(*multiplied(q, k, v), causal_lower_right(t, s), scale)
+    return product(q, k, v, visible(torch.tensor([s - t], device=q.device), t, s, window), scale)
+
+
+def reach(window: int | None) -> int | None:
+    """How many tokens before itself a token sees."""
+    return None if window is None else window - 1
 
 
 def rotate(

@@ -44,17 +44,23 @@ COUNTS = {  # read -> what it does with the sums of both directions
 }
 
 
-def both_ways(ops: Ops, backwards: Callable | None = None) -> Ops:
+def both_ways(ops: Ops, there_and_back: Callable | None = None) -> Ops:
     """The same ops, whose recurrence and attention see all tokens of a document.
 
-    `backwards` is the recurrence that runs over the reversed sequence, if it is another one: where the sequence is cut,
-    that of ranks in descending order. `parallel.lasp.over` cuts these ops. ValueError, in one line, for ops that are
-    already cut, and from a call with a row that has no such form, with a state, or of one token (`step`).
+    `there_and_back(row, tokens, constants, cu_seqlens)` is the sum of both runs' outputs, if it is more than two calls
+    of `ops.recurrence`: where the sequence is cut. `parallel.lasp.over` cuts these ops. ValueError, in one line, for
+    ops that are already cut, and from a call with a row that has no such form, with a state, or of one token (`step`).
     """
-    if ops.cut and backwards is None:
+    if ops.cut and there_and_back is None:
         raise ValueError(f"{ops.name} cannot look both ways: first let ops look both ways, then cut them over ranks")
     ops = ops.one_way or ops
-    backwards = backwards or ops.recurrence
+
+    def two_runs(row, tokens, constants, cu_seqlens):
+        o = ops.recurrence(row, tokens, constants, None, cu_seqlens)[0]
+        tokens, cu_seqlens = reverse(tokens, cu_seqlens)
+        return o + ops.recurrence(row, tokens, constants, None, cu_seqlens)[0].flip(1)
+
+    there_and_back = there_and_back or two_runs
 
     def run(row, tokens, constants=None, memory=None, cu_seqlens=None):
         refuse("recurrence", memory)
@@ -64,9 +70,7 @@ def both_ways(ops: Ops, backwards: Callable | None = None) -> Ops:
         dtype, tokens, constants, _ = prepare(row, tokens, constants, None, None)  # three terms, rounded once
         if finish is not None:
             tokens = {**tokens, "v": with_one(tokens["v"])}
-        o = ops.recurrence(summed, tokens, constants, None, cu_seqlens)[0]
-        back = backwards(summed, {name: x.flip(1) for name, x in tokens.items()}, constants, None, mirrored(cu_seqlens))
-        o = o + back[0].flip(1) - own(summed, tokens, constants)
+        o = there_and_back(summed, tokens, constants, cu_seqlens) - own(summed, tokens, constants)
         return (o if finish is None else finish(o)).to(dtype), None
 
     return ops._replace(
@@ -111,6 +115,11 @@ def own(row: Row, tokens: Inputs, constants: Inputs) -> Float[Tensor, "b t h v"]
     x = normal(row, {**tokens, **constants})
     q = x.q if x.u is None else x.q * x.u
     return (q * x.k).sum(-1, keepdim=True) * x.v
+
+
+def reverse(tokens: Inputs, cu_seqlens: Int[Tensor, "*l n1"] | None) -> tuple[Inputs, Int[Tensor, "*l n1"] | None]:
+    """The reversed sequence."""
+    return {name: x.flip(1) for name, x in tokens.items()}, mirrored(cu_seqlens)
 
 
 def mirrored(cu_seqlens: Int[Tensor, "*l n1"] | None) -> Int[Tensor, "*l n1"] | None:

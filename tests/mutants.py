@@ -152,8 +152,8 @@ MUTANTS = [
     Mutant(
         "attention over a cut sequence has no window",
         "parallel/attention.py",
-        "v[:, :first], past, **how)[0]",
-        "v[:, :first], past)[0]",
+        "o = behind(q[:, :first], *own, **how)",
+        'o = behind(q[:, :first], *own, how["scale"])',
         "tests/test_lasp.py -k equal_one",
     ),
     Mutant(
@@ -355,8 +355,8 @@ MUTANTS = [
     Mutant(
         "cut: backward folds over the earlier ranks",
         "parallel/lasp.py",
-        "fold_back(spans[me + 1 :], Gs[me + 1 :], torch.zeros_like(S))",
-        "fold_back(spans[:me], Gs[:me], torch.zeros_like(S))",
+        "fold_back(spans[me + 1 :], G[me + 1 :], nothing)",
+        "fold_back(spans[:me], G[:me], nothing)",
         "tests/test_lasp.py -k equal_one",
     ),
     Mutant(
@@ -376,8 +376,8 @@ MUTANTS = [
     Mutant(
         "both ways, cut: backwards the ranks come in ascending order",
         "parallel/lasp.py",
-        "(parts[::-1], len(parts) - 1 - me) if back",
-        "(parts, me) if back",
+        "(back[::-1], len(parts) - 1 - me)",
+        "(back, me)",
         "tests/test_bidirectional.py -k equal_one",
     ),
     Mutant(
@@ -409,11 +409,39 @@ MUTANTS = [
         "tests/test_sequence.py -k 'softmax or round or travels'",
     ),
     Mutant(
-        "cut: the softmax's sum is not corrected as better scores come",
+        "pieces: what an earlier one found keeps its weight as better scores come",
+        "reference/pieces.py",
+        "o.mul_(old).add_(more * new)",
+        "o.add_(more * new)",
+        "tests/test_pieces.py -k together",
+    ),
+    Mutant(
+        "pieces: gradients of shared keys are those of one head",
+        "reference/pieces.py",
+        "b g r t s, b g r t d -> b g s d",
+        "b g r t s, b g z t d -> b g s d",
+        "tests/test_pieces.py -k formula",
+    ),
+    Mutant(
+        "pieces: kernels hold documents together",
+        "reference/pieces.py",
+        "    if cu is None:",
+        "    if cu is not None:\n        cu = cu[[0, -1]]\n    else:",
+        "tests/test_pieces.py -k formula",
+    ),
+    Mutant(
+        "pieces: kernels see a token more than the window",
+        "reference/attention.py",
+        "None if window is None else window - 1",
+        "None if window is None else window",
+        "tests/test_attention.py -k same",
+    ),
+    Mutant(
+        "cut: a window's corner at another rank is off by a token",
         "parallel/attention.py",
-        "n.copy_(kept * n +",
-        "n.copy_(n +",
-        "tests/test_sequence.py -k softmax",
+        "left = near - rows",
+        "left = near - rows + 1",
+        "tests/test_sequence.py -k who_sees",
     ),
     Mutant(
         "cut: gradients of keys stay where they went",

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flash
+from inputs import Made
 from reference.attention import Past, attention, behind, rotate
 
 close = {"rtol": 1e-9, "atol": 1e-10}
@@ -87,6 +89,43 @@ def test_what_stands_behind_others_sees_them_all(before, t, g, scale):
     q, k, v = qkv(2, before + t, 4, g, e=3)
     whole, _ = attention(q, k, v, scale=scale)
     torch.testing.assert_close(behind(q[:, before:], k, v, scale), whole[:, before:], **close)
+
+
+@given(
+    before=st.integers(0, 6),
+    t=st.integers(1, 6),
+    g=st.sampled_from([1, 2, 4]),
+    window=WINDOW,
+    scale=SCALE,
+    inner=st.none() | st.lists(st.integers(0, 6), max_size=3),
+)
+def test_kernels_find_the_same(before, t, g, window, scale, inner):
+    """Behind a past, and in packed documents: outputs, cache and gradients."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, t, 4, g, e=3))
+    old = [draw(1, before, g, n) for n in (4, 3)]
+    cu = None if inner is None else torch.tensor(sorted([0, *(min(n, t) for n in inner), t]), dtype=torch.int32)
+
+    def found():
+        o, past = attention(q, k, v, None, cu, window, scale)
+        later = behind(q, torch.cat([old[0], k], 1), torch.cat([old[1], v], 1), scale, window)
+        return o, *past, later, *torch.autograd.grad((o * o + later).sum(), (q, k, v))
+
+    wanted = found()
+    with flash.there():
+        for got, x in zip(found(), wanted, strict=True):
+            torch.testing.assert_close(got, x, **close)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_kernels_make_no_table_of_scores(window):
+    """Neither forward nor backward, behind a past, of packed documents, or with a window."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, 64))
+    with flash.there(), Made() as made:
+        o = behind(q[:, 32:], k, v, window=window) + attention(q, k, v, window=window or 9)[0][:, 32:]
+        cu = torch.tensor([0, 9, 40, 64], dtype=torch.int32)
+        o = o + attention(q, k, v, None, cu, window)[0][:, 32:]
+        o.sum().backward()
+    assert max(made.sizes) < 32 * 64
 
 
 def test_what_a_window_forgets_takes_no_memory():

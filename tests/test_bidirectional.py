@@ -242,7 +242,7 @@ def error(what, lengths, borders) -> float:
     with comm.counted() as backward:
         (o * cotangent[:, start:stop]).sum().backward()
     if what != "attention":
-        assert dict(forward.calls) == dict(backward.calls) == {"gather": 2}  # one a direction
+        assert dict(forward.calls) == dict(backward.calls) == {"gather": 1}  # for both directions
     got = [x.grad for x in wanted]
     got = [o, *got[: len(tokens)], *(comm.total(g, group) for g in got[len(tokens) :])]
     scale = [max(1.0, x.abs().max().item()) if x.numel() else 1.0 for x in right]
@@ -259,6 +259,30 @@ def test_ranks_equal_one(w):
     for rank in testing.run(w, errors, CASES[w], seconds=120):
         wrong = {case: e for case, e in rank.items() if not e < 1e-12}
         assert not wrong and len(rank) == len(CASES[w])
+
+
+def received(ops, name, t) -> list[dict]:
+    """Bytes forward and backward."""
+    row, tokens, constants = make(name, b=1, t=t, k=3, v=4)
+    leaves(tokens, constants)
+    with comm.counted() as forward:
+        o = lasp.over(ops, comm.world()).recurrence(row, tokens, constants)[0]
+    with comm.counted() as backward:
+        o.sum().backward()
+    return [dict(x.received) for x in (forward, backward)]
+
+
+def travelled() -> dict:
+    return {
+        name: [received(ops, name, 5), received(both_ways(ops), name, 5), received(both_ways(ops), name, 10)]
+        for name in ("retention", "gla", "rwkv6")
+    }
+
+
+def test_both_directions_are_twice_the_bytes_of_one_whatever_the_length():
+    for rank in testing.run(2, travelled):
+        for one, both, longer in rank.values():
+            assert both == longer == [{"gather": 2 * way["gather"]} for way in one]
 
 
 def model_error(lsm: str) -> float:

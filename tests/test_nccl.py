@@ -153,9 +153,9 @@ def kernels() -> Iterator[tuple]:
     start, stop = test_lasp.mine(lengths, comm.rank(group))
     types = (torch.bfloat16, torch.float32) if WHERE == "cuda" else (torch.float32,)
     ways = [(name, dtype, how) for name in KERNELS for dtype in types for how in ("gather", "ring")]
-    ways += [("softmax", types[0], how) for how in test_sequence.WAYS]
+    ways += [(name, types[0], how) for name in SOFTMAX for how in test_sequence.WAYS]
     for name, dtype, how in ways:
-        softmax = name == "softmax"
+        softmax = name in SOFTMAX
         row, tokens, constants = make(
             "linear_attention" if softmax else name, b=1, t=sum(lengths), h=2, k=size, v=size, dtype=torch.float32
         )
@@ -163,9 +163,12 @@ def kernels() -> Iterator[tuple]:
         tokens = {n: x.to(dtype) if n in narrow else x for n, x in tokens.items()}
         do = test_lasp.draw(*tokens["v"].shape, seed=7)
 
-        def run(ops, tokens, constants, do, row=row, softmax=softmax):
+        def run(ops, tokens, constants, do, row=row, softmax=softmax, name=name):
             wanted = leaves(tokens, constants)
-            o = (ops.attention(*tokens.values()) if softmax else ops.recurrence(row, tokens, constants))[0]
+            if softmax:
+                o, _ = ops.attention(*tokens.values(), window=SOFTMAX[name])
+            else:
+                o, _ = ops.recurrence(row, tokens, constants)
             return [o, *torch.autograd.grad(o, wanted, do.to(o), materialize_grads=True)]
 
         to = lambda kind, *groups: [{n: x.to(kind) for n, x in g.items()} for g in groups]
@@ -182,6 +185,7 @@ def kernels() -> Iterator[tuple]:
         yield (name, str(dtype), how), [[x.detach().cpu() for x in xs] for xs in ([o, *grads], whole, plain, exact)]
 
 
+SOFTMAX = {"softmax": None, "softmax, window": 17}
 KERNELS = ("linear_attention", "gla", "mamba2", "gated_delta_net", "rwkv6", "kda")
 
 SHORT = {"width": 64, "heads": 2, "pattern": "LE", "repeat": 2, "key_size": 32, "value_size": 32}
@@ -455,10 +459,10 @@ def test_checkpoints_written_behind_the_steps_are_those_of_their_step(saves):
         torch.testing.assert_close(test_experts.values(model[1]), wanted, **close)
 
 
-@pytest.mark.parametrize("name", (*KERNELS, "softmax"))
+@pytest.mark.parametrize("name", (*KERNELS, *SOFTMAX))
 def test_kernels_over_two_ranks_are_within_the_budget_of_one(name, kernels):
     mine = [key for key in kernels.results[0] if key is not None and key[0] == name]
-    assert len(mine) == (3 if name == "softmax" else 4 if WHERE == "cuda" else 2), kernels.said(0)
+    assert len(mine) == (3 if name in SOFTMAX else 4 if WHERE == "cuda" else 2), kernels.said(0)
     for key in mine:
         for rank, result in enumerate(kernels[key]):
             for i, (got, whole, plain, exact) in enumerate(zip(*result, strict=True)):

@@ -3,6 +3,7 @@
 Worlds of two, three and four ranks run all cases in one start each; `test_lasp` has the laws of the way by default.
 """
 
+import contextlib
 import itertools
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flash
 from inputs import leaves, make, refused, start
 from parallel import attention, comm, lasp, mesh, testing
-from reference import late
+from reference import late, pieces
 from reference.lsm import LSM
 from reference.ops import exact, ops
 from reference.span import BRIEF, brief, rebuilt
@@ -39,6 +41,9 @@ def cases_of(ranks: int) -> list:
     cut = [lengths[:ranks] for lengths in SEGMENTS.values()]
     several = cut if ranks == 3 else cut[::2]
     cases = [(*x, {"attention": way}) for way in WAYS for x in itertools.product(SOFTMAX, several, PACKED)]
+    if ranks < 4:
+        some = itertools.product(WAYS[:2], SOFTMAX, cut[::2], (None, "many"))
+        cases += [(*x, {"attention": way, "kernels": True}) for way, *x in some]
     packed = [(cut[0], None), (cut[2], "many")]
     cases += [(name, *x, {"how": "ring"}) for name in (LSM if ranks == 3 else CLASSES) for x in packed]
     cases += [(name, *x, {}) for name in CLASSES for x in packed if ranks != 3]
@@ -50,8 +55,14 @@ PACKED = (None, "one", "borders", "many")
 
 
 def errors(cases) -> list[float]:
-    attention.SCORES = 100  # the ring's queries in pieces, of one and of several
-    return [error(what, segments, packed, **how) for what, segments, packed, how in cases]
+    pieces.SCORES = 100  # the ring's queries in pieces, of one and of several
+    return [error_of(*case) for case in cases]
+
+
+def error_of(what, segments, packed, how) -> float:
+    how = dict(how)
+    with flash.there() if how.pop("kernels", False) else contextlib.nullcontext():
+        return error(what, segments, packed, **how)
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -71,6 +82,12 @@ def verdicts(request) -> dict:
 def test_softmax_layers_equal_one_rank(way, verdicts):
     found = {key: e for key, e in verdicts.items() if key[1:] == (way,) and key[0] in SOFTMAX}
     assert len(found) == len(ATTENTION) and max(found.values()) < 1e-12
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_softmax_layers_by_kernels_equal_one_rank(way, verdicts):
+    found = {key: e for key, e in verdicts.items() if key[1:] == (way, True)}
+    assert len(found) in (0, len(ATTENTION)) and max(found.values(), default=0.0) < 1e-12
 
 
 def test_rows_go_from_rank_to_rank(verdicts):
@@ -314,17 +331,23 @@ def test_who_sees_whom_is_known_before_anything_travels(lengths, window, data):
     opened = [0]
     for start_, borders in zip(ends, locals_, strict=False):
         opened.append(start_ + int(borders[-2]) if len(borders) > 2 else opened[-1])
-    found, far = [], 0
+    far, place = 0, torch.arange(t)
     for rank, borders in enumerate(locals_):
         layout = attention.Layout(rank, ends, opened[:-1])
-        x = torch.zeros(1, lengths[rank], 1)
-        own = attention.first_seen(layout, x, borders, window)
-        found.append(own)
+        own, seen = place[ends[rank] : ends[rank + 1]], torch.zeros(lengths[rank], t, dtype=torch.bool)
+        for back in range(layout.rounds(window) + 1):
+            where = (ends, rank, layout.opened[rank], int(borders[1]), window)
+            part = attention.part_of(back, borders, *where)
+            if part is not None:
+                theirs = place[ends[rank - back] : ends[rank - back + 1]][part.columns]
+                block = part.sight.seen(slice(None), len(own[part.rows]), len(theirs), "cpu")
+                assert block.any(1).all()
+                seen[part.rows, theirs] = block
+        assert torch.equal(seen, (place <= own[:, None]) & (place >= low[own, None]))
         if len(own):
-            owner = next(r for r in range(len(lengths)) if own.min() < ends[r + 1])
+            owner = next(r for r in range(len(lengths)) if low[own].min() < ends[r + 1])
             far = max(far, rank - owner)
             assert layout.earliest(rank, window) <= owner
-    assert torch.equal(torch.cat(found), low.long()) if t else True
     assert far <= layout.rounds(window) <= len(lengths) - 1
     if len(cu.unique()) <= 2:
         assert layout.rounds(window) == far  # one document: no round too many
