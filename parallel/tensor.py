@@ -5,12 +5,13 @@
 All ranks of the group have the same tokens and repeat what stands between the layers: embedding, norms, routers,
 loss. Each counts a W-th of its loss, so that the ranks' losses add up to the loss; its gradients then add up, too,
 wherever a parameter stands, and one collective is all there is: a sum over the group, which is its own adjoint. One
-goes forward and one back a layer, besides a number a token where a norm goes over the channels of all heads, and three
-for the loss, which goes over all words.
+goes forward and one back a layer, besides a few numbers a token where channels of all heads meet inside (in a norm, or
+in Mamba's step, B and C), and three for the loss, which goes over all words.
 
-How a parameter is cut follows from the layer itself: built with fewer heads, it has fewer rows (of projections, decays,
-convolutions, ...) or fewer columns (of the output), and what it has whole all heads share. `PLAN` says the rest: which
-parameters hold several projections one behind the other, and so are cut in each.
+How a parameter is cut follows from the layer itself: built with fewer heads, or fewer channels of the single head of
+S4, Mamba and Longhorn, it has fewer rows (of projections, decays, convolutions, ...) or fewer columns (of the output),
+and what it has whole all heads share: RWKV's token shift and low ranks, a router of memories. `PLAN` says the rest:
+which parameters hold several projections one behind the other, and so are cut in each, and where ranks meet inside.
 
 Projections that are cut in one piece are DTensors, on each rank its own part, sharded once more over the ranks that
 hold the same one. All else (packed projections, vectors, what heads share) is sharded over all ranks as without tensor

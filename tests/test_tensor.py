@@ -13,8 +13,9 @@ import torch
 
 import train as trainer
 from inputs import HERE, Made, refused
-from parallel import checkpoint, comm, mesh, shard, tensor, testing
+from parallel import checkpoint, comm, mesh, shard, tensor, testing, tracing
 from ranks import made_once, prepared
+from reference import mixers
 from reference.lsm import LSM
 from reference.model import LanguageModel
 from reference.ops import ops
@@ -440,6 +441,16 @@ def test_what_cannot_be_cut_is_refused_in_one_line():
         for line, (_, words) in zip(said, REFUSED.values(), strict=False):
             assert re.search(words, line) and "\n" not in line, line
         assert said[len(REFUSED) :] == list(WRONG.values())
+
+
+def test_a_layer_without_a_plan_is_refused_in_one_line(monkeypatch):
+    with torch.device("meta"):
+        model = LanguageModel(Model(**SMALL | {"lsm": "retention", "pattern": "L"}), ops)
+    monkeypatch.delitem(tensor.PLAN, mixers.kind("retention"))
+    (said,) = refused([lambda: tensor.share(model, tracing.imagined(2, []))])
+    assert said == (
+        "Retention is not cut by heads (--mesh.tensor 2): parallel.tensor.PLAN does not say how; use --mesh.tensor 1"
+    )
 
 
 def test_ulysses_shares_the_heads_of_a_rank():
