@@ -5,12 +5,13 @@
 All ranks of the group have the same tokens and repeat what stands between the layers: embedding, norms, routers,
 loss. Each counts a W-th of its loss, so that the ranks' losses add up to the loss; its gradients then add up, too,
 wherever a parameter stands, and one collective is all there is: a sum over the group, which is its own adjoint. One
-goes forward and one back a layer, besides a number a token where a norm goes over the channels of all heads, and three
-for the loss, which goes over all words.
+goes forward and one back a layer, besides a few numbers a token where channels of all heads meet inside (in a norm, or
+in Mamba's step, B and C), and three for the loss, which goes over all words.
 
-How a parameter is cut follows from the layer itself: built with fewer heads, it has fewer rows (of projections, decays,
-convolutions, ...) or fewer columns (of the output), and what it has whole all heads share. `PLAN` says the rest: which
-parameters hold several projections one behind the other, and so are cut in each.
+How a parameter is cut follows from the layer itself: built with fewer heads, or fewer channels of the single head of
+S4, Mamba and Longhorn, it has fewer rows (of projections, decays, convolutions, ...) or fewer columns (of the output),
+and what it has whole all heads share: RWKV's token shift and low ranks, a router of memories. `PLAN` says the rest:
+which parameters hold several projections one behind the other, and so are cut in each, and where ranks meet inside.
 
 Projections that are cut in one piece are DTensors, on each rank its own part, sharded once more over the ranks that
 hold the same one. All else (packed projections, vectors, what heads share) is sharded over all ranks as without tensor
@@ -38,9 +39,24 @@ from parallel.graph import differentiable, known
 from reference import mixers
 from reference.head import IGNORED
 from reference.local import ACTIVATION
-from reference.mixers import delta, gated, linear_attention, mamba2, mamba3, mesa, polynomial, printed, slots, softmax
+from reference.mixers import (
+    delta,
+    gated,
+    linear_attention,
+    mamba,
+    mamba2,
+    mamba3,
+    mesa,
+    mom,
+    polynomial,
+    printed,
+    rwkv,
+    slots,
+    softmax,
+    ttt,
+)
 from reference.mixers import titans as surprise
-from reference.mixers.parts import Mixer, wide
+from reference.mixers.parts import Mixer, alone, linear, wide
 from reference.moe import Dense, MoE
 from reference.ops import Ops
 
@@ -67,12 +83,53 @@ def team_of(group: Group) -> Team:
 Blocks = list[tuple[int, bool]]  # sizes along a dimension, one behind the other, and whether each is cut
 
 
+def apart(smaller: nn.Module, whole: nn.Module, team: Team) -> None:
+    """No channels meet but in the last sum."""
+
+
+def norm_of_all(smaller: nn.Module, whole: nn.Module, team: Team) -> None:
+    """Its norm goes over the channels of all heads."""
+    smaller.ops = smaller.ops._replace(norm=partial(norm_across, team))
+
+
+def norm_of_one_group(smaller: mamba2.Mamba2, whole: mamba2.Mamba2, team: Team) -> None:
+    if whole.groups == 1:
+        norm_of_all(smaller, whole, team)
+
+
+def layer_norm_of_all(smaller: ttt.TTT, whole: ttt.TTT, team: Team) -> None:
+    smaller.layer_norm = partial(layer_norm_across, team)
+
+
+def inner_sums(smaller: nn.Module, whole: nn.Module, team: Team) -> None:
+    """What it projects from its channels is a sum over those of all ranks."""
+    smaller.summed = team.total
+
+
+def own_inputs(smaller: mamba.S4D, whole: mamba.S4D, team: Team) -> None:
+    """Whether there is a projection in front goes by the size of the whole."""
+    smaller.i = Own(team) if isinstance(whole.i, nn.Identity) else linear(whole.i.in_features, smaller.values)
+
+
+class Own(nn.Module):
+    """This rank's channels."""
+
+    def __init__(self, team: Team):
+        super().__init__()
+        self.team = team
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        return x.chunk(self.team.ranks, -1)[self.team.rank]
+
+
 class Plan(NamedTuple):
     """What a layer with fewer heads does not tell by its shapes."""
 
     packed: Mapping[str, Callable[[nn.Module], Blocks]] = {}  # parameters of several blocks, by name
-    across: Callable[[nn.Module], bool] = lambda layer: False  # whether its norm goes over the channels of all heads
     common: tuple[str, ...] = ()  # parameters that all layers share, whose last dimension is cut
+    joins: Callable[[nn.Module, nn.Module, Team], None] = apart  # tells a part, and the whole, where ranks meet inside
+    once: tuple[str, ...] = ()  # parameters that come whole, and are added to what is summed
+    inside: bool = False  # whether the last sum stands inside, before what is no sum
 
 
 def each(sizes: list[int]) -> Blocks:
@@ -83,10 +140,6 @@ def of_state_space(layer: mamba2.Mamba2) -> Blocks:
     """x, B, C. One group's B and C serve all heads, and so come whole."""
     values, *shared = layer.parts
     return [(values, True), *((size, layer.groups > 1) for size in shared)]
-
-
-def always(layer: nn.Module) -> bool:
-    return True
 
 
 FRONT = Plan(
@@ -103,15 +156,16 @@ STATE_SPACE = Plan(
         "conv": of_state_space,
         "conv_bias": of_state_space,
     },
-    across=lambda m: m.groups == 1,
+    joins=norm_of_one_group,
 )
+SELECTIVE = Plan({"project.weight": lambda m: each([m.values, m.values])}, joins=inner_sums)
 PLAN: dict[type[nn.Module], Plan] = {
     linear_attention.LinearAttention: Plan(),
     linear_attention.NormalizedLinearAttention: Plan(),
-    linear_attention.Lightning: Plan(across=always),
+    linear_attention.Lightning: Plan(joins=norm_of_all),
     linear_attention.Retention: Plan(),
     gated.GLA: Plan(),
-    gated.HGRN2: Plan(across=always, common=("lower_bounds",)),
+    gated.HGRN2: Plan(joins=norm_of_all, common=("lower_bounds",)),
     gated.GatedFastWeights: Plan(),
     gated.GateLoop: Plan(),
     delta.DeltaNet: FRONT,
@@ -129,11 +183,22 @@ PLAN: dict[type[nn.Module], Plan] = {
     mesa.Mesa: Plan({"conv": lambda m: each([m.keys, m.keys])}),
     polynomial.Based: Plan(),
     polynomial.Rebased: Plan(),
-    slots.GSA: Plan(across=always),
+    slots.GSA: Plan(joins=norm_of_all),
+    rwkv.RWKV6: Plan(),
+    rwkv.RWKV7: Plan(),
+    ttt.TTT: Plan(joins=layer_norm_of_all),
+    ttt.TTTLinear: Plan(joins=layer_norm_of_all),
+    mamba.Mamba: SELECTIVE,
+    mamba.Longhorn: SELECTIVE,
+    mamba.S4D: Plan(joins=own_inputs, once=("o.bias",), inside=True),
+    mom.GLAMemories: Plan(),
+    mom.GatedDeltaNetMemories: Plan({"first.conv": lambda m: FRONT.packed["conv"](m.first)}),
     printed.Printed: Plan(),
+    printed.Stationary: Plan(),
     printed.OneDecay: Plan(),
     softmax.Softmax: Plan(),
     softmax.Latent: Plan(),
+    softmax.MixtureOfHeads: Plan(once=("bias",)),
     Dense: Plan({"w13": lambda m: each(m.kind.rows * [m.w2.shape[1]])}),
 }
 
@@ -250,7 +315,9 @@ def share_layer(module: nn.Module, smaller: nn.Module, team: Team, end: Callable
     for name, weight in module.named_parameters():
         packed = plan.packed[name](module) if name in plan.packed else None
         cuts[name] = cut_of(weight, smaller.get_parameter(name), team.ranks, packed, f"{name} of {title(module)}")
-    module.forward = partial(summed_forward, module, smaller, cuts, plan.common, team, end)
+    if plan.inside:
+        smaller.summed, end = end, alone
+    module.forward = partial(summed_forward, module, smaller, cuts, plan, team, end)
     return [Shared(module, name, cut) for name, cut in cuts.items()]
 
 
@@ -295,7 +362,13 @@ def placement(weight: DTensor, alike: int) -> Shard:
 
 
 def title(module: nn.Module) -> str:
-    return module.row.title if isinstance(module, Mixer) else f"{type(module).__name__} (in reference.mixers.softmax)"
+    core = core_of(module)
+    return core.row.title if isinstance(core, Mixer) else f"{type(core).__name__} (in reference.mixers.softmax)"
+
+
+def core_of(module: nn.Module) -> nn.Module:
+    """The layer with the heads: of a mixture of memories the first."""
+    return module.first if isinstance(module, mom.MixtureOfMemories) else module
 
 
 def divided(whole: int, what: str, ranks: int) -> int:
@@ -312,26 +385,25 @@ def part_of(module: nn.Module, config, layer: int, count: int, ops: Ops, team: T
     plan = PLAN.get(type(module))
     if plan is None:
         raise ValueError(
-            f"{title(module)} is not cut by heads (--mesh.tensor {team.ranks}): its channels meet inside the layer; "
+            f"{title(module)} is not cut by heads (--mesh.tensor {team.ranks}): parallel.tensor.PLAN does not say how; "
             "use --mesh.tensor 1"
         )
     with torch.device("meta"):
         smaller = fewer(module, config, layer, count, ops, team.ranks)
+        plan.joins(smaller, module, team)
     if isinstance(module, Mixer):
         smaller.first, smaller.all_heads = team.rank * smaller.heads, module.heads
-    if plan.across(module):
-        smaller.ops = ops._replace(norm=partial(norm_across, team))
     return smaller
 
 
 def fewer(module: nn.Module, config, layer: int, count: int, ops: Ops, ranks: int) -> nn.Module:
-    """The same layer with a W-th of the heads, each as large as before."""
+    """The same layer with a W-th of the heads, each as large as before, or of the channels of a single one."""
     if isinstance(module, Dense):
         rows, hidden = module.kind.rows, divided(module.w2.shape[1], "hidden channels", ranks)
         smaller = Dense(module.w13.shape[1], hidden)
         smaller.kind, smaller.w13 = module.kind, nn.Parameter(torch.empty(rows * hidden, module.w13.shape[1]))
         return smaller
-    if not isinstance(module, Mixer):
+    if isinstance(module, softmax.Attention):
         heads = softmax.heads_of(config)
         own = {"attention_heads": divided(heads, "attention heads", ranks), "head_size": softmax.size_of(config)}
         if isinstance(module, softmax.Softmax) and (config.key_heads or heads) > 1:
@@ -339,8 +411,11 @@ def fewer(module: nn.Module, config, layer: int, count: int, ops: Ops, ranks: in
         if isinstance(module, softmax.Latent):
             own |= {"latent_rank": module.rank}
         return type(module)(replace(config, **own), ops)
-    own = {"heads": divided(module.heads, f"heads of {title(module)}", ranks)}
-    own |= {"key_size": module.key_size, "value_size": module.value_size}
+    core, own = core_of(module), {"key_size": module.key_size}
+    if isinstance(module, mamba.S4D | mamba.Selective):
+        own |= {"heads": 1, "value_size": divided(module.values, f"channels of {title(module)}", ranks)}
+    else:
+        own |= {"heads": divided(core.heads, f"heads of {title(module)}", ranks), "value_size": module.value_size}
     if config.value_heads is not None:
         own["value_heads"] = divided(config.value_heads, f"value heads of {title(module)}", ranks)
     if isinstance(module, mamba2.Mamba2) and config.state_groups > 1:
@@ -348,13 +423,12 @@ def fewer(module: nn.Module, config, layer: int, count: int, ops: Ops, ranks: in
     return mixers.build(replace(config, **own), layer, count, ops)
 
 
-def summed_forward(
-    module, smaller, cuts: dict[str, Cut], common: tuple, team: Team, end: Callable, x, side=None, *state
-):
+def summed_forward(module, smaller, cuts: dict[str, Cut], plan: Plan, team: Team, end: Callable, x, side=None, *state):
     """The sum over ranks of what each rank's heads give; the state, if there is one, is that of its own heads."""
     own = {name: part(weight, cuts[name], team) for name, weight in module.named_parameters()}
-    if common:
-        mine = {name: side.common[name].chunk(team.ranks, -1)[team.rank] for name in common}
+    own |= {name: own[name] * (team.rank == 0) for name in plan.once}
+    if plan.common:
+        mine = {name: side.common[name].chunk(team.ranks, -1)[team.rank] for name in plan.common}
         side = side._replace(common={**side.common, **mine})
     x = x if side is None else x[:, : side.positions.shape[1]]
     y = functional_call(smaller, own, (x, side, *state))
@@ -438,6 +512,13 @@ def norm_across(
     y = y * torch.rsqrt(square + eps)
     y = y if weight is None else y * weight.to(y.dtype)
     return (y if gate is None else y * ACTIVATION[activation](gate.to(y.dtype))).to(x.dtype)
+
+
+def layer_norm_across(team: Team, x: Float[Tensor, "... c"], weight, bias, eps: float) -> Float[Tensor, "... c"]:
+    """`reference.mixers.ttt.layer_norm` over the channels of all ranks: two sums of a number a token, as the squares
+    of what is not centred would lose digits."""
+    mean = team.total(x.mean(-1, keepdim=True)) / team.ranks
+    return norm_across(team, x - mean, weight, eps) + bias
 
 
 # ------------------------------------------------------------------------------------------- tokens between layers

@@ -90,7 +90,8 @@ def tracing(crossings: list[Crossing], fused: bool) -> Ops:
         S = prepare(row, tokens, constants, None, end_to_end(cu_seqlens))[-1]
         crossings.append(crossing_of(row, tokens, constants, S, lines(cu_seqlens)))
         memories = S.new_empty(v.shape[0], v.shape[1] // CHUNK, *S.shape[1:])
-        return made_of(torch.empty_like(v), *tokens.values(), *constants.values(), memories), S
+        # Zeros and no memory as it is: where there are numbers, a router behind this goes by them.
+        return made_of(torch.zeros_like(v), *tokens.values(), *constants.values(), memories), S
 
     def short_convolution(x, weight, bias=None, activation=None, taps=None, cu_seqlens=None):
         reach = weight.shape[-1] - 1

@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reference.mixers.parts import constant, orthogonal
+from reference.mixers.parts import alone, constant, orthogonal
 from reference.noise import noise
 from reference.routers import (
     QUEUE,
@@ -366,20 +366,23 @@ class Switched(nn.Module):
         self.router = nn.Parameter(torch.empty(experts, inputs))
         self.maps = Linears(inputs, outputs, experts, 1)
 
-    def forward(self, x: Float[Tensor, "b t i"]) -> tuple[Float[Tensor, "b t o"], Inside]:
+    def forward(self, x: Float[Tensor, "b t i"], summed: Callable = alone) -> tuple[Float[Tensor, "b t o"], Inside]:
+        """Where ranks share the inputs' channels, `summed` makes the logits one sum over them; y is left in parts."""
         flat, switch = x.flatten(0, 1), row("switch")
-        logits = wanted(flat, self.router)
+        logits = summed(wanted(flat, self.router))
         routing = route(switch, logits, 1, capacity=math.inf)
         y = self.maps(flat[:, None], routing)
         y = (routing.gate[..., None] * y).sum(1).to(y.dtype)
         return y.unflatten(0, x.shape[:2]), Inside(1, load(switch, logits, routing))
 
 
-def through(layer: nn.Module, x: Float[Tensor, "b t i"], loads: list[Inside]) -> Float[Tensor, "b t o"]:
+def through(
+    layer: nn.Module, x: Float[Tensor, "b t i"], loads: list[Inside], summed: Callable = alone
+) -> Float[Tensor, "b t o"]:
     """The layer's output; if it is one of several maps, what its router did goes to `loads`."""
     if not isinstance(layer, Switched):
         return layer(x)
-    y, inside = layer(x)
+    y, inside = layer(x, summed)
     loads.append(inside)
     return y
 

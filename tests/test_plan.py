@@ -220,6 +220,8 @@ SHARED = {
     "mamba2": {"pattern": "LN", "lsm": "mamba2", "router": "deepseek_v3", "shared_width": 32},
     "lightning": {"pattern": "L+DN", "lsm": "lightning", "dense_width": 32, "key_heads": 1},
     "latent attention": {"pattern": "NE", "attention": "latent", "expert_kind": "relu_squared"},
+    "mamba": {"pattern": "L", "lsm": "mamba"},
+    "s4": {"pattern": "LD", "lsm": "s4", "dense_width": 32},
 }
 
 
@@ -565,7 +567,7 @@ def run_program(capsys, line: str) -> str:
             "4 heads of Mamba2 cannot be shared over 8 ranks; let --mesh.tensor be one of 1",
         ),
         ("tiny --gpus 2 --mesh.tensor 2 --mesh.expert 4", "expert 4 does not divide the 2 ranks"),
-        ("mamba-25m --gpus 2 --mesh.tensor 2", "Mamba is not cut by heads (--mesh.tensor 2)"),
+        ("mamba-25m --gpus 3 --batch 3 --mesh.tensor 3", "1024 channels of Mamba cannot be shared over 3 ranks"),
         ("tiny --gpus 8 --mesh.sequence 4 --mesh.tensor 2 --mesh.attention ulysses", "sequence x tensor 8 (ulysses)"),
         ("tiny --gpus 8 --mesh.sequence 8 --mesh.attention ulysses", "4 heads of attention do not divide"),
         ("tiny --gpus 8 --mesh.pipeline 8", "4 blocks do not divide over pipeline 8"),

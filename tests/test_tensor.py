@@ -13,7 +13,7 @@ import torch
 
 import train as trainer
 from inputs import HERE, Made, refused
-from parallel import checkpoint, comm, mesh, shard, tensor, testing
+from parallel import checkpoint, comm, mesh, shard, tensor, testing, tracing
 from ranks import made_once, prepared
 from reference import mixers
 from reference.lsm import LSM
@@ -25,7 +25,6 @@ from test_experts import config_of, run, same, steps, values
 SMALL = {"width": 8, "heads": 2, "experts": 4, "expert_width": 6, "router": "linear_moe"}
 ALONE, TWO, SPARING = mesh.Degrees(), mesh.Degrees(tensor=2), mesh.Degrees(tensor=2, between="cut")
 BOTH = mesh.Degrees(tensor=2, expert=2)
-CUT = [name for name in LSM if mixers.kind(name) in tensor.PLAN]
 
 
 def runs(configs):
@@ -37,13 +36,20 @@ def runs(configs):
 # Sizes of a head are given where the published ones are large; odd ones show that no size is taken for another.
 SIZES = {"mamba2": {"key_size": 3}, "log_linear_mamba2": {"key_size": 3, "levels": 3}, "mamba3": {"key_size": 4}}
 SIZES |= {name: {"key_size": 3, "value_size": 5} for name in ("gla", "lightning", "linear_attention", "mesa", "comba")}
-ROWS = {name: SMALL | {"lsm": name, "pattern": "L"} | SIZES.get(name, {}) for name in CUT}
+SIZES |= {"rwkv6": {"key_size": 3, "value_size": 5}, "rwkv7": {"key_size": 3, "value_size": 5}}
+SIZES |= {name: {"key_size": 3, "value_size": 5} for name in ("mamba", "longhorn", "mom_gla")}
+SIZES |= {"s4": {"key_size": 3}, "ttt": {"value_size": 3}}
+ROWS = {name: SMALL | {"lsm": name, "pattern": "L"} | SIZES.get(name, {}) for name in LSM}
 ROWS["hgrn2"] |= {"repeat": 2}  # a single layer has no bound to learn
+ROWS["rwkv7"] |= {"repeat": 2}  # nor does it take another's values
 MODELS = {
     "two groups": {"lsm": "mamba2", "key_size": 3, "heads": 4, "state_groups": 2},
     "four value heads": {"lsm": "kda", "value_heads": 4, "key_size": 4},
     "grouped": {"pattern": "N", "heads": 4, "key_heads": 2, "qkv_bias": True, "qk_norm": True, "attention_gate": True},
     "one key head": {"pattern": "N", "heads": 4, "key_heads": 1, "window": 3, "head_size": 4},
+    "maps": {"lsm": "mamba", "state_norm": "learned", "projection_experts": ("input", "output"), "mixer_experts": 3},
+    "as many on each rank as the width": {"lsm": "s4", "key_size": 3, "value_size": 8},
+    "mixture": {"pattern": "N", "attention": "mixture", "heads": 4, "key_heads": 2, "qk_norm": True},
     "latent": {"pattern": "N", "attention": "latent", "query_rank": 3, "attention_gate": True},
     "features": {"lsm": "linear_attention", "feature_map": "hedgehog", "gate": False},
     "one kind beside another": {"pattern": "L+EN+DE", "lsm": "retention", "tied": True, "dense_width": 6},
@@ -59,6 +65,7 @@ ROUTED = {
 CUT_BETWEEN = {
     "odd tokens": {"pattern": "LN", "lsm": "mamba2", "key_size": 3, "micro": 3, "shared_width": 4},
     "dense": {"pattern": "L+DL+E", "dense_width": 6, "lsm": "hgrn2", "recompute": True},
+    "a gate behind the sum": {"pattern": "L", "lsm": "s4", "key_size": 3, "micro": 3, "recompute": True},
 }
 DEALT = {  # experts that are shared out by the ranks that share heads
     "bias and dropout": ROUTED["bias"] | {"expert_dropout": 0.3, "expert_width": 5},
@@ -126,6 +133,7 @@ WHOLE = {
         **{"recompute": True, "optimizer": "adamw", "balance": {"switch": 0.1}, "dropout": 0.1},
     },
     "decays": {"pattern": "LDE", "repeat": 2, "lsm": "hgrn2", "heads": 4, "dense_width": 8},
+    "channels": {"pattern": "L", "lsm": "mamba", "key_size": 3},
 }
 WHOLE = {name: SMALL | how for name, how in WHOLE.items()}
 ON_FOUR = [("hybrid", mesh.Degrees(tensor=2)), ("hybrid", mesh.Degrees(tensor=2, sequence=2, attention="ulysses"))]
@@ -133,6 +141,7 @@ ON_FOUR += [
     ("decays", mesh.Degrees(tensor=2, sequence=2, between="cut")),
     ("decays", mesh.Degrees(tensor=2, replicas=2)),
     ("hybrid", mesh.Degrees(tensor=2, expert=4)),
+    ("channels", mesh.Degrees(tensor=2, sequence=2)),
     ("decays", mesh.Degrees(tensor=2, sequence=2, expert=2, dispatch="rank", between="cut")),
 ]
 
@@ -166,13 +175,19 @@ LAYERS = {
     "mixer with one norm over all heads": ({"lsm": "lightning"}, ["norm", "sum"]),
     "mixer with one state group": ({"lsm": "mamba2", "key_size": 3}, ["norm", "sum"]),
     "two state groups": ({"lsm": "mamba2", "key_size": 3, "heads": 4, "state_groups": 2}, ["sum"]),
+    "step, B and C from all channels": ({"lsm": "mamba", "key_size": 3}, ["select", "sum"]),
+    "a gate behind the sum": ({"lsm": "s4", "key_size": 3}, ["halves"]),
+    "values of a first layer": ({"lsm": "rwkv7"}, ["sum"]),
+    "mean and variance over all heads": ({"lsm": "ttt"}, ["norm", "norm", "sum"]),
+    "memories": ({"lsm": "mom_gla"}, ["sum"]),
     "attention": ({"pattern": "N"}, ["sum"]),
     "latent attention": ({"pattern": "N", "attention": "latent"}, ["sum"]),
     "dense": ({"pattern": "D"}, ["sum"]),
     "experts": ({"pattern": "E", "expert_biases": True}, ["sum"]),
     "experts and a shared one": ({"pattern": "E", "shared_width": 4}, ["sum", "sum"]),
 }
-BYTES = {"sum": 8 * B * T_ * SMALL["width"], "norm": 8 * B * T_}  # on two ranks a total receives as many as it has
+NUMBERS = {"sum": SMALL["width"], "halves": 2 * SMALL["width"], "norm": 1, "select": 1 + 3 + 3}
+BYTES = {what: 8 * B * T_ * n for what, n in NUMBERS.items()}  # on two ranks a total receives as many as it has
 
 
 def counted(function, *args):
@@ -287,12 +302,21 @@ def test_nor_are_all_its_logits_ever_there():
 
 # ------------------------------------------------------------------------------------------------- checkpoints
 
-SAVED = SMALL | {"lsm": "gated_delta_net", "pattern": "LN", "key_size": 2, "optimizer": "adamw"}
+SAVED = {
+    "heads": {"lsm": "gated_delta_net", "pattern": "LN", "key_size": 2},
+    "channels": {"lsm": "s4", "pattern": "L", "key_size": 2},
+    "memories": {"lsm": "mom_gla", "pattern": "L"},
+}
+SAVED = {name: SMALL | {"optimizer": "adamw"} | how for name, how in SAVED.items()}
 
 
-def save(folder, degrees, first, last):
+def saves(folder, *ask):
+    return {name: save(folder / name, how, *ask) for name, how in SAVED.items()}
+
+
+def save(folder, how, degrees, first, last):
     """Steps from the newest checkpoint, if any, and a checkpoint; what is then there."""
-    config = configured(SAVED, degrees)
+    config = configured(how, degrees)
     place, model, over, optimizer = prepared(config)
     state = {"model": model, "optimizer": optimizer, "step": 0}
     checkpoint.load(folder, state)
@@ -304,17 +328,20 @@ def save(folder, degrees, first, last):
 
 
 def test_checkpoints_go_from_shared_heads_to_other_meshes_and_back(tmp_path):
-    config, said = configured(SAVED), []
-    model = prepared(config)
-    for step in range(3):
-        steps(config, *model, step, step + 1)
-        said.append(values(model[1]))
+    said = {}
+    for name, how in SAVED.items():
+        config = configured(how)
+        model = prepared(config)
+        for step in range(3):
+            steps(config, *model, step, step + 1)
+            said[name, step] = values(model[1])
     for step, (ranks, degrees) in enumerate([(2, TWO), (1, ALONE), (4, TWO)]):
         ask = (tmp_path, degrees, step, step + 1)
-        for at_load, after in testing.run(ranks, save, *ask) if ranks > 1 else [save(*ask)]:
-            if step:
-                torch.testing.assert_close(at_load, said[step - 1], rtol=1e-11, atol=1e-12)
-            torch.testing.assert_close(after, said[step], rtol=1e-11, atol=1e-12)
+        for rank in testing.run(ranks, saves, *ask) if ranks > 1 else [saves(*ask)]:
+            for name, (at_load, after) in rank.items():
+                if step:
+                    torch.testing.assert_close(at_load, said[name, step - 1], rtol=1e-11, atol=1e-12)
+                torch.testing.assert_close(after, said[name, step], rtol=1e-11, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------- the mesh, and what is refused
@@ -323,7 +350,7 @@ def test_checkpoints_go_from_shared_heads_to_other_meshes_and_back(tmp_path):
 def places():
     place = mesh.make(mesh.Degrees(tensor=2, sequence=2), HERE)
     me = torch.tensor([float(place.rank)])
-    model = prepared(configured(SAVED, TWO))[1]
+    model = prepared(configured(SAVED["heads"], TWO))[1]
     return {
         "place": (place.data_rank, place.sequence_rank, place.tensor_rank),
         "heads": [x.item() for x in comm.gather(me, place.tensor)],
@@ -335,7 +362,7 @@ def places():
 
 
 def test_neighbours_share_heads_and_every_number_is_on_one_rank():
-    ranks, model = testing.run(4, places), prepared(configured(SAVED))[1]
+    ranks, model = testing.run(4, places), prepared(configured(SAVED["heads"]))[1]
     for r, said in enumerate(ranks):
         assert said["place"] == (0, r // 2, r % 2)
         assert said["heads"] == [r - r % 2, r - r % 2 + 1] and said["sequence"] == [r % 2, r % 2 + 2]
@@ -347,9 +374,9 @@ def test_neighbours_share_heads_and_every_number_is_on_one_rank():
     assert sum(said["real"] for said in ranks) == sum(p.numel() for p in model.parameters())
 
 
-UNCUT = {name: {"lsm": name} for name in LSM if name not in CUT} | {"mixture": {"pattern": "N", "attention": "mixture"}}
 REFUSED = {
-    **{name: (how, r"is not cut by heads \(--mesh.tensor 2\).*use --mesh.tensor 1$") for name, how in UNCUT.items()},
+    "channels": ({"lsm": "mamba", "heads": 1, "value_size": 3}, "^3 channels of Mamba cannot be shared over 2 ranks"),
+    "heads of memories": ({"lsm": "mom_gla", "heads": 1}, "^1 heads of .* cannot be shared over 2 ranks; let .* of 1$"),
     "heads": ({"heads": 1}, "^1 heads of .* cannot be shared over 2 ranks; let --mesh.tensor be one of 1$"),
     "value heads": ({"lsm": "kda", "heads": 1, "value_heads": 2}, "^1 heads of "),
     "groups": ({"lsm": "mamba2", "heads": 6, "width": 12, "state_groups": 3}, "^3 state_groups of .* let .* of 1, 3$"),
@@ -410,6 +437,16 @@ def test_what_cannot_be_cut_is_refused_in_one_line():
         for line, (_, words) in zip(said, REFUSED.values(), strict=False):
             assert re.search(words, line) and "\n" not in line, line
         assert said[len(REFUSED) :] == list(WRONG.values())
+
+
+def test_a_layer_without_a_plan_is_refused_in_one_line(monkeypatch):
+    with torch.device("meta"):
+        model = LanguageModel(Model(**SMALL | {"lsm": "retention", "pattern": "L"}), ops)
+    monkeypatch.delitem(tensor.PLAN, mixers.kind("retention"))
+    (said,) = refused([lambda: tensor.share(model, tracing.imagined(2, []))])
+    assert said == (
+        "Retention is not cut by heads (--mesh.tensor 2): parallel.tensor.PLAN does not say how; use --mesh.tensor 1"
+    )
 
 
 def test_ulysses_shares_the_heads_of_a_rank():

@@ -64,7 +64,7 @@ class S4D(Mixer):
         u = self.split(self.i(x))
         o, memory = self.advance({"v": u}, self.discrete(), state and state.memory, side)
         y = F.gelu((o + self.D.to(o.dtype) * u).flatten(-2))
-        return F.glu(self.o(y), -1), Only(memory)
+        return F.glu(self.summed(self.o(y)), -1), Only(memory)
 
 
 # config.state_norm -> the weights of the norms of what Δ, B and C come from: Mamba, Jamba, Falcon Mamba
@@ -124,13 +124,13 @@ class Selective(Mixer):
         u, taps = self.ops.short_convolution(
             u, self.conv, self.conv_bias, "silu", state and state.taps, side.cu_seqlens
         )
-        dt, k, q = self.normed(self.select(u).split(self.sizes, -1))
+        dt, k, q = self.normed(self.summed(self.select(u)).split(self.sizes, -1))
         dt, constants = self.steps(wide(F.linear(dt, self.dt_up.to(dt.dtype))) + wide(self.dt_bias), k)
         tokens = {"q": q, "k": k, "v": (dt * wide(u)).to(u.dtype), "dt": dt}
         tokens = {name: self.split(y) for name, y in tokens.items()}
         o, memory = self.advance(tokens, constants, state and state.memory, side)
         o = o.flatten(-2) + self.D.to(o.dtype) * u
-        return through(self.o, o * F.silu(z), loads), Taps(memory, taps), side, loads
+        return through(self.o, o * F.silu(z), loads, self.summed), Taps(memory, taps), side, loads
 
 
 class Mamba(Selective):

@@ -80,6 +80,11 @@ def dt_gate(u: Tensor, A_log: Tensor, dt_bias: Tensor, floor: float | None = Non
     return -rate * F.softplus(u) if floor is None else floor * torch.sigmoid(rate * u)
 
 
+def alone(x: Tensor) -> Tensor:
+    """The sum over ranks of a layer that one rank has whole."""
+    return x
+
+
 class Taps(NamedTuple):
     """The state of a row behind short convolutions."""
 
@@ -128,6 +133,7 @@ class Mixer(nn.Module):
             )
         self.value_heads = config.value_heads or self.heads
         self.first, self.all_heads = 0, self.heads  # this layer's place among heads that several ranks share
+        self.summed = alone  # what is a sum over channels -> that over the channels of all these ranks
         self.keys, self.values = self.heads * self.key_size, self.value_heads * self.value_size
 
     @classmethod

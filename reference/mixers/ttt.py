@@ -14,6 +14,11 @@ from reference.local import unit
 from reference.mixers.parts import Mixer, Only, constant, head_norm, linear, normal, parameter, wide
 
 
+def layer_norm(x: Float[Tensor, "... c"], weight, bias, eps: float) -> Float[Tensor, "... c"]:
+    """Mean 0 and variance 1 over the channels of all heads; then a weight and a bias for each."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
 class TTT(Mixer):
     """The delta rule in mini-batches (2407.04620, section 2.4, without the inner norm): M <- M + eta kᵀ (v - k M₀).
 
@@ -33,6 +38,7 @@ class TTT(Mixer):
         self.q, self.k = linear(config.width, self.keys), linear(config.width, self.keys)
         self.v, self.rate = linear(config.width, self.values), linear(config.width, self.heads, bias=True)
         self.norm, self.norm_bias = head_norm(self.values), parameter(self.values, start=constant(0.0))
+        self.layer_norm = layer_norm
         self.o = linear(self.values, config.width)
         self.fastest = (2 if config.negative_eigenvalues else 1) / self.mini_batch
 
@@ -52,7 +58,7 @@ class TTT(Mixer):
     def forward(self, x, side, state: Only | None = None):
         tokens = self.tokens(x, side.positions % self.mini_batch)
         o, memory = self.advance(tokens, self.constants(), state and state.memory, side)
-        o = F.layer_norm(wide(o).flatten(-2), (self.values,), wide(self.norm), wide(self.norm_bias), 1e-6)
+        o = self.layer_norm(wide(o).flatten(-2), wide(self.norm), wide(self.norm_bias), 1e-6)
         return self.o(o.to(x.dtype)), Only(memory)
 
 
