@@ -102,6 +102,7 @@ def gather(ops: Ops, group: Group) -> Callable:
 
     def run(q, k, v, past=None, cu_seqlens=None, window=None, scale=None):
         refuse("attention", past)
+        checked(q, k, cu_seqlens, window)
         layout = layout_of(k, cu_seqlens, group)
         own = torch.cat([k, v], -1)
         everyone = torch.ops.linear_moe.gather_tokens(padded(own, layout), group.group_name)

@@ -367,6 +367,7 @@ def refusals() -> list[str]:
         lambda: over["ulysses"].attention(q, k, k, ()),
         lambda: over["ring"].attention(q[:, :, :3], k, k),
         lambda: over["ring"].attention(q, k, k, window=0),
+        lambda: over["gather"].attention(q, k, k, window=0),
         lambda: over["gather"].recurrence(row, tokens, constants),
         lambda: lasp.over(ops, group, how="ring").recurrence(row, tokens, constants, draw(2, 2, 10, 4)),
         lambda: lasp.over(ops, group, attention="star"),
@@ -377,7 +378,7 @@ def refusals() -> list[str]:
 
 def test_what_no_way_can_do_is_refused_in_one_line():
     words = ["each of 3 ranks an equal share of the heads, and there are 4", *["no state can be given"] * 2]
-    words += ["cannot share 2 key heads", "window is 0", "TTT-linear is not affine", "no state can be given"]
+    words += ["cannot share 2 key heads", *["window is 0"] * 2, "TTT-linear is not affine", "no state can be given"]
     words += ["'star' for attention", "'ulysses' for states over a cut sequence: expected one of gather, ring"]
     for rank in testing.run(3, refusals):
         assert all(word in line and "\n" not in line for word, line in zip(words, rank, strict=True)), rank
