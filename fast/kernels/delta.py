@@ -41,15 +41,16 @@ only where there are too few programs for half of the GPU.
 
 Gates. As in `decay.py`, whose sums of gates these are. The sum for dg runs within a chunk alone: <M, E> is known for
 every chunk (`delta_answers` has E and reads M back). A token's own term, (q·k) (β r·do), is in q·dq and in r·dv. What
-pairs add to it is summed before they are rounded to 16 bits: rounded, they had 1.1 to 1.5 of the error budget.
+pairs add to it is summed before they are rounded to 16 bits, and what dv loses by that, δ, is made good as δ·v, since
+r + k M̂ is v but for roundings of its own: without either a gate's gradient had up to 1.5 of the error budget.
 
 Precision. Y is found in float32: in products of tf32 for bfloat16 tokens, of three tf32 for float16, and it is stored
 as they are. A chunk has at most K tokens: more keys than channels depend on each other and the system loses digits
 (chunks of float32 have 16 all the same).
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 64: `delta_prepare` reads 2 U and
-writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (6 with a gate) and 3; pairs 3 (5 with a gate) and 1;
-chunks 10 and 2. So 8 U forward where the floor is 4, and 38 U with the gradient where it is 11. Kept for the gradient:
+writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (7 with a gate) and 3; pairs 3 (5 with a gate) and 1;
+chunks 10 and 2. So 8 U forward where the floor is 4, and 39 U with the gradient where it is 11. Kept for the gradient:
 r, A, Y and the memories, 4 U; on the way back the cotangents and pairs, 3 U. Multiply-adds a token and head: preparing
 2·C·d and 10·C²; values and answers 3·d² + 2·C·d; pairs 2·C·d (4·C·d with a gate); chunks 3·d² + 4·C·d.
 
@@ -266,7 +267,7 @@ def delta_values(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
 def delta_answers(
-    do, q, k, beta, g, sums, scores, itself, solved, borders, entry, states, dv, cotangents, met, end,
+    do, q, k, beta, g, sums, scores, itself, solved, borders, v, entry, states, dv, cotangents, met, lost, end,
     tokens, heads, segments, slots, count_rows,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -274,7 +275,8 @@ def delta_answers(
 ):  # fmt: skip
     """One slice of dv and of the memories' cotangents behind every chunk over a segment, backwards; SPAN as above.
 
-    With MET the slice's part of <M, E>, of the memory before every chunk and the cotangent behind it: places h slices.
+    With MET the slice's part of <M, E>, of the memory before every chunk and the cotangent behind it: places h slices;
+    and of v times what dv loses when it is rounded: slices h (b t).
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -341,6 +343,10 @@ def delta_answers(
         answer = strength[:, None] * du
         if not SPAN:
             tl.store(dv + row * Z + at_z, answer, mask=in_rows_z)
+            if MET:
+                bv = tl.load(v + row * Z + at_z, mask=in_rows_z, other=0.0)
+                rest = (answer - answer.to(bv.dtype).to(tl.float32)) * bv.to(tl.float32)
+                tl.store(lost + s.to(tl.int64) * count_rows + line + t, tl.sum(rest, 1), mask=inside)
         if GATE != 0:
             answer = answer * writing[:, None]
         E = tl.dot(tl.trans(bq), asking, E, input_precision=PRECISION)
@@ -444,7 +450,7 @@ def delta_pairs(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
 def delta_chunks(
-    do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, borders, dq, dk, dbeta, dg,
+    do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, lost, borders, dq, dk, dbeta, dg,
     tokens, heads, sequences, count_rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, MET: tl.constexpr,
@@ -526,6 +532,7 @@ def delta_chunks(
             change += tl.load(own + count_rows + line + t, mask=inside, other=0.0)
             for slice in tl.static_range(MET):
                 later += tl.load(met + chunk * MET + slice) * power_of_2(total, EXACT)
+                change -= tl.load(lost + slice * count_rows + line + t, mask=inside, other=0.0)
         value = later + tl.cumsum(change, 0, reverse=True)
         gate = tl.load(g + rows, mask=inside, other=0.0)
         tl.store(dg + at, tl.where(gate < -104.0, 0.0, value), mask=inside)
@@ -671,16 +678,17 @@ def backward(
     n, (b, t, h, K), V = sequences_of(q, borders), q.shape, v.shape[-1]
     segments = moves.shape[2] if moves.numel() else 1
     shape = shape_of(q, v, g, borders, chunk)
-    given = (do, q, k, beta, g, sums, scores, itself, solved, borders)
+    given = (do, q, k, beta, g, sums, scores, itself, solved, borders, v)
     want_g = want_g and g is not None
     dv, cotangents, entry, slots = torch.empty_like(v), torch.empty_like(states), dlast, 1
     met = beta.new_empty(*states.shape[:2], shape["SLICES"]) if want_g else None
+    lost = beta.new_empty(shape["SLICES"], h, b * t) if want_g else None
     if segments > 1:
         slots = segments + 1
         entry = beta.new_empty(n, h, slots, K, V)
         decay.launch(
             delta_answers, shape["SLICES"] * segments * h * n,
-            *given, None, None, None, None, None, entry, t, h, segments, slots, count,
+            *given, None, None, None, None, None, None, entry, t, h, segments, slots, count,
             **shape, ENTRY=False, SPAN=True, MET=False,
         )  # fmt: skip
         dmemory = fold(entry, moves, dlast, True, exact)
@@ -689,7 +697,7 @@ def backward(
         dmemory = beta.new_empty(n, h, K, V)
     decay.launch(
         delta_answers, shape["SLICES"] * segments * h * n,
-        *given, entry, states, dv, cotangents, met, dmemory, t, h, segments, slots, count,
+        *given, entry, states, dv, cotangents, met, lost, dmemory, t, h, segments, slots, count,
         **shape, ENTRY=entry is not None, SPAN=False, MET=want_g,
     )  # fmt: skip
 
@@ -706,7 +714,7 @@ def backward(
     dg = torch.empty_like(dbeta) if want_g else None
     decay.launch(
         delta_chunks, slices * chunks,
-        do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, borders, dq, dk, dbeta, dg,
+        do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, lost, borders, dq, dk, dbeta, dg,
         t, h, n, count,
         K=K, V=V, BK=columns, BV=padded(V), SLICES=slices, C=chunk,
         MET=shape["SLICES"] if want_g else 0, **kind_of(q, g, borders), num_warps=warps, num_stages=stages,
