@@ -154,7 +154,7 @@ def read_across(
     """A memory's B products × a slice of columns, transposed, over c."""
     row, c, there = place_of(FIRST + tl.arange(0, B), D, POLYNOMIAL)
     at, inside = row[None, :] * Z + iz[:, None], there[None, :] & in_z[:, None]
-    return tl.load(memory + at, mask=inside, other=0.0) / c[None, :]
+    return tl.div_rn(tl.load(memory + at, mask=inside, other=0.0), c[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "ends", "shift"])
@@ -196,9 +196,9 @@ def features_sweep(
     K = tl.zeros((BZ,), tl.float32)
     if ENTRY:
         entry += (nh * slots + segment) * F * Z
-        S0 = tl.load(entry + cell0, mask=in0, other=0.0) / c0
-        S1 = tl.load(entry + cell1, mask=in1, other=0.0) / c1
-        S2 = tl.load(entry + cell2, mask=in2, other=0.0) / c2
+        S0 = tl.div_rn(tl.load(entry + cell0, mask=in0, other=0.0), c0)
+        S1 = tl.div_rn(tl.load(entry + cell1, mask=in1, other=0.0), c1)
+        S2 = tl.div_rn(tl.load(entry + cell2, mask=in2, other=0.0), c2)
         if POLYNOMIAL == 1:
             L = tl.load(entry + cell, mask=inner, other=0.0) * D**0.25
             K = tl.load(entry + iz, mask=in_z, other=0.0)
