@@ -20,6 +20,7 @@ RESULTS = ROOT / "bench" / "results"
 BOTH, AT = "forward+backward", "B8 T2048 H8 D128"
 LENGTHS = {AT: 2048, "B1 T16384 H8 D128": 16384}  # of the same 16,384 tokens
 PEERS = {"ours": "", "fla": " (FLA)", "torch SDPA": " attention (torch's flash kernel)"}
+LINES = {"ours": "-", "fla": "--", "torch SDPA": ":"}
 # kernels that are no longer these: of channel decays and delta rules, and of one row
 REWRITTEN = ("6479faec3c20", "57c554ce8586", "linear_attention_normalized a34abf246e98")
 STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
@@ -54,7 +55,7 @@ def curves(lines: Iterable[dict]) -> dict[str, list[dict]]:
         points = sorted(found.values(), key=lambda x: LENGTHS[x["shape"]])
         if len(points) >= len(best.get(tuple(who), ())):
             best[tuple(who)] = points
-    return {label(points[0]): points for points in best.values()}
+    return {label(points[0]): points for _, points in by_row(best)}
 
 
 def shares(lines: Iterable[dict]) -> dict[str, dict[str, dict]]:
@@ -63,7 +64,13 @@ def shares(lines: Iterable[dict]) -> dict[str, dict[str, dict]]:
     for x in lines:
         if x["shape"] == AT:
             found.setdefault((x["row"], x["side"]), {})[x["what"]] = x
-    return {label(next(iter(both.values()))): both for both in found.values()}
+    return {label(next(iter(both.values()))): both for _, both in by_row(found)}
+
+
+def by_row(found: dict[tuple, object]) -> list[tuple]:
+    """What is found by (row, side), the sides of a row next to each other."""
+    rows = list(dict.fromkeys(row for row, *_ in found))
+    return sorted(found.items(), key=lambda item: (rows.index(item[0][0]), item[0][1] != "ours"))
 
 
 def caption(lines: list[dict]) -> str:
@@ -87,15 +94,16 @@ def lengths(lines: list[dict]) -> Figure:
     figure, axes = panels(len(machines(lines)), 5.4)
     for ax, machine in zip(axes, machines(lines), strict=True):
         drawn = curves(x for x in lines if x["machine"] == machine)
-        for i, (name, points) in enumerate(drawn.items()):
+        rows = list(dict.fromkeys(points[0]["row"] for points in drawn.values()))
+        for name, points in drawn.items():  # a colour a row, a line a side
             xs, ys = [LENGTHS[x["shape"]] for x in points], [x["graph_ms"] for x in points]
-            line = ":" if name.startswith("softmax") else "-"
+            i, line = rows.index(points[0]["row"]), LINES.get(points[0]["side"], "-.")
             ax.plot(xs, ys, line, marker="os^Dv"[i % 5], color=f"C{i % 10}", label=name, markersize=4)
         ax.set(xscale="log", yscale="log", xlabel="tokens of a sequence, T", ylabel="forward and backward, ms")
         ax.set_xticks(list(LENGTHS.values()), [f"{t:,}\nB {16384 // t}" for t in LENGTHS.values()])
         ax.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
         ax.minorticks_off()
-        ax.legend(frameon=False, fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        ax.legend(frameon=False, fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         ax.set_title(f"{machine}\n{caption([x for points in drawn.values() for x in points])}", fontsize=7.5)
     figure.suptitle("The same 16,384 tokens in sequences of two lengths, H 8, D 128", fontsize=10)
     return figure
