@@ -769,6 +769,26 @@ def test_both_ways(name):
     assert_within_budget(outputs(fast.ops, torch.float32), outputs(reference.ops, torch.float32), right, name)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_changes_nothing(name):
+    """Products are in the tokens' dtype; sums of gates and memories stay float32 where torch would narrow them."""
+    dtype = HALVES[-1]
+    if LSM[name].features is exact.squares and CUDA:
+        return  # refused in 16 bits
+    row, tokens, constants = some(name, t=5)
+    tokens = {n: x.to(dtype) if n in ("q", "k", "v", "a", "b") else x for n, x in tokens.items()}
+    first = {"memory": start(name, row, tokens, constants).float().to(DEVICE)}
+    given = leaves(tokens, constants, first)
+
+    def run(autocast):
+        with torch.autocast(DEVICE, dtype, enabled=autocast):
+            o, last = quick.recurrence(row, tokens, constants, first["memory"])
+        return [o, last, *torch.autograd.grad(o.float().square().sum() + last.square().sum(), given)]
+
+    for alone, narrowed in zip(run(False), run(True), strict=True):
+        assert alone.dtype == narrowed.dtype and torch.equal(alone, narrowed)
+
+
 # ----------------------------------------------------------------------------------------------------- the surface
 
 
