@@ -8,7 +8,8 @@ Hopper GPU without one.
 
 Each line: the kernel, its shared memory, and the registers and bytes of stack of a thread (a stack means spills).
 
-What this cannot show: whether the machine code is right. Not with TRITON_INTERPRET=1.
+A product that still reads a buffer when the next tile is copied into it is an error. What else this cannot show:
+whether the machine code is right. Not with TRITON_INTERPRET=1.
 """
 
 import re
@@ -53,7 +54,25 @@ def compiled(kernel, programs, *args, **meta):
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     if done.metadata.shared > SHARED:
         raise MemoryError(f"{kernel.__name__} needs {done.metadata.shared} bytes of shared memory, there are {SHARED}")
+    if overwritten := read_while_filled(done.asm["ttgir"]):
+        raise RuntimeError(f"{kernel.__name__}: {', '.join(overwritten)} filled anew while a product may still read it")
     print(kernel.__name__, f"{done.metadata.shared} bytes of shared memory, {thread(done.asm['cubin'])}", flush=True)
+
+
+def read_while_filled(code: str) -> set[str]:
+    """Buffers of one tile, filled turn by turn, that a product reads which nobody waits for within its turn."""
+    name = r"(%[\w]+)"
+    tiles = dict(re.findall(rf"{name} = ttg\.local_alloc(?: : \(\))? -> !ttg\.memdesc<(\d+)x\d+x\d+x", code))
+    views = dict(re.findall(rf"{name} = ttg\.memdesc_\w+ {name}", code))
+    waits = " ".join(re.findall(r"warp_group_dot_wait ([^{]*)", code))
+    found = set()
+    for product, *operands in re.findall(rf"{name} = ttng\.warp_group_dot {name}, {name},", code):
+        for operand in operands if not re.search(rf"{re.escape(product)}\b", waits) else ():
+            while operand in views:
+                operand = views[operand]
+            if tiles.get(operand) == "1":
+                found.add(operand.lstrip("%"))
+    return found
 
 
 def thread(code: bytes) -> str:

@@ -899,6 +899,13 @@ MUTANTS = [
         "tests/test_fast.py -k 'lasting and kda'",
     ),
     Mutant(
+        "products of features read a tile that is filled anew",
+        "fast/kernels/features.py",
+        "S0, S1 = tl.where(chunks > 0, S0, 0.0), tl.where(chunks > 0, S1, 0.0)",
+        "S0, S1 = S0, S1",
+        "tests/test_fast.py -k features_compile",
+    ),
+    Mutant(
         "a square's two factors have its whole gradient each",
         "fast/kernels/features.py",
         "share = tl.where(i == j, 0.5, 1.0)[:, None]",

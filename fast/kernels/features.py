@@ -37,10 +37,11 @@ multiples of 16; what changes from call to call is not specialised. With 8 warps
 both groups of four warps compute the same products. Matrices of zeros and ones stay in shared memory; numbers that
 belong to columns of features would be kept in registers over the whole loop, and spill: there are none in it.
 
-Not solved. SQUARES in 16 bits: of 207 heads at once some outputs beyond the first chunk are off by 1 to 6 %, others in
-every run (Triton 3.6.0, H200; right in float32, in the interpreter, with few programs, under compute-sanitizer, and for
-TAYLOR). `fast/features.py` refuses it. To be looked at first: products that lie in shared memory while a dot that was
-issued before still reads it.
+Triton 3.6 and 3.7 leave the last products of a turn of the loop running into the next one, also where z has one buffer
+only (it is read into registers, too, by the product with REST): so the next z was written over the one that they still
+read, and some outputs beyond the first chunk were off by 1 to 6 %, other ones in every run (SQUARES, H200, 207 heads;
+compute-sanitizer sees nothing). What uses S within the turn makes it wait. `tests/hopper.py` looks for such products
+in whatever is compiled. Not seen on a GPU since: `fast/features.py` refuses SQUARES in 16 bits until then.
 """
 
 import torch
@@ -234,6 +235,7 @@ def features_sweep(
         S2 = tl.dot(products_across(by, 2 * B, REST, D, X), bz, S2, input_precision="ieee")
         S0 = tl.dot(products_across(by, 0, B, D, X), bz, S0, input_precision="ieee")
         S1 = tl.dot(products_across(by, B, B, D, X), bz, S1, input_precision="ieee")
+        S0, S1 = tl.where(chunks > 0, S0, 0.0), tl.where(chunks > 0, S1, 0.0)  # waited for (Compilers)
         if POLYNOMIAL == 1:
             L = tl.dot(tl.trans(by), bz, L, input_precision="ieee")
             K += tl.sum(bz.to(tl.float32), 0)
