@@ -472,7 +472,7 @@ def budget(name: str, f: Callable, d: int, dtype) -> dict:
 
     Budget: twice the error of the chunk form in plain PyTorch on the same 16-bit inputs, and one rounding.
     """
-    row, tokens, constants = inputs(name, *CHECKED, d, dtype, as_layers=True)
+    row, tokens, constants = drawn_once(name, *CHECKED, d, dtype, as_layers=True)
     do = torch.randn(tokens["v"].shape).to(dtype)
 
     def run(f, wide, device):
@@ -505,7 +505,7 @@ def verdict(kind: str, names: Iterable[str], got, plain, want, eps: Iterable[flo
 
 def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) -> Iterable[dict]:
     """Forward, and forward with backward: eager, as a CUDA graph, extra memory, and the ratio to the byte floor."""
-    row, tokens, constants = inputs(name if name in LSM else "linear_attention", *shape, dtype, as_layers=True)
+    row, tokens, constants = drawn_once(name if name in LSM else "linear_attention", *shape, dtype, as_layers=True)
     tokens = {n: x.cuda().requires_grad_() for n, x in tokens.items()}
     constants = {n: x.cuda() for n, x in constants.items()}
     do = torch.randn(tokens["v"].shape, device="cuda").to(dtype)
@@ -699,10 +699,8 @@ def raced(name: str, side: str, f: Callable, leaves: list, dy, moved: tuple[int,
         yield {"row": name, "side": side, "what": what, "shape": shape, **clocked(run, dy.dtype, floor, 0, ceiling)}
 
 
-@functools.lru_cache(maxsize=8)  # drawing them takes longer than what is measured
 def inputs(name: str, b: int, t: int, h: int, d: int, dtype, as_layers: bool = False) -> tuple:
     """(row, tokens, constants): tokens in dtype but for gates and steps; gates near 1 as trained models have them.
-    The same tensors for the same arguments: leave them as they are.
 
     `as_layers`: rows of one head get the keys and values that a layer of width h·d gives them.
     """
@@ -715,6 +713,10 @@ def inputs(name: str, b: int, t: int, h: int, d: int, dtype, as_layers: bool = F
     tokens, constants = example.inputs(row, sizes, dtype=torch.float32, drawn=example.TRAINED)
     narrow = {n for n, x in tokens.items() if x.is_floating_point()} - {*example.GATES, "dt"}
     return row, {n: x.to(dtype) if n in narrow else x for n, x in tokens.items()}, constants
+
+
+# The same for every side, which copies them: drawing takes longer than what is measured.
+drawn_once = functools.lru_cache(maxsize=8)(inputs)
 
 
 def median(run: Callable) -> list[float]:
