@@ -63,8 +63,6 @@ MANY = 140 if CUDA else 75  # tokens: two segments, too
 INPUTS = ("q", "k", "v", "beta", "g", "a", "b")  # of `rank_one`
 DEVICE = "cuda" if CUDA else "cpu"
 HALVES = [torch.float16] + [torch.bfloat16] * CUDA
-# in 16 bits; what `fast/features.py` refuses on GPUs
-NARROW = [name for name in ALL if not (CUDA and LSM[name].features is exact.squares)]
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU: the interpreter shows no compiler, no allocations, no bfloat16")
 
 
@@ -148,10 +146,6 @@ def compare(
     args = (row, rounded, weights)
     want = run(exact.recurrence, *args, torch.float64, "cpu", cu_seqlens)
     loop, chunks = (run(f.recurrence, *args, dtype, "cpu", cu_seqlens) for f in (exact, chunked))
-    if name in ALL and name not in NARROW and dtype != torch.float32:
-        with pytest.raises(ValueError, match="use float32"):
-            run(quick.recurrence, *args, dtype, DEVICE, cu_seqlens)
-        return
     ratio = row.features and row.update is exact.counted and cu_seqlens is None
     parts = numerators(*args) if ratio and dtype == torch.float32 else {}
     got = run(quick.recurrence, *args, dtype, DEVICE, cu_seqlens)
@@ -775,7 +769,7 @@ def narrowed(tokens, dtype):
     return {n: x.to(dtype) if n in ("q", "k", "v", "a", "b") else x for n, x in tokens.items()}
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", ALL)
 def test_autocast_changes_nothing(name):
     """Products are in the tokens' dtype; sums of gates and memories stay float32 where torch would narrow them."""
     dtype = HALVES[-1]
@@ -935,7 +929,8 @@ def test_sixteen_bits_over_one_long_segment(name, monkeypatch):
 
 @gpu
 @pytest.mark.parametrize("b, t, h", [(2, 3000, 4), (9, 700, 23)])
-@pytest.mark.parametrize("name, dtype", [(n, torch.float32) for n in ALL] + [(n, torch.bfloat16) for n in NARROW])
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_every_time(name, b, t, h, dtype):
     """Whatever else the GPU is doing: a kernel that reads what another program may not have written would differ."""
     row, tokens, constants = some(name, b=b, t=t, h=h, k=16 if LSM[name].features else 64, v=64)

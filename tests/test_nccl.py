@@ -83,7 +83,7 @@ HEADS = {
     "heads and tokens": mesh.Degrees(tensor=2, between="cut"),
     "heads and experts": mesh.Degrees(tensor=2, expert=2),
 }
-ROWS = ("retention", "mamba2", "lightning", "kda", "hgrn2")  # decays, packed weights, one norm for all, common bounds
+ROWS = ("retention", "mamba2", "lightning", "kda", "hgrn2", "rwkv6", "rwkv7", "ttt", "mamba", "mom_gla")
 SHARED = {(name, "heads"): how for name, how in test_tensor.MODELS.items()}
 SHARED |= {(name, "heads"): test_tensor.ROWS[name] for name in ROWS}
 SHARED |= {(name, "heads and tokens"): how for name, how in test_tensor.CUT_BETWEEN.items()}
