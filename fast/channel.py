@@ -22,7 +22,31 @@ def step(x: Normal, memory: Tensor) -> Tensor:
     return channel_step(x.q, x.k, x.v, x.g, x.u, memory)
 
 
+def span(x: Normal, cu_seqlens: Tensor | None, sequences: int) -> tuple[Tensor, list[Tensor]]:
+    """(what the tokens leave of an empty memory, what `received` needs besides)."""
+    segments = kernels.segments_for(x.q, x.v, sequences)
+    return channel_end(x.q, x.k, x.v, x.g, x.u, cu_seqlens, segments, False), []
+
+
+def received(x: Normal, do: Tensor, cu_seqlens: Tensor | None, sequences: int) -> Tensor:
+    """What the memory before the tokens receives from the cotangents of their outputs."""
+    segments = kernels.segments_for(x.q, x.v, sequences)
+    return channel_end(x.q, x.k, do, x.g, x.u, cu_seqlens, segments, True)
+
+
 # ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@operator("channel_end")
+def channel_end(
+    q: Tensor, k: Tensor, z: Tensor, g: Tensor, u: Tensor | None, cu_seqlens: Tensor | None, segments: int, back: bool
+) -> Tensor:
+    return kernels.end(*packed(q, k, z, g, u, cu_seqlens), segments, back)
+
+
+@channel_end.register_fake
+def _(q, k, z, g, u, cu_seqlens, segments, back):
+    return results(q, z, cu_seqlens, 1, False)[1]
 
 
 @operator("channel")
@@ -86,9 +110,10 @@ def channel_context(ctx, inputs, output) -> None:
 
 
 def channel_backward(ctx, do, dlast, *_):
-    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
+    given = ctx.saved_tensors  # once: a checkpoint refuses to make them twice
+    do = torch.zeros_like(given[2]) if do is None else do
     want_g, want_u, want_memory = ctx.needs_input_grad[3:6]
-    *grads, dg, du, dmemory = channel_gradients(do, dlast, *ctx.saved_tensors, want_g, want_u)
+    *grads, dg, du, dmemory = channel_gradients(do, dlast, *given, want_g, want_u)
     asked = (dg if want_g else None, du if want_u else None, dmemory if want_memory else None)
     return *grads, *asked, None, None, None
 

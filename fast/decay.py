@@ -29,7 +29,27 @@ def step(x: Normal, memory: Tensor) -> Tensor:
     return decay_step(x.q, x.k, x.v, x.g, memory)
 
 
+def span(x: Normal, cu_seqlens: Tensor | None, sequences: int) -> tuple[Tensor, list[Tensor]]:
+    """(what the tokens leave of an empty memory, what `received` needs besides)."""
+    return decay_end(x.k, x.v, x.g, cu_seqlens, kernels.segments_for(x.q, x.v, x.g, sequences), False), []
+
+
+def received(x: Normal, do: Tensor, cu_seqlens: Tensor | None, sequences: int) -> Tensor:
+    """What the memory before the tokens receives from the cotangents of their outputs."""
+    return decay_end(x.q, do, x.g, cu_seqlens, kernels.segments_for(x.q, x.v, x.g, sequences), True)
+
+
 # ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@operator("decay_end")
+def decay_end(y: Tensor, z: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, segments: int, back: bool) -> Tensor:
+    return kernels.end(*packed(y, z, g, cu_seqlens), segments, back)
+
+
+@decay_end.register_fake
+def _(y, z, g, cu_seqlens, segments, back):
+    return results(y, z, cu_seqlens, 1, False)[1]
 
 
 @operator("decay")

@@ -31,7 +31,38 @@ def step(x: Normal, memory: Tensor) -> Tensor:
     return delta_step(x.q, x.k, x.v, x.beta, x.g, memory)
 
 
+def span(x: Normal, cu_seqlens: Tensor | None, sequences: int) -> tuple[Tensor, list[Tensor]]:
+    """(what the tokens leave of an empty memory, [what they do to one, what each of their segments does])."""
+    moves = kernels.moves_of(x.q, cu_seqlens, kernels.segments_for(x.q, x.v, sequences))
+    S = delta_end(x.q, x.k, x.v, x.beta, x.g, cu_seqlens, moves, False)
+    return S, [kernels.whole(moves, x.v.element_size() == 4), moves]
+
+
+def received(x: Normal, do: Tensor, cu_seqlens: Tensor | None, sequences: int, moves: Tensor) -> Tensor:
+    """What the memory before the tokens receives from the cotangents of their outputs."""
+    return delta_end(x.q, x.k, do, x.beta, x.g, cu_seqlens, moves, True)
+
+
 # ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@operator("delta_end", "moves")
+def delta_end(
+    q: Tensor,
+    k: Tensor,
+    z: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    moves: Tensor,
+    back: bool,
+) -> Tensor:
+    return kernels.end(*packed(q, k, z, beta, g, cu_seqlens), moves, back)
+
+
+@delta_end.register_fake
+def _(q, k, z, beta, g, cu_seqlens, moves, back):
+    return results(q, z, cu_seqlens, 1, False)[1]
 
 
 @operator("delta")

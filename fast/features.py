@@ -138,8 +138,9 @@ def features_context(ctx, inputs, output) -> None:
 
 
 def features_backward(ctx, do, dlast, _):
-    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
-    *grads, dmemory = features_gradients(do, dlast, *ctx.saved_tensors, ctx.size, ctx.polynomial, ctx.count)
+    given = ctx.saved_tensors
+    do = torch.zeros_like(given[2]) if do is None else do
+    *grads, dmemory = features_gradients(do, dlast, *given, ctx.size, ctx.polynomial, ctx.count)
     return *grads, dmemory if ctx.needs_input_grad[3] else None, *[None] * 6
 
 

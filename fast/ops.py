@@ -18,4 +18,5 @@ ops = reference.ops._replace(
     norm=local.norm,
     kept=("running_sum", "attention", "token_losses", "total"),
     again=True,
+    ends=recurrence.ends,
 )

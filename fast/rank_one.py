@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fast.kernels import delta
 from fast.kernels import rank_one as kernels
 from fast.operators import differentiated, operator, packed, results
 from reference.normal import Normal
@@ -24,7 +25,40 @@ def step(x: Normal, memory: Tensor) -> Tensor:
     return rank_one_step(x.q, x.k, x.v, x.beta, x.g, x.a, x.b, memory)
 
 
+def span(x: Normal, cu_seqlens: Tensor | None, sequences: int) -> tuple[Tensor, list[Tensor]]:
+    """(what the tokens leave of an empty memory, [what they do to one, what each of their segments does])."""
+    moves = delta.moves_of(x.q, cu_seqlens, kernels.segments_for(x.q, x.v, sequences))
+    S = rank_one_end(x.q, x.k, x.v, x.beta, x.g, x.a, x.b, cu_seqlens, moves, False)
+    return S, [delta.whole(moves, x.v.element_size() == 4), moves]
+
+
+def received(x: Normal, do: Tensor, cu_seqlens: Tensor | None, sequences: int, moves: Tensor) -> Tensor:
+    """What the memory before the tokens receives from the cotangents of their outputs."""
+    return rank_one_end(x.q, x.k, do, x.beta, x.g, x.a, x.b, cu_seqlens, moves, True)
+
+
 # ------------------------------------------------------------------------------------- the operators, as torch sees
+
+
+@operator("rank_one_end", "moves")
+def rank_one_end(
+    q: Tensor,
+    k: Tensor,
+    z: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    cu_seqlens: Tensor | None,
+    moves: Tensor,
+    back: bool,
+) -> Tensor:
+    return kernels.end(*packed(q, k, z, beta, g, a, b, cu_seqlens), moves, back)
+
+
+@rank_one_end.register_fake
+def _(q, k, z, beta, g, a, b, cu_seqlens, moves, back):
+    return results(q, z, cu_seqlens, 1, False)[1]
 
 
 @operator("rank_one")

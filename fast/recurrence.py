@@ -19,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fast import channel, decay, delta, features, rank_one, ratio, scan, slots
+from fast.kernels.decay import padded
+from fast.kernels.delta import FOLDED
 from fast.local import DTYPES, runnable
 from fast.operators import differentiated, even
 from reference import printed
@@ -31,6 +33,7 @@ from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 OWN = (ratio, scan, slots, features)  # families whose form is not the normal one
 FAMILIES = (*OWN, decay, channel, delta, rank_one)
 PLAIN = (words.keep, fixed, words.scalar, words.channel, printed.timed)  # decays of heads or of key channels
+PASSED_ON = (words.inclusive, words.bonus)  # reads that hand on what a memory gives, as it is
 LARGEST = 256  # K and V, the count column of a normalised row included
 Form = Normal | ratio.Ratio | scan.Elements | slots.Slots | features.Polynomial
 
@@ -82,7 +85,55 @@ def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None)
 
 def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> spans.Span:
     """`reference.span.span`, with the kernels' run inside."""
-    return spans.span(row, tokens, constants, cu_seqlens, run=recurrence)
+    return spans.span(row, tokens, constants, cu_seqlens, recurrence, checked)
+
+
+def has_ends(row: Row, tokens: Inputs) -> bool:
+    """Rows in normal form, of as many key channels as segments of a sequence may have."""
+    return (
+        has_normal(row)
+        and not row.features
+        and row.read in PASSED_ON
+        and row.decay in PLAIN
+        and (padded(tokens["q"].shape[-1]) <= FOLDED)
+    )
+
+
+def span_alone(row: Row, tokens: Inputs, constants: Inputs, cu_seqlens) -> tuple[spans.Span, list[Tensor]]:
+    """`span` without outputs and without a gradient, and without a wait for borders: of several documents all are
+    run, and the last one counts."""
+    one, sequences = end_form(row, tokens, constants, cu_seqlens)
+    K, V, kind = tokens["q"].shape[-1], tokens["v"].shape[-1], spans.transition(row)
+    S, kept = family_of(one).span(one, cu_seqlens, sequences)
+    if kind == "matrix":
+        A, *kept = kept
+        A = A[-1:, :, :K, :K] if cu_seqlens is not None else A[..., :K, :K]
+    else:
+        A = spans.LEFT[row.decay]({**tokens, **constants}).float()
+    if cu_seqlens is not None and len(cu_seqlens) > 2:
+        A, S = torch.zeros_like(A), S[-1:]
+    return spans.Span(A, S[..., :K, :V], kind), kept
+
+
+def received(
+    row: Row, tokens: Inputs, constants: Inputs, do: Tensor, cu_seqlens, kept: list[Tensor]
+) -> Float[Tensor, "n h k v"]:
+    """What the memory before these tokens receives from their outputs' cotangents; of each document."""
+    one, sequences = end_form(row, tokens, constants, cu_seqlens)
+    K, V = tokens["q"].shape[-1], do.shape[-1]
+    G = family_of(one).received(one, even(do.to(one.v.dtype)), cu_seqlens, sequences, *kept)
+    return G[..., :K, :V]
+
+
+def end_form(row: Row, tokens: Inputs, constants: Inputs, cu_seqlens) -> tuple[Normal, int]:
+    """The row as kernels take it, and how many sequences there are."""
+    checked(row, tokens, constants, None, cu_seqlens)
+    x = form_of(row, {**tokens, **constants})
+    supported(row, x, None)
+    return ready(row, x, constants, even), x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+ends = spans.Ends(has_ends, span_alone, received)
 
 
 # ------------------------------------------------------------------------------------------- what can be computed

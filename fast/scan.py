@@ -187,9 +187,10 @@ def scan_context(ctx, inputs, output) -> None:
 
 
 def scan_backward(ctx, do, dlast, *_):
-    given = ctx.saved_tensors[:7]
+    saved = ctx.saved_tensors
+    given = saved[:7]
     do = torch.zeros_like(given[2]) if do is None else do
-    grads = scan_gradients(do, dlast, ctx.kind, *ctx.saved_tensors)
+    grads = scan_gradients(do, dlast, ctx.kind, *saved)
     wanted = zip(grads, given, ctx.needs_input_grad[1:8], strict=True)
     return None, *(dy if want else None for dy, _, want in wanted), None, None, None
 

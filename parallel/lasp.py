@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parallel import comm
 from parallel.attention import ATTENTION, refuse, ulysses
@@ -272,6 +273,8 @@ def runs(ops: Ops, group: Group, row, ways: list[tuple[dict, Tensor | None]], co
     do all rows where that is less work than the addition, which is plain PyTorch in float32 (`ops.again`: by kernels).
     """
     both, one = len(ways) > 1, lines(ways[0][1]) == 1
+    if one and not both and ops.ends is not None and ops.ends.takes(row, ways[0][0]):
+        return [by_ends(ops, group, row, *ways[0], constants)]
     inputs, late = [*ways[0][0].values(), *constants.values()], one and comes_late(row) and not ops.again
     span_of = span_of_late if late else partial(span_of_lines, ops)
     span = side_by_side([span_of(row, tokens, constants, cu) for tokens, cu in ways])
@@ -290,6 +293,68 @@ def runs(ops: Ops, group: Group, row, ways: list[tuple[dict, Tensor | None]], co
             o, last = ops.recurrence(row, tokens, constants, for_first(M, cu), end_to_end(cu))
         found.append((attached(o, [M], inputs), last))
     return found
+
+
+def by_ends(ops: Ops, group: Group, row, tokens: dict, cu_seqlens, constants: dict) -> tuple[Tensor, Tensor]:
+    """The same of one way, where kernels find spans and G without outputs: nothing runs twice. The span needs no
+    gradient: `last`, the memory that leaves my segment, has D for its cotangent, and the backward pass of the one run
+    from M to `last` has all that my tokens did, to outputs and to memories."""
+    with torch.no_grad():
+        span, kept = ops.ends.span(row, tokens, constants, cu_seqlens)
+        wire = Wire(span.A, [], "")
+        underway = departed(span, wire, group)
+        M = for_first(arrived(underway, span, wire, group), cu_seqlens)
+    o, last = ops.recurrence(row, tokens, constants, M, cu_seqlens)
+    inputs = [*tokens.values(), *constants.values()]
+    o = o if o.numel() else attached(o, [], inputs)
+    call = (ops.ends.received, row, list(tokens), list(constants), span.kind, group)
+    return _Left.apply(o, last, call, cu_seqlens, underway, span.A, kept, *inputs), last
+
+
+class _Left(torch.autograd.Function):
+    """o. On the way back all ranks exchange what their first memories receive from their o (G), and `last` gets D."""
+
+    @staticmethod
+    def forward(ctx, o, last, call, cu_seqlens, underway, A, kept, *inputs):
+        ctx.call, ctx.kept = call, len(kept)
+        ctx.save_for_backward(cu_seqlens, underway, A, *kept, *inputs)
+        return o.view_as(o)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        cu_seqlens, underway, A, *rest = ctx.saved_tensors
+        received, row, names, constants, kind, group = ctx.call
+        kept, tokens, constants = parted(rest, ctx.kept, names, constants)
+        G = received(row, tokens, constants, do, cu_seqlens, kept)
+        own = G if cu_seqlens is None else G[:1]
+        D = torch.ops.linear_moe.leaving(own.contiguous(), underway, A, kind, group.group_name)
+        if len(G) > len(own):
+            D = torch.cat([torch.zeros_like(G[1:]), D])
+        return do, D, *[None] * (5 + len(tokens) + len(constants))
+
+
+def parted(tensors: list[Tensor], kept: int, tokens: list[str], constants: list[str]) -> tuple[list, dict, dict]:
+    """What was saved in one line: what is kept, tokens and constants by name."""
+    shared = kept + len(tokens)
+    return (
+        tensors[:kept],
+        dict(zip(tokens, tensors[kept:shared], strict=True)),
+        dict(zip(constants, tensors[shared:], strict=True)),
+    )
+
+
+def _leaving(G: Tensor, underway: Tensor, A: Tensor, kind: str, group: str) -> Tensor:
+    """D, what the memory that leaves my segment receives from the ranks behind it, from everybody's G; all ranks' spans
+    stand in `underway`."""
+    returning = _depart_back(G, underway, group)
+    comm.end_gather(returning)
+    group = comm.named(group)
+    Gs = returning[: comm.size(group) * G.numel()].view(-1, *G.shape).unbind()
+    with torch.autocast(G.device.type, enabled=False):
+        spans = [Span(*span, kind) for span in spans_of(underway, A, G, A, [], "")]
+        later = comm.rank(group) + 1
+        return fold_back(spans[later:], Gs[later:], torch.zeros_like(G))[0]
 
 
 def side_by_side(spans: list[Span]) -> Span:
@@ -487,6 +552,7 @@ WHOLE = (
     "one_way",
     "cut",
     "again",
+    "ends",
 )
 
 # ------------------------------------------------------------------------------------------------ known to torch
@@ -502,6 +568,12 @@ known(
     f"(Tensor returning, Tensor underway, {SPAN}) -> (Tensor, Tensor)",
     _arrive_back,
     lambda returning, underway, A, S, *_: (torch.empty_like(A), torch.empty_like(S)),
+)
+known(
+    "leaving",
+    "(Tensor G, Tensor underway, Tensor A, str kind, str group) -> Tensor",
+    _leaving,
+    lambda G, *_: torch.empty_like(G),
 )
 differentiable("depart", _back_to_span, _keep_departed)
 differentiable("arrive", _back_to_departed, _keep_arrived)

@@ -35,6 +35,7 @@ class Ops(NamedTuple):
     one_way: Optional["Ops"] = None  # of ops that look both ways (`reference.bidirectional`): those they are made of
     cut: bool = False  # whether the sequence lies cut over ranks
     again: bool = False  # whether to run tokens again is less work than to add what a memory adds in plain PyTorch
+    ends: span.Ends | None = None  # kernels that skip the outputs
 
 
 ops = Ops(

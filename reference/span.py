@@ -169,6 +169,14 @@ class Span(NamedTuple):
     kind: str
 
 
+class Ends(NamedTuple):
+    """A backend's way to both ends of a run of tokens without the outputs between them, and without gradients."""
+
+    takes: Callable[[Row, Inputs], bool]  # whether it has one for this row and these tokens
+    span: Callable  # (row, tokens, constants, cu_seqlens) -> (what the tokens do to a memory, what `received` needs)
+    received: Callable  # (row, tokens, constants, do, cu_seqlens, that) -> what the memory before them gets: n h k v
+
+
 def apply(span: Span, M: Memory) -> Memory:
     """A ⋄ M + S."""
     return TRANSITION[span.kind].act(span.A, M) + span.S
@@ -288,7 +296,9 @@ LEFT = {
 }
 
 
-def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None, run=words.recurrence) -> Span:
+def span(
+    row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None, run=words.recurrence, look=check
+) -> Span:
     """What these tokens do to a memory. S is the run from an empty memory; A never depends on v.
 
     Decays multiply: A = exp(sum of g). A delta rule's A is found by the same run: from the memory [I 0] with values
@@ -301,10 +311,10 @@ def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=N
             f"{row.title} is not affine in its memory: a run of tokens is no span, so its sequence cannot be cut; "
             "use another row, or keep sequences whole"
         )
-    check(row, tokens, constants, None, cu_seqlens)
+    look(row, tokens, constants, None, cu_seqlens)
     if cu_seqlens is not None and len(cu_seqlens) > 2:
         start = int(cu_seqlens[-2])
-        last = span(row, {name: x[:, start:] for name, x in tokens.items()}, constants, run=run)
+        last = span(row, {name: x[:, start:] for name, x in tokens.items()}, constants, None, run, look)
         return last._replace(A=torch.zeros_like(last.A))
     if kind == "matrix":
         return Span(*span_of_matrix(row, tokens, constants, run), kind)

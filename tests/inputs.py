@@ -38,7 +38,7 @@ def start(name, row, tokens, constants, seed=1, n=None):
     if row.features and row.update is counted:
         M = recurrence(row, {name: x[:1].flip(1).double() for name, x in tokens.items()}, constants)[1]
         times = torch.rand(len(zeros), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
-        return (times[:, None, None, None] * M).to(zeros.dtype)
+        return (times[:, None, None, None].to(M.device) * M).to(zeros.dtype)
     M = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(zeros.dtype)
     return M.abs() if row.update is counted else M
 

@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter on CPU (float32 and float1
 the addresses, not the compiler. With one the same laws run on it, bfloat16 and larger shapes too.
 """
 
+import functools
 import inspect
 import os
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fast
 import reference
@@ -496,6 +498,19 @@ def test_expanded_or_missing_gradients(name, ask):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_activation_checkpointing(name):
+    """What a checkpoint makes again it makes once, and of an output that is not used too."""
+    row, tokens, constants = some(name, t=3, h=1)
+    given = leaves(tokens, constants)
+    call = functools.partial(quick.recurrence, row)
+    for used in (0, 1):
+        want = torch.autograd.grad(call(tokens, constants)[used].sum(), given, materialize_grads=True)
+        again = checkpoint(call, tokens, constants, use_reentrant=False)[used]
+        for a, b in zip(torch.autograd.grad(again.sum(), given, materialize_grads=True), want, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "rwkv7", "based"])
 def test_strided_inputs(name):
     row, *given = some(name, t=17 if name in SCANNED else FEW)
@@ -720,6 +735,30 @@ def test_span(name):
     _, want = chunked.recurrence(row, tokens, constants, M)
     got = span.apply(quick.span(row, tokens, constants), M)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+ENDED = [name for name in ALL if quick.has_ends(LSM[name], {"q": torch.empty(1, 1, 1, 16)})]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ENDED)
+def test_both_ends_of_a_run_without_its_outputs(name, packed, monkeypatch):
+    """What tokens do to a memory, and what the memory before them receives from their outputs."""
+    segments = 2 if not packed and name in ("mamba2", "gla", "gated_delta_net", "kda") else 1
+    cut(monkeypatch, segments)
+    t = MANY if segments > 1 or CUDA else 19
+    row, tokens, constants = some(name, t=t, h=1 if segments > 1 else 2, k=20, v=33)
+    cu_seqlens = torch.tensor([0, 3, 3, t], dtype=torch.int32, device=DEVICE) if packed else None
+    exact_ones = [{n: x.double() for n, x in group.items()} for group in (tokens, constants)]
+    M = exact.empty(row, *exact_ones, 3 if packed else None).requires_grad_()
+    o, _ = chunked.recurrence(row, *exact_ones, M, cu_seqlens)
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(DEVICE)
+    found, kept = quick.ends.span(row, tokens, constants, cu_seqlens)
+    want = chunked.span(row, *exact_ones, cu_seqlens)
+    G = quick.ends.received(row, tokens, constants, do.float(), cu_seqlens, kept)
+    for got, right in ((found.A, want.A), (found.S, want.S), (G, torch.autograd.grad(o, M, do)[0])):
+        assert got.shape == right.shape
+        torch.testing.assert_close(got.double(), right, rtol=2e-5, atol=2e-5 * right.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ALL)

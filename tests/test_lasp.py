@@ -22,7 +22,7 @@ from reference.model import LanguageModel, initialize, starts
 from reference.ops import ops
 from reference.presets import Model
 from reference.recurrence import empty, measured
-from reference.span import BRIEF, TRANSITION, fold, transition
+from reference.span import BRIEF, TRANSITION, Ends, fold, transition
 
 W = 3
 SEGMENTS = {"ragged": (5, 0, 9), "equal": (5, 5, 5), "short": (1, 2, 6), "late": (0, 1, 3)}
@@ -94,6 +94,10 @@ AFFINE = [name for name in LSM if transition(LSM[name]) is not None]
 CALLS = {name: call_row(name) for name in AFFINE}
 AGAIN = {f"{name}, again": CALLS[name] for name in ("lightning", "mamba2", "gla", "rwkv6")}  # as with kernels
 CALLS |= AGAIN
+ENDS = {  # as with kernels that skip the outputs
+    f"{name}, ends": CALLS[name] for name in ("lightning", "mamba2", "gla", "rwkv6", "gated_delta_net", "kda", "rwkv7")
+}
+CALLS |= ENDS
 CALLS |= {f"convolution {w}": call_convolution(w) for w in (1, 2, 4)}
 CALLS |= {"token_shift": call_shift(), "running_sum": call_sum()}
 ATTENTION = {
@@ -113,6 +117,20 @@ CASES = [
 ]
 
 
+def received(row, tokens, constants, do, cu_seqlens, kept):
+    """What kernels compute at once: the gradient of the outputs with respect to a memory before them."""
+    with torch.enable_grad():
+        n = None if cu_seqlens is None else len(cu_seqlens) - 1
+        M = empty(row, tokens, constants, n).requires_grad_()
+        o, _ = ops.recurrence(row, tokens, constants, M, cu_seqlens)
+        return torch.autograd.grad(o + 0 * M.sum(), M, do)[0]
+
+
+def backend(what: str):
+    by_hand = Ends(lambda *_: True, lambda *x: (ops.span(*x), []), received)
+    return ops._replace(again=what in AGAIN, ends=by_hand if what in ENDS else None)
+
+
 def both(what: str, segments, packed, **how) -> tuple[list, list]:
     """(outputs and gradients on this rank, what they should be: the whole sequence's, cut)."""
     group, lengths = comm.world(), SEGMENTS.get(segments, segments)
@@ -130,7 +148,7 @@ def both(what: str, segments, packed, **how) -> tuple[list, list]:
     exact = [o[:, start:stop], *(g[:, start:stop] for g in exact[:timed]), *exact[timed:]]
     wanted = leaves(own, shared)
     local = None if cu_seqlens is None else lasp.cut_borders(cu_seqlens, start, stop)
-    o = call(lasp.over(ops._replace(again=what in AGAIN), group, **how), own | shared, local)
+    o = call(lasp.over(backend(what), group, **how), own | shared, local)
     (o * cotangent[:, start:stop]).sum().backward()
     got = [x.grad for x in wanted]
     assert all(g is not None for g in got), "a rank without a gradient would leave the others waiting for it"
@@ -191,8 +209,12 @@ def for_all(state, cu_seqlens):
 
 BUGS = {
     "gradient of A dropped": ("gradient_of_transition", dropped, ("mamba2", "gla", "rwkv6", "gated_delta_net", "kda")),
-    "A for its transpose": ("fold_back", untransposed, ("gated_delta_net", "kda", "convolution 4")),
-    "transition skipped": ("fold", skipped, ("mamba2", "lightning", "gla", "kda", "convolution 4", "running_sum")),
+    "A for its transpose": ("fold_back", untransposed, ("gated_delta_net", "kda", "kda, ends", "convolution 4")),
+    "transition skipped": (
+        "fold",
+        skipped,
+        ("mamba2", "lightning", "gla", "kda", "kda, ends", "convolution 4", "running_sum"),
+    ),
     "halo across documents": ("window", unmasked, ("convolution 4",)),
     "memory for every document": (
         "for_first",
@@ -222,7 +244,7 @@ def traffic(what: str, t: int):
     tokens, constants = inputs(2, t)
     leaves(tokens, constants)
     with comm.counted() as forward:
-        o = call(lasp.over(ops._replace(again=what in AGAIN), group), tokens | constants, None)
+        o = call(lasp.over(backend(what), group), tokens | constants, None)
     with comm.counted() as backward:
         o.sum().backward()
     return forward, backward
@@ -242,7 +264,7 @@ BRIEFLY = {"element": 2 * 4, "stepped": 2 * 3, "spiral": 1}  # a step for each v
 
 def numbers(what: str) -> tuple[int, int]:
     """Of A and of S, for b = 2 and the sizes above."""
-    what = what.removesuffix(", again")
+    what = what.removesuffix(", again").removesuffix(", ends")
     if what in LSM:
         row, tokens, constants = make(what, b=2, t=1, h=2, k=3, v=4)
         b, h, k, v = empty(row, tokens, constants).shape

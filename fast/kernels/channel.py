@@ -538,6 +538,12 @@ def between(y, z, fades, borders, first, segments, reverse=False) -> tuple[Tenso
     return states, last
 
 
+def end(q, k, z, g, u, borders, segments: int, reverse: bool) -> Tensor:
+    """What tokens leave of an empty memory, z their v; or reverse, z their do, what the memory before them receives."""
+    asked, written, fades, _ = gates(q, k, g, u, borders)
+    return between(asked if reverse else written, z, fades, borders, None, segments, reverse)[1]
+
+
 def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool) -> tuple[Tensor, ...]:
     """(o, the last memory, the memories between segments: nothing when there is one, scores). `wide`: o in float32."""
     scores = q.new_empty(*q.shape[:3], CHUNK[q.element_size()])

@@ -793,6 +793,12 @@ def between(y, z, g, sums, borders, first, segments, reverse=False) -> tuple[Ten
     return states, last
 
 
+def end(y, z, g, borders, segments: int, reverse: bool) -> Tensor:
+    """What tokens leave of an empty memory, y and z their k and v; or reverse, y and z their q and do, what the memory
+    before them receives. Nothing is computed for each token."""
+    return between(y, z, g, sums_in_chunks(g, borders, y), borders, None, segments, reverse)[1]
+
+
 def forward(q, k, v, g, memory, borders, segments: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(o, the last memory, the memories between segments: nothing when there is one segment). `wide`: o in float32."""
     sums = sums_in_chunks(g, borders, q)

@@ -633,13 +633,58 @@ def fold(states, moves, first, reverse: bool, exact: bool) -> Tensor:
     return last
 
 
+def whole(moves: Tensor, exact: bool) -> Tensor:
+    """What all segments do to a memory one after the other: n h K K."""
+    n, h, segments, K, _ = moves.shape
+    if segments == 1:
+        return moves[:, :, 0]
+    identity = torch.eye(K, device=moves.device).expand(n, h, K, K).contiguous()
+    return fold(moves.new_zeros(n, h, segments + 1, K, K), moves, identity, False, exact)
+
+
+def between(given: tuple, first, moves, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """The memories between segments (n h segments+1 K V) and the one at the far end, from `first`; or reverse, their
+    cotangents. `given`: q, k, v, beta, g, sums, A, q·k, Y and borders, with do in place of v on the way back. `moves`
+    are filled on the way forwards and read on the way back."""
+    q, k, z, beta, g, sums, scores, itself, solved, borders = given
+    (n, h, segments, K, _), chunk, exact = moves.shape, chunk_for(k), k.element_size() == 4
+    shape = shape_of(q, z, g, borders, chunk)
+    states, more = moves.new_empty(n, h, segments + 1, K, z.shape[-1]), 0 if reverse else cdiv(K, shape["BZ"])
+    programs = (shape["SLICES"] + more) * segments * h * n
+    sizes = (q.shape[1], h, segments, segments + 1, beta.numel())
+    if reverse:
+        decay.launch(
+            delta_answers, programs,
+            z, q, k, beta, g, sums, scores, itself, solved, borders, None, None, None, None, None, None, None, states,
+            *sizes, **shape, ENTRY=False, SPAN=True, MET=False,
+        )  # fmt: skip
+    else:
+        decay.launch(
+            delta_values, programs, *given, None, None, None, None, states, moves,
+            *sizes, **shape, ENTRY=False, KEEP=False, SPAN=True, MOVES=more,
+        )  # fmt: skip
+    return states, fold(states, moves, first, reverse, exact)
+
+
+def end(q, k, z, beta, g, borders, moves, reverse: bool) -> Tensor:
+    """What tokens leave of an empty memory, z their v, and what each segment does to a memory, in `moves`; or reverse,
+    with z their do and `moves` for given, what the memory before them receives."""
+    sums = decay.sums_in_chunks(g, borders, q, chunk_for(k))
+    return between((q, k, z, beta, g, sums, *prepare(q, k, beta, g, sums, borders), borders), None, moves, reverse)[1]
+
+
+def moves_of(q: Tensor, borders: Tensor | None, segments: int) -> Tensor:
+    """Room for what each segment does to memories: K × K, from the left."""
+    return q.new_empty(sequences_of(q, borders), q.shape[2], segments, q.shape[-1], q.shape[-1], dtype=torch.float32)
+
+
 def forward(q, k, v, beta, g, memory, borders, segments: int, wide: bool, keep: bool) -> tuple[Tensor, ...]:
     """(o, the last memory, r, the memory before every chunk, what segments do to memories, A, q·k, Y).
 
     `wide`: o in float32. `keep`: what the gradient needs is kept; else the third and fourth are empty. The fifth is
     where there is one segment.
     """
-    chunk, exact = chunk_for(k), q.element_size() == 4
+    chunk = chunk_for(k)
     sums = decay.sums_in_chunks(g, borders, q, chunk)
     prepared = prepare(q, k, beta, g, sums, borders)
     shape = shape_of(q, v, g, borders, chunk)
@@ -650,15 +695,8 @@ def forward(q, k, v, beta, g, memory, borders, segments: int, wide: bool, keep: 
     entry = memory
     given, moves, slots = (q, k, v, beta, g, sums, *prepared, borders), beta.new_empty(0), 1
     if segments > 1:
-        slots = segments + 1
-        entry, moves = beta.new_empty(n, h, slots, K, V), beta.new_empty(n, h, segments, K, K)
-        more = cdiv(K, shape["BZ"])
-        decay.launch(
-            delta_values, (shape["SLICES"] + more) * segments * h * n,
-            *given, None, None, None, None, entry, moves, t, h, segments, slots, beta.numel(),
-            **shape, ENTRY=False, KEEP=False, SPAN=True, MOVES=more,
-        )  # fmt: skip
-        last = fold(entry, moves, memory, False, exact)
+        slots, moves = segments + 1, moves_of(q, borders, segments)
+        entry, last = between(given, memory, moves)
     else:
         last = beta.new_empty(n, h, K, V)
     decay.launch(
@@ -685,13 +723,7 @@ def backward(
     lost = beta.new_empty(shape["SLICES"], h, b * t) if want_g else None
     if segments > 1:
         slots = segments + 1
-        entry = beta.new_empty(n, h, slots, K, V)
-        decay.launch(
-            delta_answers, shape["SLICES"] * segments * h * n,
-            *given, None, None, None, None, None, None, entry, t, h, segments, slots, count,
-            **shape, ENTRY=False, SPAN=True, MET=False,
-        )  # fmt: skip
-        dmemory = fold(entry, moves, dlast, True, exact)
+        entry, dmemory = between((q, k, do, *given[3:10]), dlast, moves, reverse=True)
         entry = entry[:, :, 1:]
     else:
         dmemory = beta.new_empty(n, h, K, V)

@@ -103,7 +103,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fast.kernels import decay
+from fast.kernels import decay, delta
 from fast.kernels.channel import MILD, at_token, faded
 from fast.kernels.decay import (
     FLOOR,
@@ -982,9 +982,8 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
 
 
 def moves_of(q: Tensor, borders: Tensor | None, segments: int) -> Tensor:
-    """Room for what each segment does to memories: K × K, from the left; empty where there is one segment."""
-    shape = (sequences_of(q, borders), q.shape[2], segments, q.shape[-1], q.shape[-1])
-    return q.new_empty(shape if segments > 1 else 0, dtype=torch.float32)
+    """Room for what each segment does to memories; empty where there is one segment."""
+    return delta.moves_of(q, borders, segments) if segments > 1 else q.new_empty(0, dtype=torch.float32)
 
 
 def between(z, A, B, F, F2, g, totals, borders, first, moves, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -1025,6 +1024,18 @@ def sweep(z, A, B, A2, B2, F, F2, g, totals, borders, entry, moves, *, reverse=F
         ENTRY=entry is not None, OUT=out is not None, MORE=F2 is not None, KEEP=keep, SPAN=False, MOVES=0,
     )  # fmt: skip
     return x, states, end
+
+
+def end(q, k, z, beta, g, a, b, borders, moves, back: bool) -> Tensor:
+    """What tokens leave of an empty memory, z their v, and what each segment does to a memory, in `moves`; or `back`,
+    with z their do and `moves` for given, what the memory before them receives."""
+    (inverse, mixed, reads, _, totals), (finding, asking, writing, adding) = prepare(q, k, beta, g, a, b, borders)
+    given = (z, inverse if b is None else mixed, finding, writing, adding)
+    if back:
+        sums = sums_in_chunks(q, g, borders)
+        finding, asking, writing, adding = reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed)
+        given = (z, reads, writing, finding, asking)
+    return between(*given, g, totals, borders, None, moves, back)[1]
 
 
 def forward(q, k, v, beta, g, a, b, memory, borders, segments: int, wide: bool, keep: bool) -> tuple[Tensor, ...]:
