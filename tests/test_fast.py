@@ -747,7 +747,7 @@ def test_both_ends_of_a_run_without_its_outputs(name, packed, monkeypatch):
     segments = 2 if not packed and name in ("mamba2", "gla", "gated_delta_net", "kda") else 1
     cut(monkeypatch, segments)
     t = MANY if segments > 1 or CUDA else 19
-    row, tokens, constants = some(name, t=t, h=1 if segments > 1 else 2, k=20, v=33)
+    row, tokens, constants = some(name, t=t, h=1 if segments > 1 else 2, k=20, v=33, strength=0.05)
     cu_seqlens = torch.tensor([0, 3, 3, t], dtype=torch.int32, device=DEVICE) if packed else None
     exact_ones = [{n: x.double() for n, x in group.items()} for group in (tokens, constants)]
     M = exact.empty(row, *exact_ones, 3 if packed else None).requires_grad_()

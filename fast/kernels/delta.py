@@ -40,7 +40,7 @@ and from the identity (SPAN). Then `delta_fold` has the memories between, and al
 only where there are too few programs for half of the GPU.
 
 Gates. As in `decay.py`, whose sums of gates these are. The sum for dg runs within a chunk alone: <M, E> is known for
-every chunk (`delta_answers` has E and reads M back). A token's own term, (q·k) (β r·do), is in q·dq and in r·dv. What
+every chunk. A token's own term, (q·k) (β r·do), is in q·dq and in r·dv. What
 pairs add to it is summed before they are rounded to 16 bits, and what dv loses by that, δ, is made good as δ·v, since
 r + k M̂ is v but for roundings of its own: without either a gate's gradient had up to 1.5 of the error budget.
 
@@ -49,7 +49,7 @@ as they are. A chunk has at most K tokens: more keys than channels depend on eac
 (chunks of float32 have 16 all the same).
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C = 64: `delta_prepare` reads 2 U and
-writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (7 with a gate) and 3; pairs 3 (5 with a gate) and 1;
+writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (5 with a gate) and 3; pairs 3 (5 with a gate) and 1;
 chunks 10 and 2. So 8 U forward where the floor is 4, and 39 U with the gradient where it is 11. Kept for the gradient:
 r, A, Y and the memories, 4 U; on the way back the cotangents and pairs, 3 U. Multiply-adds a token and head: preparing
 2·C·d and 10·C²; values and answers 3·d² + 2·C·d; pairs 2·C·d (4·C·d with a gate); chunks 3·d² + 4·C·d.
@@ -267,16 +267,15 @@ def delta_values(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
 def delta_answers(
-    do, q, k, beta, g, sums, scores, itself, solved, borders, v, entry, states, dv, cotangents, met, lost, end,
+    do, q, k, beta, g, sums, scores, itself, solved, borders, v, entry, dv, cotangents, lost, end,
     tokens, heads, segments, slots, count_rows,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    ENTRY: tl.constexpr, SPAN: tl.constexpr, MET: tl.constexpr,
+    ENTRY: tl.constexpr, SPAN: tl.constexpr, LOST: tl.constexpr,
 ):  # fmt: skip
     """One slice of dv and of the memories' cotangents behind every chunk over a segment, backwards; SPAN as above.
 
-    With MET the slice's part of <M, E>, of the memory before every chunk and the cotangent behind it: places h slices;
-    and of v times what dv loses when it is rounded: slices h (b t).
+    With LOST the slice's part of v times what dv loses when it is rounded: slices h (b t).
     """
     pid = tl.program_id(0)
     s = pid % SLICES
@@ -326,10 +325,6 @@ def delta_answers(
         if not SPAN:
             place = (place_of(start, n, begin, C) * heads + h).to(tl.int64) * X * Z
             tl.store(cotangents + place + cell, behind, mask=in_cell)
-            if MET:
-                M = tl.load(states + place + cell, mask=in_cell, other=0.0).to(tl.float32)
-                at_met = (place_of(start, n, begin, C) * heads + h) * SLICES + s
-                tl.store(met + at_met, tl.sum(tl.sum(M * E, 1), 0))
         du = tl.dot(bk, behind, input_precision=PRECISION)
         wide = bdo.to(tl.float32)
         asking = bdo
@@ -343,7 +338,7 @@ def delta_answers(
         answer = strength[:, None] * du
         if not SPAN:
             tl.store(dv + row * Z + at_z, answer, mask=in_rows_z)
-            if MET:
+            if LOST:
                 bv = tl.load(v + row * Z + at_z, mask=in_rows_z, other=0.0)
                 rest = (answer - answer.to(bv.dtype).to(tl.float32)) * bv.to(tl.float32)
                 tl.store(lost + s.to(tl.int64) * count_rows + line + t, tl.sum(rest, 1), mask=inside)
@@ -450,16 +445,16 @@ def delta_pairs(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
 def delta_chunks(
-    do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, lost, borders, dq, dk, dbeta, dg,
+    do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, lost, borders, dq, dk, dbeta, dg,
     tokens, heads, sequences, count_rows,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, MET: tl.constexpr,
+    GATE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, LOST: tl.constexpr,
 ):  # fmt: skip
     """A slice (of K) of dq and dk of every chunk from the memory before it and the cotangent behind it; its parts of dβ
     and dg: slices (b t) h.
 
-    With MET, the slices of `met`, dg's sum goes from the chunk's end, where <M, D> is e^{b_C} <M, E> and what the chunk
-    wrote, to its start; what pairs add to it is in `own`. Where e^g is 0 it is 0, and is set to it. 3·C·BK·BV +
+    With LOST, the slices of `lost`, dg's sum goes from the chunk's end, where <M, D> is e^{b_C} <M, E> and what the
+    chunk wrote, to its start; what pairs add to it is in `own`. Where e^g is 0 it is 0, and is set to it. 3·C·BK·BV +
     4·C·C·BK multiply-adds a chunk.
     """
     pid = tl.program_id(0)
@@ -502,7 +497,7 @@ def delta_chunks(
     asked = tl.dot(bdo, tl.trans(M), input_precision=PRECISION)
     if GATE != 0:
         asked = asked * power_of_2(hi, EXACT)[:, None]
-    if MET > 0:
+    if LOST > 0:
         change = tl.sum(asked * bq.to(tl.float32), 1)
     asked = tl.dot(P, written, asked, input_precision=PRECISION)
     asked += (strength * itself)[:, None] * bk.to(tl.float32)
@@ -511,15 +506,16 @@ def delta_chunks(
     erased = tl.dot(bdv, tl.trans(M), input_precision=PRECISION)
     if GATE != 0:
         erased = erased * power_of_2(hi, EXACT)[:, None]
-    if MET > 0:
+    if LOST > 0:
         change -= tl.sum(erased * bk.to(tl.float32), 1)
     erased = tl.dot(D, written, erased, input_precision=PRECISION)
 
     answered = tl.dot(br, tl.trans(E), input_precision=PRECISION)
     if GATE != 0:
         answered = answered * power_of_2(after, EXACT)[:, None]
-    if MET > 0:
+    if LOST > 0:
         later = tl.sum(strength * tl.sum(answered * bk.to(tl.float32), 1), 0)
+        later += tl.sum(tl.sum(M.to(tl.float32) * E.to(tl.float32), 1), 0) * power_of_2(total, EXACT)
     answered = tl.dot(tl.trans(P), bq, answered, input_precision=PRECISION)
     answered = tl.dot(tl.trans(D), (-bk.to(tl.float32)).to(bk.dtype), answered, input_precision=PRECISION)
     answered += itself[:, None] * bq.to(tl.float32)
@@ -527,11 +523,10 @@ def delta_chunks(
     at = s.to(tl.int64) * count_rows + rows
     tl.store(dbeta + at, tl.sum(answered * bk.to(tl.float32), 1), mask=inside)
     tl.store(dk + at_k, strength[:, None] * answered - erased, mask=ok_k)
-    if MET > 0:
+    if LOST > 0:
         if s == 0:
             change += tl.load(own + count_rows + line + t, mask=inside, other=0.0)
-            for slice in tl.static_range(MET):
-                later += tl.load(met + chunk * MET + slice) * power_of_2(total, EXACT)
+            for slice in tl.static_range(LOST):
                 change -= tl.load(lost + slice * count_rows + line + t, mask=inside, other=0.0)
         value = later + tl.cumsum(change, 0, reverse=True)
         gate = tl.load(g + rows, mask=inside, other=0.0)
@@ -655,8 +650,8 @@ def between(given: tuple, first, moves, reverse: bool = False) -> tuple[Tensor, 
     if reverse:
         decay.launch(
             delta_answers, programs,
-            z, q, k, beta, g, sums, scores, itself, solved, borders, None, None, None, None, None, None, None, states,
-            *sizes, **shape, ENTRY=False, SPAN=True, MET=False,
+            z, q, k, beta, g, sums, scores, itself, solved, borders, None, None, None, None, None, states,
+            *sizes, **shape, ENTRY=False, SPAN=True, LOST=False,
         )  # fmt: skip
     else:
         decay.launch(
@@ -719,7 +714,6 @@ def backward(
     given = (do, q, k, beta, g, sums, scores, itself, solved, borders, v)
     want_g = want_g and g is not None
     dv, cotangents, entry, slots = torch.empty_like(v), torch.empty_like(states), dlast, 1
-    met = beta.new_empty(*states.shape[:2], shape["SLICES"]) if want_g else None
     lost = beta.new_empty(shape["SLICES"], h, b * t) if want_g else None
     if segments > 1:
         slots = segments + 1
@@ -729,8 +723,8 @@ def backward(
         dmemory = beta.new_empty(n, h, K, V)
     decay.launch(
         delta_answers, shape["SLICES"] * segments * h * n,
-        *given, entry, states, dv, cotangents, met, lost, dmemory, t, h, segments, slots, count,
-        **shape, ENTRY=entry is not None, SPAN=False, MET=want_g,
+        *given, entry, dv, cotangents, lost, dmemory, t, h, segments, slots, count,
+        **shape, ENTRY=entry is not None, SPAN=False, LOST=want_g,
     )  # fmt: skip
 
     columns, warps, stages = CHUNKS[padded(K), q.element_size()]
@@ -746,10 +740,10 @@ def backward(
     dg = torch.empty_like(dbeta) if want_g else None
     decay.launch(
         delta_chunks, slices * chunks,
-        do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, met, lost, borders, dq, dk, dbeta, dg,
+        do, dv, news, q, k, beta, g, sums, told, gone, own, states, cotangents, lost, borders, dq, dk, dbeta, dg,
         t, h, n, count,
         K=K, V=V, BK=columns, BV=padded(V), SLICES=slices, C=chunk,
-        MET=shape["SLICES"] if want_g else 0, **kind_of(q, g, borders), num_warps=warps, num_stages=stages,
+        LOST=shape["SLICES"] if want_g else 0, **kind_of(q, g, borders), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     dbeta, dg = (y if y is None else y[0] if slices == 1 else y.sum(0) for y in (dbeta, dg))
     return dq, dk, dv, dbeta, dg, dmemory
