@@ -423,6 +423,13 @@ MUTANTS = [
         "tests/test_fast.py -k both_ends",
     ),
     Mutant(
+        "a kernel for aligned tensors gets others",
+        "fast/kernels/decay.py",
+        "return x.dtype, x.data_ptr() % 16 == 0",
+        "return (x.dtype,)",
+        "tests/test_fast.py -k asked_once",
+    ),
+    Mutant(
         "a checkpoint is asked twice for what it makes once",
         "fast/channel.py",
         "channel_gradients(do, dlast, *given, want_g, want_u)",

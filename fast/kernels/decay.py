@@ -648,6 +648,7 @@ def decay_step(
 
 
 INTERPRETED = not isinstance(decay_sweep, triton.JITFunction)  # TRITON_INTERPRET=1: the kernels run on CPU tensors
+KNOWN: dict[tuple, tuple] = {}  # compiled kernels, by all that they depend on
 
 
 def launch(kernel, programs: int, *args, **meta) -> None:
@@ -657,9 +658,34 @@ def launch(kernel, programs: int, *args, **meta) -> None:
     device = args[0].device
     if device.type != "cuda":
         kernel[(programs,)](*args, **meta)
-        return
-    with torch.cuda.device(device):
-        kernel[(programs,)](*args, **meta)
+    elif device.index == torch.cuda.current_device():
+        launch_here(device.index, kernel, programs, args, meta)
+    else:
+        with torch.cuda.device(device):
+            launch_here(device.index, kernel, programs, args, meta)
+
+
+def launch_here(device: int, kernel, programs: int, args: tuple, meta: dict) -> None:
+    """Triton finds out at every launch which compiled kernel it is, in Python, which for short sequences takes longer
+    than the kernels. Here it is asked once for each kind of arguments: what it distinguishes (and more, such as numbers
+    that it was told not to look at) is the key."""
+    key = device, kernel, tuple(map(specialized, args)), tuple(meta.items())
+    known = KNOWN.get(key)
+    if known is None:
+        compiled = kernel[(programs,)](*args, **meta)
+        KNOWN[key] = compiled, tuple(meta[name] for name in kernel.arg_names[len(args) :])
+    else:
+        compiled, constants = known
+        compiled[programs, 1, 1](*args, *constants)
+
+
+def specialized(x: Tensor | float | None) -> tuple:
+    """All of an argument that a compiled kernel may depend on."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return type(x), x == 1, x % 16 == 0, -(2**31) <= x < 2**31
+    return (type(x),)
 
 
 def gate(g: Tensor | None) -> int:
