@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
             sub.set_defaults(device="cuda")
             continue
         if name == "parallel":
-            lengths, whole = [2**n for n in (14, 16, 18, 20)], ["steps", "experts", "layers"]
+            lengths, whole = [2**n for n in (14, 16, 18, 20)], ["steps", "meshes", "experts", "layers"]
             sub.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
             sub.add_argument("--what", nargs="+", choices=whole, default=whole)
             sub.add_argument("--seconds", type=float, default=1e9, help="in all: what may take longer is left out")
@@ -128,6 +128,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--recompute", action=argparse.BooleanOptionalAction, default=True, help="blocks, in steps"
             )
+            sub.add_argument("--samples", type=int, default=8, help="of a step of all ranks, on every mesh")
+            sub.add_argument("--sample-tokens", type=int, default=2048)
             sub.add_argument("--expert-tokens", nargs="+", type=int, default=[2**12, 2**14, 2**16], help="of a rank")
             sub.add_argument("--tokens", nargs="+", type=int, default=lengths, help="of a layer's whole sequence")
             sub.add_argument("--softmax-tokens", type=int, default=2**18, help="longest sequence of softmax attention")
@@ -779,6 +781,7 @@ def parallel(args) -> Iterable[dict]:
     ranks = Ranks(args)
     for lines in (
         steps(args, ranks, args.step_tokens[:1]) if "steps" in args.what else (),
+        meshes_of(args, ranks) if "meshes" in args.what else (),
         experts(args, ranks) if "experts" in args.what else (),
         layers(args, ranks) if "layers" in args.what else (),
         steps(args, ranks, args.step_tokens[1:]) if "steps" in args.what else (),  # the longest last: they may not fit
@@ -911,23 +914,51 @@ def steps(args, ranks: Ranks, lengths: list[int]) -> Iterable[dict]:
                 yield ranks.beside(("step", name, n), line, lambda line: line["tokens_s"] / line["used"])
 
 
-def step_of(args, ranks: Ranks, name: str, degrees, n: int) -> tuple[Callable, Callable]:
-    """One step; and tokens a second of all ranks (those of `alone`: of one)."""
+def meshes_of(args, ranks: Ranks) -> Iterable[dict]:
+    """Steps of the same samples on every mesh of all ranks in one dimension, and by one rank alone, half of them at a
+    time: as many as a pipeline's stages work at."""
+    from parallel import mesh as meshes
+
+    n, half = ranks.size, args.samples // 2
+    ways = {
+        "alone": None,
+        "data": meshes.Degrees(),
+        "experts by pair": meshes.Degrees(expert=n),
+        "experts by rank": meshes.Degrees(expert=n, dispatch="rank"),
+        "tensor": meshes.Degrees(tensor=n),
+        "tensor, tokens cut between": meshes.Degrees(tensor=n, between="cut"),
+        "pipeline": meshes.Degrees(pipeline=n),
+        "sequence": meshes.Degrees(sequence=n),
+    }
+    for name in args.rows or CUT[:1]:
+        for side, degrees in ways.items():
+            head = {"row": name, "side": side, "what": "mesh", "ranks": ranks.size}
+            head |= {"tokens": args.samples * args.sample_tokens, "samples": args.samples}
+            head |= {"preset": args.preset, "recompute": args.recompute}
+            sizes = args.sample_tokens, args.samples, max(half, 1)
+            build = functools.partial(step_of, args, ranks, name, degrees, sizes=sizes)
+            line = ranks.measured(head, build, args.steps)
+            yield ranks.beside(("mesh", name), line, lambda line: line["tokens_s"] / line["used"])
+
+
+def step_of(args, ranks: Ranks, name: str, degrees, n: int = 0, sizes: tuple = ()) -> tuple[Callable, Callable]:
+    """One step, of n tokens on each rank, or of samples of so many tokens, so many, and so many at a time; and tokens a
+    second of all ranks (those of `alone`: of one)."""
     from dataclasses import replace
 
     import train
-    from parallel import lasp
     from parallel import mesh as meshes
 
     place = ranks.placed(degrees) if degrees else meshes.Mesh()
     _, config = train.PRESETS[args.preset]
+    length, batch, micro = sizes or (n * place.sequence_size, place.data_size, 1)
     config = replace(
         config,
         model=replace(config.model, lsm=name),
         mesh=degrees or meshes.Degrees(),
-        length=n * place.sequence_size,
-        batch=place.data_size,
-        micro=1,
+        length=length,
+        batch=batch,
+        micro=micro,
         recompute=args.recompute,
         precision="bf16",
         device=args.device,
@@ -936,13 +967,12 @@ def step_of(args, ranks: Ranks, name: str, degrees, n: int) -> tuple[Callable, C
     model, how, matrices = train.built(config, ops, place, ranks.device)
     filled(model, how)
     optimizer, said, count = train.optimizer_of(config, model, matrices), [], iter(range(1000))
+    feed, samples = train.feed_of(config, place), Samples(config.model.vocabulary, length)
 
     def run():
         step = next(count)
-        whole = document(config.model.vocabulary, config.length, step * place.data_size + place.data_rank)
-        own = lasp.cut(whole, place.sequence_size, place.sequence_rank)
-        batch = type(own)(*(x.to(ranks.device) for x in own))
-        said.append(train.one_step(config, model, ops, optimizer, [batch], step, False).loss)
+        batches = train.micro_batches(config, samples, feed, place, step, ranks.device)
+        said.append(train.one_step(config, model, ops, optimizer, batches, step, False).loss)
 
     facts = {
         "used": place.size,
@@ -951,18 +981,26 @@ def step_of(args, ranks: Ranks, name: str, degrees, n: int) -> tuple[Callable, C
     }
 
     def more(found):
-        return {"tokens_s": n * place.size / found["eager_ms"] * 1e3, "loss": [said[0], said[-1]], **facts}
+        return {"tokens_s": length * batch / found["eager_ms"] * 1e3, "loss": [said[0], said[-1]], **facts}
 
     return run, more
 
 
-def document(vocabulary: int, n: int, seed: int):
-    """One document of n random tokens."""
-    from data.stream import Batch
+class Samples:
+    """As many documents as one likes, of `length` random tokens each: a stream for `train.micro_batches`."""
 
-    tokens = torch.randint(vocabulary, (1, n + 1), generator=torch.Generator().manual_seed(seed))
-    place = torch.arange(n)[None]
-    return Batch(tokens[:, :-1], tokens[:, 1:], place, torch.tensor([0, n], dtype=torch.int32), place)
+    def __init__(self, vocabulary: int, length: int):
+        self.vocabulary, self.length = vocabulary, length
+
+    def batch(self, numbers: range):
+        from data.stream import Batch
+
+        rng, n = torch.Generator().manual_seed(numbers.start), self.length
+        tokens = torch.randint(self.vocabulary, (len(numbers), n + 1), generator=rng)
+        place = torch.arange(n).repeat(len(numbers))[None]
+        borders = torch.arange(len(numbers) + 1, dtype=torch.int32) * n
+        index = torch.arange(numbers.start * n, numbers.stop * n)[None]
+        return Batch(tokens[:, :-1].reshape(1, -1), tokens[:, 1:].reshape(1, -1), place, borders, index)
 
 
 @torch.no_grad()

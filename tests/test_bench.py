@@ -182,6 +182,17 @@ def test_steps_and_experts_over_ranks_are_measured_beside_one_alone(tmp_path):
     assert weights[0] == weights[1] > 0 and 1.5 < rows[1] / rows[0] < 2.5
 
 
+def test_every_mesh_of_two_takes_the_same_samples(tmp_path):
+    sizes = ["--samples", "4", "--sample-tokens", "16", "--steps", "1", "--rows", "mamba2"]
+    lines = over_two_ranks(tmp_path, "--what", "meshes", *sizes)
+    assert {x["side"]: x["used"] for x in lines if x["side"] != "pipeline"} == {"alone": 1} | dict.fromkeys(
+        ("data", "experts by pair", "experts by rank", "tensor", "tensor, tokens cut between", "sequence"), 2
+    )
+    losses = [x["loss"][0] for x in lines if x["side"] in ("alone", "tensor", "sequence")]
+    assert max(losses) - min(losses) < 0.05  # they start alike but for random numbers
+    assert all(x["tokens_s"] == 64 / x["eager_ms"] * 1e3 and x["share"] > 0 for x in lines)
+
+
 def test_what_has_no_time_or_no_memory_is_said_and_the_rest_goes_on(tmp_path, monkeypatch):
     sizes = ["--tokens", "16", "32", "--heads", "2", "--size", "4", "--what", "layers", "--rows", "gla"]
     found = over_two_ranks(tmp_path, *sizes, "--seconds", "0")
