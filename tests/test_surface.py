@@ -19,7 +19,7 @@ from reference.routers import ROUTER
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("reference", "fast", "parallel", "data")
 PROGRAMS = tuple(path.stem for path in ROOT.glob("*.py"))  # train, generate, ...
-FUNCTIONS = [name for name in Ops._fields if name not in ("name", "kept", "one_way", "cut", "again")]
+FUNCTIONS = [name for name in Ops._fields if name not in ("name", "kept", "one_way", "cut", "again", "ends")]
 
 # ----------------------------------------------------------------------------------------------------- the seam
 
