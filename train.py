@@ -545,6 +545,16 @@ class Folder:
         self.metrics = self.path / "metrics.jsonl"
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out {config.out} is a file; it must be a folder or not exist yet")
+        self.check(config)
+
+    def check(self, config: Train) -> None:
+        """ValueError, one line, if the run in the folder was of another objective: parameters alone do not tell."""
+        file = self.path / "config.json"
+        before = json.loads(file.read_text()).get("objective", config.objective) if file.exists() else config.objective
+        if before != config.objective:
+            raise ValueError(
+                f"{config.out} is a run of objective {before}, and {config.objective} was asked for: use another --out"
+            )
 
     def open(self, config: Train, step: int) -> None:
         """Who ran what; lines of steps that a crash undid are dropped."""

@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Tokens in; next-token losses or logits out."""
+    """Tokens in; losses of labels, or logits, out."""
 
     def __init__(self, config: Config, ops: Ops):
         super().__init__()

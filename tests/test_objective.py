@@ -58,13 +58,14 @@ def test_masks_know_no_cut(first, rows, key, data):
 @given(t=st.integers(1, 40), rate=st.floats(0.01, 0.99), key=st.integers(0, 99), seed=st.integers(0, 99))
 def test_hidden_words_are_asked_for_and_leave_no_trace(t, rate, key, seed):
     rng = torch.Generator().manual_seed(seed)
-    words, others = (torch.randint(VOCABULARY, (1, t), generator=rng) for _ in range(2))
+    words, others = (torch.randint(BYTES, (1, t), generator=rng) for _ in range(2))
+    words[torch.rand(1, t, generator=rng) < 0.2] = START
     index, masks = torch.randint(2**40, (1, t), generator=rng), MASKS._replace(rate=rate, key=key)
     seen, labels = posed(words, index, masks)
     hidden = labels != IGNORED
     assert torch.equal(hidden, seen == masks.mask) and not (hidden & (words == START)).any()
     assert torch.equal(torch.where(hidden, labels, seen), words)
-    changed = torch.where(hidden, others % BYTES, words)
+    changed = torch.where(hidden, others, words)
     assert torch.equal(posed(changed, index, masks)[0], seen)
 
 
@@ -228,6 +229,8 @@ def test_a_run_goes_on_and_is_evaluated_and_does_not_write(tmp_path, monkeypatch
     assert done.returncode == 0 and "bits per masked token" in done.stdout, done.stderr
     assert "no text: a model without a causal mask" in done.stdout and "bits per byte" not in done.stdout
     whole = checkpoint(out, 4)
+    with pytest.raises(ValueError, match="is a run of objective masked, and next was asked for: use another --out"):
+        trainer.Folder(trainer.Train(out=str(out)), True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["masked_bits"] > 0 and not {"bits", "validation"} & {name for line in lines for name in line}
     shutil.rmtree(out / "checkpoints" / "step-4")
