@@ -20,6 +20,7 @@ from parallel import lasp, mesh, testing
 from processes import SMALL, checkpoint, run, text
 from ranks import prepared
 from reference.head import IGNORED
+from reference.model import looks_ahead
 from reference.objective import Masks, objective
 from reference.ops import ops
 from reference.presets import Model
@@ -124,6 +125,7 @@ def cut(**how):
 
 
 def test_no_router_is_said_to_look_ahead(recwarn):
+    looks_ahead.cache_clear()
     router = next(name for name, row in ROUTER.items() if row.pooled == "always")
     model = Model(pattern="LE", lsm="gla", router=router, width=8, heads=2, expert_width=4)
     prepared(replace(MASKED, model=model))
