@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -21,6 +21,7 @@ from torch import Tensor
 import command
 from data import baselines, corpus
 from reference.model import LanguageModel, for_writing, state_bytes
+from reference.objective import objective
 
 
 @dataclass(frozen=True)
@@ -113,25 +114,25 @@ def continuations(model, validation, training, device, seed=0, count=3, prompt=1
         )
 
 
-def load(run: str, backend: str, device: str) -> LanguageModel:
-    """The newest model of a run of train.py."""
+def load(run: str, backend: str, device: str) -> tuple[LanguageModel, Any]:
+    """The newest model of a run of train.py, and the run's configuration."""
     from parallel import checkpoint
     from train import Train, ops_of
 
     config = command.restore(Train, Path(run) / "config.json")
-    ops = ops_of(replace(config, backend=backend), torch.device(device))
+    ops = objective(config.objective).ops(ops_of(replace(config, backend=backend), torch.device(device)))
     with torch.device("meta"):
         model = LanguageModel(config.model, ops)
     model = model.to_empty(device=device).eval()
     if checkpoint.load(Path(run) / "checkpoints", {"model": model}) is None:
         raise ValueError(f"no checkpoint in {run}: train it first, with train.py --out {run}")
-    return model
+    return model, config
 
 
 def main() -> None:
     config = command.read(lambda: tyro.cli(Generate, prog="generate.py", description=__doc__), "generate.py")
     with command.mistakes("generate.py"):
-        model, otherwise = for_writing(load(config.run, config.backend, config.device))
+        model, otherwise = for_writing(load(config.run, config.backend, config.device)[0])
     if otherwise:
         print(otherwise, file=sys.stderr)
     print(config.prompt, end="", flush=True)

@@ -41,6 +41,7 @@ from reference.mixers.softmax import heads_of
 from reference.model import LanguageModel, decayed, experts_of, for_writing, initialize, starts
 from reference.moe import MoE
 from reference.noise import seed_of
+from reference.objective import OBJECTIVE, Masks, Objective, objective
 from reference.presets import PRESETS as SHAPES
 from reference.presets import Model
 from reference.routers import Load, row
@@ -78,6 +79,11 @@ class Train:
     out: str = "runs/run"
     """Its folder. With checkpoints in it, the run goes on from the newest."""
     model: Model = field(default_factory=Model)
+    objective: Literal[tuple(OBJECTIVE)] = "next"
+    """What the model says: the next token, or (masked) the tokens that a mask hides, and it then sees both sides of
+    each. The mask is one id more than text has, and the vocabulary is made as large."""
+    mask_rate: float = 0.15
+    """Share of the bytes that the mask hides, for objective masked."""
     data: str | None = None
     """A text file, a folder of them, or .jsonl (None: the source of Python's standard library)."""
     text_field: str = "text"
@@ -155,6 +161,12 @@ class Train:
                 f"the vocabulary is {self.model.vocabulary}; "
                 f"text is read as bytes and needs at least {corpus.VOCABULARY}"
             )
+        if not 0 < self.mask_rate < 1:
+            raise ValueError(f"mask_rate is {self.mask_rate}; it must be above 0 and below 1")
+        goal = objective(self.objective)
+        goal.check(self.model)
+        words = max(self.model.vocabulary, corpus.VOCABULARY + goal.ids)
+        object.__setattr__(self, "model", replace(self.model, vocabulary=words))  # what checkpoints and plans go by
         self.balances()
 
     def balances(self) -> dict[str, float]:
@@ -233,7 +245,8 @@ def ops_of(config: Train, device: torch.device):
 def ops_on(config: Train, mesh, device: torch.device):
     """The backend on this mesh, its losses made of as many logits at once as the configuration allows."""
     losses = functools.partial(token_losses, held=config.held_logits)
-    return meshes.over(ops_of(config, device)._replace(token_losses=losses), mesh)
+    ops = ops_of(config, device)._replace(token_losses=losses)
+    return meshes.over(objective(config.objective).ops(ops), mesh)
 
 
 def precise(config: Train, device: torch.device):
@@ -306,6 +319,8 @@ def refuse_to_cut(config: Train, mesh) -> None:
     letters, ranks = config.model.letters, mesh.sequence_size
     if ranks == 1:
         return
+    if not objective(config.objective).causal:
+        lasp.check_both_ways("N" in letters, mesh.attention, mesh.states)
     if "L" in letters and mesh.states == "gather" and transition(lsm_row(config.model.lsm)) is None:
         raise ValueError(
             f"the memory of {config.model.lsm!r} is not affine, so its segments cannot be gathered over {ranks} ranks; "
@@ -359,7 +374,15 @@ def micro_batches(config: Train, stream: Stream, feed: Feed, mesh, step: int, de
     """This rank's part of a step: its samples by number, and of each micro-batch its segment of the sequence."""
     first = step * config.batch + feed.first
     batches = [stream.batch(range(first + i * feed.rows, first + (i + 1) * feed.rows)) for i in range(feed.times)]
+    batches = [posed(config, batch, seed_of(config.seed, "masks")) for batch in batches]
     return [Batch(*(x.to(device) for x in lasp.cut(b, mesh.sequence_size, mesh.sequence_rank))) for b in batches]
+
+
+def posed(config: Train, batch: Batch, key: int) -> Batch:
+    """What the objective shows of these tokens, and asks for: a function of the key and of each token's number."""
+    masks = Masks(config.mask_rate, key, corpus.BYTES, corpus.VOCABULARY)
+    tokens, labels = objective(config.objective).pose(batch.tokens, batch.labels, batch.indices, masks)
+    return batch._replace(tokens=tokens, labels=labels)
 
 
 class Sums(NamedTuple):
@@ -423,7 +446,7 @@ def asked(weights: dict[str, float], mine: Load, ops, k: int, groups: int = 1) -
 class Result(NamedTuple):
     """What a step did."""
 
-    loss: float  # nats a token
+    loss: float  # nats a token that was asked for
     norm: float
     finite: bool
     stop: bool
@@ -452,7 +475,8 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
         optimizer.step()
         move_balance(config, model, load)
     optimizer.zero_grad(set_to_none=True)
-    return Result((ops.total(loss) / everyone[0]).item(), norm.item(), finite, everyone[1].item() > 0, load)
+    mean = ops.total(loss) / everyone[0].clamp(min=1)
+    return Result(mean.item(), norm.item(), finite, everyone[1].item() > 0, load)
 
 
 def expert_layers(model) -> list[MoE]:
@@ -469,9 +493,13 @@ def move_balance(config: Train, model, load: Load | None) -> None:
             layer.penalty.copy_(updated_penalty(layer.penalty, load.counts, load.tokens, config.model.top_k))
 
 
+FIXED = seed_of("masks of validation")
+
+
 @torch.no_grad()
 def validate(config: Train, model, ops, mesh, documents, device, batches: int | None = None) -> float:
-    """Bits per byte on the documents (or their first batches).
+    """Bits a label on the documents (or their first batches): per byte; or per masked token, with masks that are the
+    same whatever the seed. (The last byte of a document, which is a label and no token here, has no mask.)
 
     All ranks share the parameters and so make the same calls; those that differ in data alone see the same rows.
     """
@@ -481,7 +509,8 @@ def validate(config: Train, model, ops, mesh, documents, device, batches: int | 
     for i, batch in enumerate(tqdm(work, desc="validation", disable=mesh.rank > 0 or batches is not None, leave=False)):
         if batches is not None and i >= batches:
             break
-        batch = Batch(*(x.to(device) for x in lasp.cut(batch, mesh.sequence_size, mesh.sequence_rank)))
+        batch = lasp.cut(posed(config, batch, FIXED), mesh.sequence_size, mesh.sequence_rank)
+        batch = Batch(*(x.to(device) for x in batch))
         with precise(config, device):
             losses = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens).losses
         both = ops.total(torch.stack([losses.sum().double(), (batch.labels >= 0).sum().double()]))
@@ -512,10 +541,20 @@ class Folder:
     """The files of a run. Only the first rank writes."""
 
     def __init__(self, config: Train, first: bool):
-        self.path, self.first = Path(config.out), first
+        self.path, self.first, self.goal = Path(config.out), first, objective(config.objective)
         self.metrics = self.path / "metrics.jsonl"
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out {config.out} is a file; it must be a folder or not exist yet")
+        self.check(config)
+
+    def check(self, config: Train) -> None:
+        """ValueError, one line, if the run in the folder was of another objective: parameters alone do not tell."""
+        file = self.path / "config.json"
+        before = json.loads(file.read_text()).get("objective", config.objective) if file.exists() else config.objective
+        if before != config.objective:
+            raise ValueError(
+                f"{config.out} is a run of objective {before}, and {config.objective} was asked for: use another --out"
+            )
 
     def open(self, config: Train, step: int) -> None:
         """Who ran what; lines of steps that a crash undid are dropped."""
@@ -525,7 +564,8 @@ class Folder:
         command.write(config, self.path / "config.json")
         shutil.copyfile(__file__, self.path / "train.py")
         (self.path / "commit.txt").write_text(commit() + "\n")
-        kept = [line for line in self.lines() if line["step"] <= step and "validation" not in line]  # made anew
+        last = f"{self.goal.prefix}validation"  # made anew
+        kept = [line for line in self.lines() if line["step"] <= step and last not in line]
         half = self.metrics.with_suffix(".tmp")
         half.write_text("".join(json.dumps(line) + "\n" for line in kept))
         half.replace(self.metrics)
@@ -542,7 +582,7 @@ class Folder:
                 file.write(json.dumps(line) + "\n")
 
     def plot(self) -> None:
-        """Training and validation loss in bits per byte, over steps."""
+        """Training and validation loss in bits, over steps."""
         if not self.first:
             return
         pyplot = drawing()
@@ -552,10 +592,11 @@ class Folder:
             ("validation_part", "part of validation", "o-"),
             ("validation", "validation", "*"),
         ):
+            name = self.goal.prefix + name
             points = [(line["step"], line[name]) for line in self.lines() if line.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label)
-        axis.set(xlabel="step", ylabel="bits per byte", title=self.path.name)
+        axis.set(xlabel="step", ylabel=f"bits per {self.goal.one}", title=self.path.name)
         axis.grid(alpha=0.3)
         axis.legend()
         figure.savefig(self.path / "loss.png", dpi=120)
@@ -683,7 +724,7 @@ def train(config: Train, place: Place) -> None:
         if step % config.log_every == 0 or look or last or not result.finite or stopped:
             line = line_of(config, result, step, skipped, tokens / (time.perf_counter() - start), device)
             if look:
-                line["validation_part"] = validate(
+                line[f"{folder.goal.prefix}validation_part"] = validate(
                     config, model, ops, mesh, validation, device, config.evaluate_batches
                 )
                 start, tokens = time.perf_counter(), 0
@@ -691,7 +732,7 @@ def train(config: Train, place: Place) -> None:
                 line |= {"counts": result.load.counts.tolist(), "full": result.load.dropped.tolist()}
                 folder.heat(step, result.load)
             folder.log(**line)
-            bar.write(spoken(line, result)) if mesh.rank == 0 else None
+            bar.write(spoken(folder.goal, line, result)) if mesh.rank == 0 else None
         if bad >= config.patience:
             bar.close()
             saver.wait()
@@ -717,7 +758,7 @@ def line_of(config: Train, result: Result, step: int, skipped: int, speed: float
     line = {
         "step": step,
         "loss": result.loss,
-        "bits": result.loss / math.log(2),
+        f"{objective(config.objective).prefix}bits": result.loss / math.log(2),
         "norm": result.norm,
         "rate": rate(config, step - 1),
         "skipped": skipped,
@@ -756,13 +797,14 @@ def json_numbers(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def spoken(line: dict, result: Result) -> str:
-    text = f"step {line['step']:5d}  loss {result.loss:.4f} ({result.loss / math.log(2):.3f} bits per byte)  "
+def spoken(goal: Objective, line: dict, result: Result) -> str:
+    text = f"step {line['step']:5d}  loss {result.loss:.4f} ({result.loss / math.log(2):.3f} bits per {goal.one})  "
     if result.load is not None:
         text += f"balance {line['balance']:.3f}  "
     text += f"{line['tokens_per_second']} tokens/s  {line['memory_mib']} MiB"
-    if "validation_part" in line:
-        text += f"  part of validation {line['validation_part']:.3f}"
+    part = f"{goal.prefix}validation_part"
+    if part in line:
+        text += f"  part of validation {line[part]:.3f}"
     return text if result.finite else text + f"  gradients not finite: step skipped ({line['skipped']} so far)"
 
 
@@ -799,9 +841,29 @@ def introduce(say, config: Train, model, mesh, ops, device, step: int) -> None:
 
 
 def report(say, config: Train, model, ops, mesh, folder: Folder, training, validation, device) -> None:
-    """Bits per byte on all validation text beside what simple models get; then text that the model wrote."""
-    from data import baselines
+    """Bits on all validation text, per byte beside what simple models get; then text that the model wrote."""
     from generate import continuations
+
+    if folder.goal.causal:
+        beside_simple_models(say, config, model, ops, mesh, folder, training, validation, device)
+    else:
+        bits = validate(config, model, ops, mesh, validation, device)
+        folder.log(step=config.steps, **{f"{folder.goal.prefix}validation": bits})
+        folder.plot()
+        say(f"validation: {bits:.3f} bits per {folder.goal.one}")
+    if mesh.size == 1:
+        try:
+            writer, otherwise = for_writing(model)
+        except ValueError as reason:
+            return say(f"no text: {reason}")
+        if otherwise:
+            say(otherwise)
+        for text in continuations(writer, validation, training, device, seed=config.seed):
+            say(text)
+
+
+def beside_simple_models(say, config: Train, model, ops, mesh, folder: Folder, training, validation, device) -> None:
+    from data import baselines
 
     core = corpus.without_tests(validation)
     rest = [d for d in validation if d not in set(core)]
@@ -820,15 +882,6 @@ def report(say, config: Train, model, ops, mesh, folder: Folder, training, valid
         say(f"{'bits per byte':16}{'model':>8}{'order 2':>9}{'order 4':>9}{'zlib -9':>9}")
         for (name, values), bits in zip(table.items(), (whole, parts[0][1]), strict=False):
             say(f"{name:16}{bits:8.3f}" + "".join(f"{x:9.3f}" for x in values))
-    if mesh.size == 1:
-        try:
-            writer, otherwise = for_writing(model)
-        except ValueError as reason:
-            return say(f"no text: {reason}")
-        if otherwise:
-            say(otherwise)
-        for text in continuations(writer, validation, training, device, seed=config.seed):
-            say(text)
 
 
 def main() -> None:

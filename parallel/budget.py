@@ -17,12 +17,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from parallel import tensor, tracing
+from parallel import lasp, tensor, tracing
 from parallel.tracing import CHUNK, Crossing, Kept
 from reference.head import HELD
 from reference.mixers.softmax import Attention, heads_of
 from reference.model import LanguageModel
 from reference.moe import Dense, Linears, MoE
+from reference.objective import OBJECTIVE, objective
 from reference.presets import Model
 
 # ------------------------------------------------------------------------------------------------ what is asked
@@ -91,6 +92,12 @@ class Run:
     """keep only what enters a block, and run it again in the backward pass"""
     precision: Literal["bf16", "float32"] = "bf16"
     """of matrix products; parameters are float32"""
+    objective: Literal[tuple(OBJECTIVE)] = "next"
+    """what the model says; masked tokens see both sides, so recurrences run twice and softmax layers see all pairs"""
+
+    @property
+    def causal(self) -> bool:
+        return objective(self.objective).causal
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def counted(model: Model, run: Run, given: Assumptions, mesh: Degrees) -> Counte
         parts_of(built),
         sum(p.numel() for p in routed(built)),
         len(built.blocks),
-        tracing.trace(model, *how),
+        tracing.trace(model, *how, run.causal),
         sum(isinstance(m, MoE) for m in built.modules()),
         mesh.tensor,
     )
@@ -250,14 +257,14 @@ def called(layer: nn.Module) -> str:
 
 
 def core(crossing: Crossing, length: int) -> float:
-    """Forward operations a token, in products of matrices, of a recurrence in chunks or of causal attention.
+    """Forward operations a token, in products of matrices, of a recurrence in chunks or of attention.
 
     Chunks of c tokens: scores and what they read 2c(K + V), the memory read and written 4KV a head. A row that mixes
     keys solves for what it writes: 4cK + 2cV + 2KV more. Attention: 2(k + v) a pair of tokens that see each other.
     """
     if crossing.kind == "attention":
         seen = min(crossing.window or length, length)
-        pairs = seen - seen**2 / (2 * length)  # in the mean over the sample's tokens
+        pairs = crossing.sides * (seen - seen**2 / (2 * length))  # in the mean over the sample's tokens
         heads = crossing.heads[0]
         return 2 * pairs * (crossing.q + heads * (crossing.v // crossing.heads[1]))
     if crossing.kind != "recurrence":
@@ -348,6 +355,8 @@ def check_layers(asked: Asked, counted: Counted) -> None:
     """ValueError, one line, for what the model's layers do not allow."""
     if counted.blocks % asked.mesh.pipeline:
         raise ValueError(f"{counted.blocks} blocks do not divide over pipeline {asked.mesh.pipeline}")
+    if asked.mesh.sequence > 1 and not asked.run.causal:
+        lasp.check_both_ways("N" in asked.model.letters, asked.mesh.attention, asked.mesh.states)
     rows = [c for block in counted.kept for c in block.crossings if c.kind == "recurrence"]
     if asked.mesh.sequence > 1 and asked.mesh.states == "gather" and any(c.transition is None for c in rows):
         raise ValueError(f"the memory of {asked.model.lsm!r} is not affine and cannot be gathered: --mesh.states ring")

@@ -224,8 +224,7 @@ def over_both_ways(ops: Ops, group: Group, attention: str, how: str) -> Ops:
     """Of ops that look both ways: what ranks before mine do to the memory, and what those behind it do to that of the
     reversed sequence, come in one gather a layer and direction. Softmax attention exchanges tokens for heads, for then
     each rank sees all of them; the other ways are causal."""
-    if how != "gather":
-        raise ValueError(f"ops that look both ways cannot be cut with states {how}: use gather")
+    check_both_ways(False, attention, how)
 
     def run(row, tokens, constants, cu_seqlens):
         there, back = runs(ops.one_way, group, row, [(tokens, cu_seqlens), reverse(tokens, cu_seqlens)], constants)
@@ -236,10 +235,18 @@ def over_both_ways(ops: Ops, group: Group, attention: str, how: str) -> Ops:
 
 
 def causal_only(way: str) -> Callable:
-    def run(*_, **__):
-        raise ValueError(f"{way} attention over a cut sequence is causal: ops that look both ways need ulysses")
+    return lambda *_, **__: check_both_ways(True, way, "gather")
 
-    return run
+
+def check_both_ways(softmax: bool, attention: str, how: str) -> None:
+    """ValueError, one line, for what knows one direction: ways of memories, and of softmax layers, if there are any."""
+    if how != "gather":
+        raise ValueError(f"ops that look both ways cannot be cut with states {how}: use gather")
+    if softmax and attention != "ulysses":
+        raise ValueError(
+            f"{attention} attention over a cut sequence is causal: ops that look both ways need ulysses "
+            "(--mesh.attention ulysses)"
+        )
 
 
 def known_as(what: str, name: str, table: dict[str, Callable]) -> Callable:

@@ -152,7 +152,7 @@ def objections(p: Plan) -> list[str]:
                 states=mesh.states,
                 pipeline_size=mesh.pipeline,
             )
-            train.refuse_to_cut(train.PRESETS[p.name][1], place)
+            train.refuse_to_cut(replace(train.PRESETS[p.name][1], objective=p.asked.run.objective), place)
             if mesh.pipeline > 1:
                 pipeline.refuse(on_meta(p.asked.model), place, p.shape.times)
     except ValueError as error:
@@ -396,7 +396,8 @@ def main(argv: list[str] | None = None) -> None:
         run = chosen(Run, args, defaults_of(args.preset))
         given = chosen(Assumptions, args, Assumptions())
         positive(run, given)
-        asked = Asked(PRESETS[args.preset][1], args.gpus, chosen(Degrees, args, Degrees(), "mesh."), run, given)
+        model = replace(train.PRESETS[args.preset][1], objective=run.objective).model
+        asked = Asked(model, args.gpus, chosen(Degrees, args, Degrees(), "mesh."), run, given)
         if any(getattr(args, f"mesh.{name}") is not None for name in SIZES) or args.gpus == 1:
             plans = [plan(args.preset, asked)]
         else:

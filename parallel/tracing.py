@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from parallel import tensor
 from parallel.lasp import lines
 from reference import moe
+from reference.bidirectional import both_ways, reverse
 from reference.documents import end_to_end
 from reference.model import LanguageModel
 from reference.ops import Ops
@@ -44,6 +45,7 @@ class Crossing(NamedTuple):
     o: int = 0
     heads: tuple[int, int] = (0, 0)  # of queries and of keys
     window: int | None = None
+    sides: int = 1  # of a token that it sees
     item: int = 4  # bytes of one of q, k, v
 
 
@@ -81,9 +83,10 @@ def made_of(o: Tensor, *kept: Tensor | None) -> Tensor:
     return Given.apply(o.detach(), *(x for x in kept if x is not None))
 
 
-def tracing(crossings: list[Crossing], fused: bool) -> Ops:
+def tracing(crossings: list[Crossing], fused: bool, causal: bool = True) -> Ops:
     """ops that note what would cross ranks. `fused`: kernels keep their inputs (and a memory a chunk), nothing else;
-    else the reference's own functions, but for recurrences."""
+    else the reference's own functions, but for recurrences. Not `causal`: they look both ways."""
+    plain = reference if causal else both_ways(reference)
 
     def recurrence(row, tokens, constants=None, memory=None, cu_seqlens=None):
         constants, v = constants or {}, tokens["v"]
@@ -117,11 +120,16 @@ def tracing(crossings: list[Crossing], fused: bool) -> Ops:
         sizes = [math.prod(x.shape[2:]) for x in (q, k, v)] + [q.shape[2] * v.shape[3]]
         crossings.append(
             Crossing(
-                "attention", **dict(zip("qkvo", sizes, strict=True)), heads=heads, window=window, item=q.element_size()
+                "attention",
+                **dict(zip("qkvo", sizes, strict=True)),
+                heads=heads,
+                window=window,
+                sides=1 if causal else 2,
+                item=q.element_size(),
             )
         )
         if not fused:
-            return reference.attention(q, k, v, past, cu_seqlens, window, scale)
+            return plain.attention(q, k, v, past, cu_seqlens, window, scale)
         o = v.new_empty(*q.shape[:3], v.shape[3])
         sums = q.new_empty(q.shape[:3], dtype=torch.float32)
         return made_of(o, q, k, v, o, sums), None
@@ -131,7 +139,24 @@ def tracing(crossings: list[Crossing], fused: bool) -> Ops:
 
     own = (recurrence, short_convolution, token_shift, running_sum, attention, experts, linears)
     own = {f.__name__: f for f in own}
-    return reference._replace(name="tracing", cut=True, **own, **({"norm": norm} if fused else {}))
+    made = reference._replace(name="tracing", cut=True, **own, **({"norm": norm} if fused else {}))
+    if causal:
+        return made
+
+    def there_and_back(row, tokens, constants, cu_seqlens):
+        there = recurrence(row, tokens, constants, None, cu_seqlens)[0]
+        tokens, cu_seqlens = reverse(tokens, cu_seqlens)
+        back = recurrence(row, tokens, constants, None, cu_seqlens)[0].flip(1)
+        crossings.append(together(crossings.pop(), crossings.pop()))
+        return there + back
+
+    return both_ways(made, there_and_back)._replace(attention=attention)
+
+
+def together(one: Crossing, other: Crossing) -> Crossing:
+    """Two spans in one gather."""
+    heads = one.memory[0] + other.memory[0]
+    return one._replace(A=one.A + other.A, S=one.S + other.S, memory=(heads, *one.memory[1:]))
 
 
 def crossing_of(row, tokens, constants, S: Tensor, lines: int) -> Crossing:
@@ -204,14 +229,20 @@ class Even(TorchFunctionMode):
 
 
 def trace(
-    config, bf16: bool = True, fused: bool = True, ranks: int = 1, sparing: bool = False, shared_out: bool = False
+    config,
+    bf16: bool = True,
+    fused: bool = True,
+    ranks: int = 1,
+    sparing: bool = False,
+    shared_out: bool = False,
+    causal: bool = True,
 ) -> list[Kept]:
     """One for each block, in order, of a rank of those that share heads (`sparing`: and have a part of the tokens
-    between layers; `shared_out`: and send a part to experts). ValueError for a model whose shapes depend on its
-    numbers, or whose heads cannot be shared."""
+    between layers; `shared_out`: and send a part to experts), of a model that is `causal` or looks both ways. Raises
+    ValueError for a model whose shapes depend on its numbers, or whose heads cannot be shared."""
     config = replace(config, capacity_factor=math.inf, pad=False)
     try:
-        short, long = (traced(config, n * LENGTH, bf16, fused, ranks, sparing, shared_out) for n in (1, 2))
+        short, long = (traced(config, n * LENGTH, bf16, fused, ranks, sparing, shared_out, causal) for n in (1, 2))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(f"cannot trace {config.lsm!r}: how much it computes depends on the text ({error})") from error
     return [per_token(less, more) for less, more in zip(short, long, strict=True)]
@@ -226,12 +257,14 @@ def per_token(less: Kept, more: Kept) -> Kept:
     return less._replace(a_token=(more.a_token - less.a_token) / LENGTH, sums=tuple(sums))
 
 
-def traced(config, t: int, bf16: bool, fused: bool, ranks: int, sparing: bool, shared_out: bool) -> list[Kept]:
+def traced(
+    config, t: int, bf16: bool, fused: bool, ranks: int, sparing: bool, shared_out: bool, causal: bool
+) -> list[Kept]:
     """The bytes are those of t tokens. Blocks with the same parameters are run once."""
     found, order, crossings, sums = {}, [], [], []
     with FakeTensorMode(), Even():
         team = imagined(ranks, sums)
-        ops = tracing(crossings, fused)
+        ops = tracing(crossings, fused, causal)
         if ranks > 1:
             ops = tensor.dealing(ops, team) if shared_out else tensor.sharing(ops, team)
         model = LanguageModel(config, ops)

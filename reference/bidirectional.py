@@ -18,7 +18,8 @@ Other rows are refused. A delta rule, for one, writes what its memory lacks: two
 
 Softmax attention is without a mask, too; its window is |t - j| < window. Short convolutions, token shifts and running
 sums keep looking backwards: they prepare a token, and a layer that has them is no mirror image of itself. Nothing has
-a state: there is no next token where all are seen. A model's labels are then the user's, masked tokens for instance.
+a state: there is no next token where all are seen. Such a model is asked for tokens that are hidden from it
+(`reference.objective`).
 """
 
 from collections.abc import Callable

@@ -107,13 +107,13 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Tokens in; next-token losses or logits out."""
+    """Tokens in; losses of labels, or logits, out."""
 
     def __init__(self, config: Config, ops: Ops):
         super().__init__()
         self.config, self.ops = config, ops
         letters = config.letters
-        if "E" in letters and not experts_of(config).causal:
+        if "E" in letters and not experts_of(config).causal and ops.one_way is None:
             looks_ahead(row(config.router).title)
         count = sum(letter in "LN" for letter in letters)
         self.embedding = parameter(config.vocabulary, config.width, start=normal(0.02))
@@ -321,8 +321,10 @@ def for_writing(model: LanguageModel) -> tuple[LanguageModel, str]:
 
     Where a token's experts depend on the text around it, it chooses them by itself: no expert is ever full, and
     routers whose experts choose give way to their token choice (`Router.decode`). ValueError for a router that has
-    none: Soft MoE mixes all tokens of a text.
+    none, as Soft MoE mixes all tokens of a text; and for a model that looks both ways.
     """
+    if model.ops.one_way is not None:
+        raise ValueError("a model without a causal mask, as objective masked trains it, has no next token to write")
     config, router = model.config, row(model.config.router)
     if "E" not in config.letters or experts_of(config).prefix_stable:
         return model, ""

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 import train as trainer
 from inputs import HERE
 from parallel import mesh
+from reference.objective import objective
 from reference.ops import ops
 
 
@@ -23,7 +24,7 @@ def made_once(degrees: mesh.Degrees) -> mesh.Mesh:
 def prepared(config: trainer.Train):
     """As the trainer does it: (place, model, ops, optimizer)."""
     place = made_once(config.mesh)
-    over = mesh.over(ops, place)
+    over = mesh.over(objective(config.objective).ops(ops), place)
     trainer.refuse_to_cut(config, place)
     model, matrices = trainer.model_of(config, over, place, HERE)
     return place, model, over, trainer.optimizer_of(config, model, matrices)

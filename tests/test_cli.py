@@ -26,6 +26,13 @@ WRONG = {
     "steps": ("train.py", ["tiny", "--steps", "0"], "steps is 0; it must be at least 1"),
     "steps no number": ("train.py", ["tiny", "--steps", "many"], "--steps.*many"),
     "vocabulary": ("train.py", ["tiny", "--model.vocabulary", "100"], "vocabulary is 100.*at least 257"),
+    "unknown objective": ("train.py", ["tiny", "--objective", "mask"], "'mask'.*'masked'"),
+    "mask rate": ("train.py", ["tiny", "--mask-rate", "1"], "mask_rate is 1.0; it must be above 0 and below 1"),
+    "a row of one direction": (
+        "train.py",
+        ["tiny", "--objective", "masked", "--model.lsm", "kda"],
+        "Kimi Delta Attention has no form that runs both ways",
+    ),
     "no data": ("train.py", ["tiny", "--data", "nowhere"], "nowhere"),
     "empty data": ("train.py", ["tiny", "--data", "{folder}/empty.txt"], "empty.txt.*0 bytes"),
     "binary data": ("train.py", ["tiny", "--data", "{folder}/binary.bin"], "binary.bin.*NUL"),

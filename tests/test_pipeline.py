@@ -40,6 +40,7 @@ MODELS = {
     "constants": {"pattern": "LD", "repeat": 4, "lsm": "mamba", "key_size": 3},
     "chain": {"pattern": "LD", "repeat": 4, "lsm": "ttt_linear", "mini_batch": 3},
     "inside": {"pattern": "L+EN+E", "repeat": 2, "attention": "mixture", "mixer_experts": 3},
+    "masked": {"pattern": "LN", "repeat": 2, "bare": True, "lsm": "gla", "objective": "masked", "mask_rate": 0.3},
 }
 ALONE = mesh.Degrees()
 # Where tokens choose how many experts they visit, what a document adds to this sum depends on its neighbours.
@@ -47,7 +48,8 @@ UNSAID = "remoe", "sequence"
 
 
 def config_of(degrees=ALONE, **more) -> trainer.Train:
-    outside = {name: more.pop(name) for name in ("balance", "micro", "recompute", "precision") if name in more}
+    names = ("balance", "micro", "recompute", "precision", "objective", "mask_rate")
+    outside = {name: more.pop(name) for name in names if name in more}
     optimizer = more.pop("optimizer", MOVED_BY)
     outside = {"micro": 2 // max(degrees.data, 1), "precision": "float64"} | outside
     return trainer.Train(
@@ -122,6 +124,7 @@ def degrees(schedule, **more):
 TWO = [(n, s) for n in ("hybrid", "bias") for s in pipeline.SCHEDULE]
 TWO += [("L", "1f1b"), ("experts", "gpipe"), ("penalty", "interleaved"), ("penalty", "zero-bubble")]
 TWO += [("inside", "1f1b"), ("inside", "zero-bubble-v"), ("recomputed", "1f1b"), ("recomputed", "interleaved")]
+TWO += [("masked", "interleaved")]
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,7 @@ FOUR += [
     ("hybrid", degrees("zero-bubble-v", sequence=2, attention="ulysses")),
     ("constants", degrees("zero-bubble", sequence=2)),
     ("chain", degrees("interleaved", sequence=2, states="ring")),
+    ("masked", degrees("zero-bubble", sequence=2, attention="ulysses")),
     ("bias", degrees("gpipe", data=2, expert=2)),
     ("recomputed", degrees("1f1b", sequence=2, expert=2)),
     ("hybrid", degrees("zero-bubble", tensor=2)),

@@ -25,6 +25,7 @@ from parallel import plan as program
 from parallel.budget import Asked, Assumptions, Counted, Degrees, Run, Traffic
 from reference import moe
 from reference.model import LanguageModel, initialize, sizes
+from reference.objective import OBJECTIVE
 from reference.ops import ops
 from reference.presets import PRESETS, Model
 
@@ -37,8 +38,8 @@ SMALL = Model(width=64, heads=2, pattern="LN", expert_width=32, experts=4, capac
 
 
 @functools.cache
-def known(model: Model, precision: str, kernels: str, tensor: int, between: str, expert: int = 1) -> Counted:
-    run, given = replace(RUN, precision=precision), replace(BF16, kernels=kernels)
+def known(model: Model, precision: str, kernels: str, tensor: int, between: str, expert=1, objective="next") -> Counted:
+    run, given = replace(RUN, precision=precision, objective=objective), replace(BF16, kernels=kernels)
     return budget.counted(model, run, given, Degrees(tensor=tensor, between=between, expert=expert))
 
 
@@ -49,7 +50,7 @@ def counted(model: Model) -> Counted:
 def planned(model: Model, gpus: int = 1, run: Run = RUN, given: Assumptions = BF16, **mesh) -> program.Plan:
     degrees = Degrees(**mesh)
     experts = 2 if degrees.expert > 1 and degrees.tensor > 1 else 1  # else the trace is the same
-    own = known(model, run.precision, given.kernels, degrees.tensor, degrees.between, experts)
+    own = known(model, run.precision, given.kernels, degrees.tensor, degrees.between, experts, run.objective)
     return program.plan("it", Asked(model, gpus, degrees, run, given), own)
 
 
@@ -107,6 +108,16 @@ def test_attention_costs_what_its_pairs_do():
     assert [budget.core(layer, n * 1024) / 1e6 for n in (2, 8, 32)] == pytest.approx([4.2, 16.8, 67.1], abs=0.05)
     near = budget.core(layer._replace(window=1024), 2**20)
     assert near == pytest.approx(2 * 1024 * 2048, rel=1e-3)
+
+
+def test_both_sides_are_twice_the_core_and_nothing_else():
+    """Two runs of a recurrence, and all pairs of tokens; in a gather both spans."""
+    one, both = (planned(TINY, 1, Run(objective=name)) for name in OBJECTIVE)
+    for name, numbers in both.operations.items():
+        times = 1 + name.endswith("core")
+        assert numbers == {kind: pytest.approx(times * n) for kind, n in one.operations[name].items()}, name
+    assert len({(p.memory["parameters"], p.memory["logits"]) for p in (one, both)}) == 1
+    assert one.memory["saved activations"] < both.memory["saved activations"] < 2 * one.memory["saved activations"]
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
@@ -216,6 +227,15 @@ def test_autograd_keeps_what_the_trace_says(change, bf16):
     assert sum(k.a_token for k in traced) == pytest.approx((more - less) / LENGTHS[0], rel=0.01)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_so_it_does_where_both_sides_are_seen(bf16):
+    model = replace(SMALL, lsm="gla")
+    own = tracing.tracing([], False, causal=False)._replace(experts=moe.experts)
+    less, more = (kept(model, own, t, bf16) for t in LENGTHS)
+    traced = tracing.trace(model, bf16, fused=False, causal=False)
+    assert sum(k.a_token for k in traced) == pytest.approx((more - less) / LENGTHS[0], rel=0.01)
+
+
 SHARED = {
     "mamba2": {"pattern": "LN", "lsm": "mamba2", "router": "deepseek_v3", "shared_width": 32},
     "lightning": {"pattern": "L+DN", "lsm": "lightning", "dense_width": 32, "key_heads": 1},
@@ -287,10 +307,10 @@ def test_recomputing_keeps_one_block_and_what_enters_the_others():
 # ----------------------------------------------------------------------------------------------------- communication
 
 
-def on_two_ranks(model: Model, attention: str, states: str, t: int) -> tuple[int, int]:
+def on_two_ranks(model: Model, attention: str, states: str, objective: str, t: int) -> tuple[int, int]:
     """Bytes and calls of a forward and backward pass of one row of tokens, of this file's collectives alone."""
     group = comm.world()
-    built = LanguageModel(model, lasp.over(ops, group, attention, states))
+    built = LanguageModel(model, lasp.over(OBJECTIVE[objective].ops(ops), group, attention, states))
     initialize(built, 0)
     place = torch.arange(t)[None]
     whole = Batch(**{n: place % 7 for n in Batch._fields if n != "cu_seqlens"}, cu_seqlens=torch.tensor([0, t]).int())
@@ -301,28 +321,30 @@ def on_two_ranks(model: Model, attention: str, states: str, t: int) -> tuple[int
 
 
 @pytest.mark.parametrize(
-    "change, attention, states",
+    "change, attention, states, objective",
     [
-        ({"pattern": "L", "lsm": "linear_attention"}, "gather", "gather"),
-        ({"pattern": "L", "lsm": "mamba2"}, "gather", "gather"),
-        ({"pattern": "L", "lsm": "mom_gated_delta_net", "convolution": 3}, "gather", "gather"),
-        ({"pattern": "L", "lsm": "kda"}, "gather", "ring"),
-        ({"pattern": "LD", "lsm": "rwkv6"}, "gather", "gather"),
-        ({"pattern": "L", "lsm": "mamba"}, "gather", "gather"),
-        ({"pattern": "N", "key_heads": 1}, "gather", "gather"),
-        ({"pattern": "N"}, "ring", "gather"),
-        ({"pattern": "N", "key_heads": 1}, "ulysses", "gather"),
-        ({"pattern": "LN", "lsm": "mamba2"}, "gather", "gather"),
+        ({"pattern": "L", "lsm": "linear_attention"}, "gather", "gather", "next"),
+        ({"pattern": "L", "lsm": "mamba2"}, "gather", "gather", "next"),
+        ({"pattern": "L", "lsm": "mom_gated_delta_net", "convolution": 3}, "gather", "gather", "next"),
+        ({"pattern": "L", "lsm": "kda"}, "gather", "ring", "next"),
+        ({"pattern": "LD", "lsm": "rwkv6"}, "gather", "gather", "next"),
+        ({"pattern": "L", "lsm": "mamba"}, "gather", "gather", "next"),
+        ({"pattern": "N", "key_heads": 1}, "gather", "gather", "next"),
+        ({"pattern": "N"}, "ring", "gather", "next"),
+        ({"pattern": "N", "key_heads": 1}, "ulysses", "gather", "next"),
+        ({"pattern": "LN", "lsm": "mamba2"}, "gather", "gather", "next"),
+        ({"pattern": "LN", "lsm": "gla", "key_heads": 1}, "ulysses", "gather", "masked"),
+        ({"pattern": "L", "lsm": "rwkv6"}, "gather", "gather", "masked"),
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(map(str, x.values())),
 )
-def test_two_ranks_receive_what_is_planned(change, attention, states):
+def test_two_ranks_receive_what_is_planned(change, attention, states, objective):
     """To the byte, and as often: spans, halos, chains, keys and values."""
     model = replace(SMALL, **change)
-    run = Run(length=64, batch=1, recompute=False, precision="float32")
+    run = Run(length=64, batch=1, recompute=False, precision="float32", objective=objective)
     p = planned(model, 2, run, sequence=2, attention=attention, states=states)
     mine = [t for t in p.traffic if t.axis == "sequence"]
-    found = testing.run(2, on_two_ranks, model, attention, states, 64)
+    found = testing.run(2, on_two_ranks, model, attention, states, objective, 64)
     # of two ranks each receives a chain's memory one way only
     both = sum(t.bytes * (1 if t.what == "chain of memories" else 2) for t in mine)
     assert sum(size for size, _ in found) == both
@@ -573,6 +595,8 @@ def run_program(capsys, line: str) -> str:
         ("tiny --gpus 8 --mesh.pipeline 8", "4 blocks do not divide over pipeline 8"),
         ("tiny --gpus 2 --efficiency 2", "efficiency is 2.0"),
         ("tiny --gpus 7 --length 3", "no mesh of 7 GPUs works"),
+        ("tiny --gpus 2 --mesh.sequence 2 --objective masked", "gather attention over a cut sequence is causal"),
+        ("kimi-linear-48b-a3b --gpus 8 --objective masked", "Kimi Delta Attention has no form that runs both ways"),
     ],
 )
 def test_what_cannot_work_is_one_line(capsys, line, words):
