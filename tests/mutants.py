@@ -423,6 +423,13 @@ MUTANTS = [
         "tests/test_fast.py -k both_ends",
     ),
     Mutant(
+        "a convolution's gradient comes from the next document, too",
+        "fast/kernels/local.py",
+        "later = ok & (t - start + j < size)",
+        "later = ok & (t + j < tokens)",
+        "tests/test_fast_local.py -k short_convolution",
+    ),
+    Mutant(
         "a kernel for aligned tensors gets others",
         "fast/kernels/decay.py",
         "return x.dtype, x.data_ptr() % 16 == 0",

@@ -12,8 +12,9 @@
 Before a sequence's first token stand its taps, which belong to it alone: x_{-r} is tap W - 1 - r. All sums in float32.
 
 Bytes. In U = one tensor of x's size, both are bound by memory: forward 2 U (3 U with a gate), backward 3 U (5 U), each
-tensor once. Nothing is kept for the gradient but the inputs: r and s are computed again, s W times a token from rows
-that are in the L1 cache. Sums over rows (dw, dbias) are one partial result a program, added up by torch: deterministic.
+tensor once. A convolution's ds, in float32, goes by way of memory, 4 U more in 16 bits, where each of the W tokens that
+ask for it would find it from W inputs. Nothing is kept for the gradient but the inputs: r and s are computed again. Sums
+over rows (dw, dbias) are one partial result a program, added up by torch: deterministic.
 """
 
 import torch
@@ -198,9 +199,10 @@ def convolution_forward(
 
 @triton.jit
 def convolution_backward(
-    x, dy, w, bias, taps, dx, dw, dbias, starts, sequences, tokens, length, c, programs,
+    x, dy, w, bias, taps, ds, dw, dbias, starts, sequences, tokens, length, c, programs,
     W: tl.constexpr, TAPS: tl.constexpr, ACT: tl.constexpr, PACKED: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    """ds in float32, and a program's part of dw and dbias."""
     blocks = tl.cdiv(c, C)
     program = tl.program_id(0) // blocks
     channel = (tl.program_id(0) % blocks * C + tl.arange(0, C))[None, :]
@@ -211,30 +213,41 @@ def convolution_backward(
     for block in range(program, tl.cdiv(tokens, T), programs):
         t = (block * T + tl.arange(0, T))[:, None]
         ok = (t < tokens) & here
-        sequence, start, size = token_of(t, tokens, length, starts, sequences, PACKED)
-        place = t - start
-        down = tl.zeros((T, C), tl.float32)
-        for j in tl.static_range(W):  # the token j later, whose sum this token is in
-            later = ok & (place + j < size)
-            s = weighed(x, w, bias, taps, sequence, place + j, start, channel, later, here, c, W)
-            up = tl.load(dy + (t + j).to(tl.int64) * c + channel, mask=later, other=0.0).to(tl.float32) * slope(s, ACT)
-            up = tl.where(later, up, 0.0)
-            down += tl.load(w + channel * W + (W - 1 - j), mask=here, other=0.0).to(tl.float32) * up
-            if j == 0:
-                total += tl.sum(up, 0, keep_dims=True)
-                for i in tl.static_range(W):
-                    back = input_at(x, taps, sequence, place - i, start, channel, ok, c, W)
-                    sums += tl.where(tap == W - 1 - i, tl.sum(up * back, 0, keep_dims=True), 0.0)
-        tl.store(dx + t.to(tl.int64) * c + channel, down.to(dx.dtype.element_ty), mask=ok)
+        sequence, start, _ = token_of(t, tokens, length, starts, sequences, PACKED)
+        at = t.to(tl.int64) * c + channel
+        s = weighed(x, w, bias, taps, sequence, t - start, start, channel, ok, here, c, W)
+        up = tl.where(ok, tl.load(dy + at, mask=ok, other=0.0).to(tl.float32) * slope(s, ACT), 0.0)
+        tl.store(ds + at, up, mask=ok)
+        total += tl.sum(up, 0, keep_dims=True)
+        for i in tl.static_range(W):
+            back = input_at(x, taps, sequence, t - start - i, start, channel, ok, c, W)
+            sums += tl.where(tap == W - 1 - i, tl.sum(up * back, 0, keep_dims=True), 0.0)
     tl.store(dw + (program * W + tap) * c + channel, sums, mask=here & (tap < W))
     if dbias is not None:
         tl.store(dbias + program * c + channel, total, mask=here)
 
 
 @triton.jit
+def convolution_down(
+    ds, w, dx, starts, sequences, tokens, length, c,
+    W: tl.constexpr, PACKED: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A token is in its own sum and in those of the W - 1 behind it."""
+    t, channel, here = tile_of(c, T, C)
+    ok = (t < tokens) & here
+    _, start, size = token_of(t, tokens, length, starts, sequences, PACKED)
+    down = tl.zeros((T, C), tl.float32)
+    for j in tl.static_range(W):
+        later = ok & (t - start + j < size)
+        own = tl.load(w + channel * W + (W - 1 - j), mask=here, other=0.0).to(tl.float32)
+        down += own * tl.load(ds + (t + j).to(tl.int64) * c + channel, mask=later, other=0.0)
+    tl.store(dx + t.to(tl.int64) * c + channel, down.to(dx.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def taps_backward(
-    x, dy, w, bias, taps, dtaps, starts, length, c,
-    W: tl.constexpr, ACT: tl.constexpr, PACKED: tl.constexpr, C: tl.constexpr,
+    ds, w, dtaps, starts, length, c,
+    W: tl.constexpr, PACKED: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Tap r is in the sums of the tokens that come less than W places after it."""
     blocks = tl.cdiv(c, C)
@@ -253,10 +266,8 @@ def taps_backward(
             place = r - (W - 1) + j  # of the token that has this tap j places before it
             if place >= 0:
                 ok = here & (place < size)
-                s = weighed(x, w, bias, taps, sequence, place, start, channel, ok, here, c, W)
-                up = tl.load(dy + (start + place).to(tl.int64) * c + channel, mask=ok, other=0.0).to(tl.float32)
                 own = tl.load(w + channel * W + (W - 1 - j), mask=here, other=0.0).to(tl.float32)
-                down += tl.where(ok, own * up * slope(s, ACT), 0.0)
+                down += own * tl.load(ds + (start + place).to(tl.int64) * c + channel, mask=ok, other=0.0)
         tl.store(
             dtaps + (sequence.to(tl.int64) * (W - 1) + r) * c + channel, down.to(dtaps.dtype.element_ty), mask=here
         )
@@ -284,15 +295,16 @@ def convolution_gradients(dy, x, w, bias, activation, taps, length: int, starts,
     (n, c), W, (meta, along, across) = x.shape, w.shape[1], tiles(x, length, starts, sequences)
     programs = max(1, min(along, cdiv(8 * multiprocessors(x.device), across)))
     dx, dw = torch.empty_like(x), x.new_empty(programs, W, c, dtype=torch.float32)
+    ds = torch.empty_like(x, dtype=torch.float32)
     dbias = None if bias is None else x.new_empty(programs, c, dtype=torch.float32)
-    args = (x, dy, w, bias, taps, dx, dw, dbias, starts, sequences, n, length, c, programs)
+    args = (x, dy, w, bias, taps, ds, dw, dbias, starts, sequences, n, length, c, programs)
     launch(convolution_backward, programs * across, *args, W=W, TAPS=LONGEST, ACT=ACTIVATIONS[activation], **meta)
+    launch(convolution_down, along * across, ds, w, dx, starts, sequences, n, length, c, W=W, **meta)
     dtaps = None
     if taps is not None:
         dtaps = torch.empty_like(taps)
-        args = (x, dy, w, bias, taps, dtaps, starts, length, c)
         meta.pop("T")
-        launch(taps_backward, taps.shape[0] * across, *args, W=W, ACT=ACTIVATIONS[activation], **meta)
+        launch(taps_backward, taps.shape[0] * across, ds, w, dtaps, starts, length, c, W=W, **meta)
     return dx, dw.sum(0).T, None if dbias is None else dbias.sum(0), dtaps
 
 
