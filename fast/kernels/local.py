@@ -13,7 +13,7 @@ Before a sequence's first token stand its taps, which belong to it alone: x_{-r}
 
 Bytes. In U = one tensor of x's size, both are bound by memory: forward 2 U (3 U with a gate), backward 3 U (5 U), each
 tensor once. A convolution's ds, in float32, goes by way of memory, 4 U more in 16 bits, where each of the W tokens that
-ask for it would find it from W inputs. Nothing is kept for the gradient but the inputs: r and s are computed again. Sums
+ask for it would find it from W inputs. Kept for the gradient are the inputs alone: r and s are computed again. Sums
 over rows (dw, dbias) are one partial result a program, added up by torch: deterministic.
 """
 
