@@ -479,6 +479,8 @@ WHOLE = (
     "span",
     "step",
     "experts",
+    "taken",
+    "combined",
     "linears",
     "norm",
     "token_losses",
