@@ -202,14 +202,15 @@ class Careless(torch.autograd.Function):
 
 @pytest.mark.parametrize("kept", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("careless", [False, True])
-def test_an_expert_that_nobody_visits_gets_exactly_zero(careless, kept, monkeypatch):
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "autocast"])
+def test_an_expert_that_nobody_visits_gets_exactly_zero(way, careless, kept, monkeypatch):
     """A gradient, not none, and not what memory held, whatever torch's product leaves there."""
     if careless:
         monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: Careless.apply(x, w, offs))
     case = made(3, 12, 2, d=16, f=16, kept=kept, seed=5)
     come = visited(case, 12)
     assert not come.all() and come.any() == (kept > 0)
-    got = compare("bfloat16", case)
+    got = compare(way, case)
     for name in ("dw13", "dw2", "db13", "db2"):
         assert (got[name][~come] == 0).all()
         assert all(x.any() for x in got[name][come])
@@ -326,18 +327,25 @@ def test_kernels_round_once(dtype):
     torch.testing.assert_close(wide.cpu().double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("way", ["taken", "combined"])
 def test_kernels_that_do_not_compute_a_pair_know_no_infinity_of_it(way):
-    place = torch.tensor([[0, 9], [1, 2]])
-    inputs = [draw(*((2, 5) if way == "taken" else (3, 5))), draw(2, 2, seed=1)]
-    inputs.append(draw(*((3, 5) if way == "taken" else (2, 5)), seed=2))
-    inputs[0 if way == "taken" else 2][0] = torch.inf
+    place, tokens, gate, rows = torch.tensor([[0, 9], [1, 2]]), draw(2, 5), draw(2, 2, seed=1), draw(3, 5, seed=2)
+    tokens[0] = torch.inf
+    inputs = (tokens, gate, rows) if way == "taken" else (rows, gate, tokens)
     *_, dgate = moved(way, quick, inputs, place, 3, True, torch.float32, DEVICE)
-    assert dgate[0, 1] == 0 and dgate[1].isfinite().all()
+    assert dgate[0, 1] == 0
+    torch.testing.assert_close(dgate[1], (rows[1:] @ tokens[1]).float())
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 @pytest.mark.parametrize("dtype", NARROW)
-@given(p=st.integers(0, 20), f=st.integers(1, 300), scale=st.sampled_from((1.0, 30.0)), seed=st.integers(0, 99))
+@given(
+    p=st.sampled_from((0, 1, 20)),
+    f=st.sampled_from((1, 7, 130, 300)),
+    scale=st.sampled_from((1.0, 30.0)),
+    seed=st.integers(0, 9),
+)
 @settings(max_examples=10)
 def test_swiglu_s_kernels(dtype, p, f, scale, seed):
     h, da = scale * draw(p, 2 * f, seed=seed).to(dtype), draw(p, f, seed=seed + 1).to(dtype)
@@ -541,13 +549,13 @@ def compiled_alike(f, given):
 @pytest.mark.parametrize("gate_at", ["output", "input"])
 def test_a_compiler_sees_kernels_as_operators(gate_at):
     torch.use_deterministic_algorithms(False)
-    place = torch.tensor([[0, 5, 9], [2, 1, 4]], device=DEVICE)
+    place = torch.tensor([[0, 3, 9], [2, 1, 4]], device=DEVICE)
     given = {"x": draw(2, 12), "gate": draw(2, 3, seed=1)}
     given = {name: x.float().to(DEVICE).requires_grad_() for name, x in given.items()}
 
     def f(x, gate):
         first, second = (None, gate) if gate_at == "output" else (gate, None)
-        return quick.combined(quick.swiglu(quick.taken(x, place, 6, first)), place, second).sin()
+        return quick.combined(quick.swiglu(quick.taken(x, place, 5, first)), place, second).sin()
 
     compiled_alike(f, given)
 
