@@ -386,6 +386,26 @@ def test_which_kernels_a_layer_launches(gate_at, monkeypatch):
     assert names == ["spread", "swiglu_forward", "gathered", "spread", "swiglu_backward", "gathered"]
 
 
+@gpu
+def test_kernels_allocate_what_they_return():
+    """No copy of the tokens for each of their pairs: 64 MB of rows, 8 MB of tokens."""
+    (n, k, d), slack = (4096, 8, 1024), 2**23
+    x = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gate = torch.rand(n, k, device="cuda", requires_grad=True)
+    place = torch.randperm(n * k, device="cuda").view(n, k)
+
+    def more(function):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return function(), torch.cuda.max_memory_allocated() - before
+
+    rows, bytes_there = more(lambda: quick.taken(x, place, n * k))
+    y, bytes_back = more(lambda: quick.combined(rows, place, gate))
+    _, bytes_backward = more(lambda: torch.autograd.grad(y, (x, gate), torch.empty_like(y)))
+    assert bytes_there <= rows.nbytes + slack and bytes_back <= y.nbytes + slack
+    assert bytes_backward <= rows.nbytes + 2 * y.nbytes + slack
+
+
 # -------------------------------------------------------------------------------------------------- where it applies
 
 

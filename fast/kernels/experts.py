@@ -44,7 +44,7 @@ def dot(row, value, dots, pair, goes, ok):
     tl.store(dots + pair, tl.where(goes, tl.sum(row * value, 1), 0.0), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "size"])  # of which every exchange between ranks makes others
 def spread(
     x, place, gate, rows, other, dots, n, k, size, d,
     J: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
@@ -64,7 +64,7 @@ def spread(
                 dot(row, value, dots, pair, goes, there & (first + j < k))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "size"])
 def gathered(
     rows, place, gate, x, other, dots, n, k, size, d,
     J: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
@@ -134,13 +134,13 @@ def halves(h, rows, f, N: tl.constexpr, F: tl.constexpr):
     return row * f + column, at, ok, u, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def swiglu_forward(h, a, rows, f, N: tl.constexpr, F: tl.constexpr):
     own, _, ok, u, v = halves(h, rows, f, N, F)
     tl.store(a + own, (u * tl.sigmoid(u) * v).to(a.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def swiglu_backward(h, da, dh, rows, f, N: tl.constexpr, F: tl.constexpr):
     own, at, ok, u, v = halves(h, rows, f, N, F)
     up, s = tl.load(da + own, mask=ok, other=0.0).to(tl.float32), tl.sigmoid(u)
