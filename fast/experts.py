@@ -3,10 +3,11 @@
     y_r = W2_e inner(W13_e x_r + b13_e) + b2_e      e the expert of row r, which no one but the GPU knows
 
 The host never asks how many rows an expert has. `ends` says it to torch's grouped product (`F.grouped_mm`): expert e
-has the rows from ends_{e-1} to ends_e. Pairs that nobody computes are sorted behind the last; what a product leaves in
-their rows is not defined, forward and backward, and is replaced by zeros (not multiplied by them: 0 times NaN is NaN).
+has the rows from ends_{e-1} to ends_e. Pairs that nobody computes have no row. Where the host does not know how many
+there are, rows are left behind the last expert's that nobody writes or reads, forward and backward.
 
     n tokens   k experts a token visits   d width   e experts   f hidden width   r 2 where an expert has a gate, else 1
+    p rows: pairs that are computed, if the host knows how many, else n k
 """
 
 from collections.abc import Callable
@@ -14,14 +15,18 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fast.kernels import decay
+from fast.kernels import experts as kernels
+from fast.operators import operator
 from reference import moe
 from reference.head import product_of
-from reference.moe import Drop, Groups, combine, each, spared, swiglu, thinned
+from reference.moe import Drop, Groups, each, places, spared, thinned
 from reference.routers import Routing
+
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # of kernels
 
 
 def experts(
@@ -31,22 +36,23 @@ def experts(
     w2: Float[Tensor, "e d f"],
     b13: Float[Tensor, "e r*f"] | None = None,
     b2: Float[Tensor, "e d"] | None = None,
-    inner: Callable = swiglu,
+    inner: Callable = moe.swiglu,
     gate_at: Literal["output", "input"] = "output",
     drop: Drop | None = None,
     room: int | None = None,
+    pairs: int | None = None,
 ) -> Float[Tensor, "n d"]:
     """`reference.moe.experts`: by grouped products where there are some, else the reference's loop, deliberately.
 
     Grouped are products in bfloat16 on a GPU (tensors of bfloat16, or autocast to it), with d and f multiples of 8 and
     fewer than 1024 experts. On Hopper the host does not wait for the GPU; on GPUs that torch has no such kernel for,
     torch itself loops and waits. All other dtypes, sizes and devices, and padded experts (`room`), are the reference's.
-    Differs from the loop by roundings: a bias is added to a product that is rounded, and under autocast the gradients
-    of a token's k rows are summed before they are widened.
+    Differs from the loop by roundings: a bias is added to a product that is rounded, and a token's sums and swiglu are
+    rounded once, forward and backward.
     """
     if room is None and has_grouped(x, w13, w2):
-        return grouped(x, routing, w13, w2, b13, b2, inner, gate_at, drop)
-    return moe.experts(x, routing, w13, w2, b13, b2, inner, gate_at, drop, room)
+        return grouped(x, routing, w13, w2, b13, b2, inner, gate_at, drop, pairs)
+    return moe.experts(x, routing, w13, w2, b13, b2, inner, gate_at, drop, room, pairs)
 
 
 def has_grouped(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
@@ -56,25 +62,31 @@ def has_grouped(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
 
 
 def grouped(
-    x, routing: Routing, w13, w2, b13=None, b2=None, inner: Callable = swiglu, gate_at="output", drop=None
+    x,
+    routing: Routing,
+    w13,
+    w2,
+    b13=None,
+    b2=None,
+    inner: Callable = moe.swiglu,
+    gate_at="output",
+    drop=None,
+    pairs: int | None = None,
 ) -> Float[Tensor, "n d"]:
     """`experts` by grouped products, on any device, in any dtype and sizes that torch takes (on a CPU also float32 with
-    d and f multiples of 4). Deterministic, backward too: a permutation each way, and no two pairs add into one place.
+    d and f multiples of 4). Deterministic, backward too: no two pairs add into one place.
 
-    Kept for a gradient is what the loop keeps: the rows, both sides of `inner`, and y.
+    Kept for a gradient are the rows, both sides of `inner`, and y where a gate follows it.
     """
-    e, k, dtype = len(w13), routing.index.shape[1], product_of(w13)
-    expert, order = routing.index.masked_fill(~routing.kept, e).flatten().sort(stable=True)
-    ends = torch.searchsorted(expert, torch.arange(e, device=x.device), right=True, out_int32=True)
-    back = order.argsort()
-    slots = repeat(x if gate_at == "input" else x.to(dtype), "n d -> (n k) d", k=k)
-    if gate_at == "input":
-        slots = (routing.gate.flatten()[:, None] * slots).to(dtype)
-    rows = Moved.apply(slots, order, back)
-    mask = None if drop is None else spared(drop, routing, order, e, w2.shape[-1])
-    y = together(rows, ends, (w13, w2, b13, b2), inner, mask, dtype)
-    gate = routing.gate if gate_at == "output" else routing.kept.to(routing.gate)
-    return combine(Moved.apply(y, back, order), gate).to(x.dtype)
+    e, dtype, pairs = len(w13), product_of(w13), routing.index.numel() if pairs is None else pairs
+    # Short keys: a GPU sorts 8 bits at a time.
+    expert, order = routing.index.masked_fill(~routing.kept, e).flatten().short().sort(stable=True)
+    experts = torch.arange(e, dtype=torch.int16, device=x.device)
+    ends, place = torch.searchsorted(expert, experts, right=True, out_int32=True), places(order, routing.kept)
+    rows = taken(x, place, pairs, routing.gate if gate_at == "input" else None, dtype)
+    mask = None if drop is None else spared(drop, routing, order[:pairs], e, w2.shape[-1])
+    y = together(rows, ends, (w13, w2, b13, b2), swiglu if inner is moe.swiglu else inner, mask, dtype)
+    return combined(y, place, routing.gate if gate_at == "output" else None, x.dtype)
 
 
 def linears(
@@ -103,17 +115,21 @@ def grouped_linears(
 
 
 def together(
-    rows: Float[Tensor, "nk d"], ends: Int[Tensor, " e"], weights, inner: Callable, mask, dtype: torch.dtype
-) -> Float[Tensor, "nk d"]:
-    """All experts over their rows at once; zeros for the last ones, which belong to none. `reference.moe.each`."""
+    rows: Float[Tensor, "p d"], ends: Int[Tensor, " e"], weights, inner: Callable, mask, dtype: torch.dtype
+) -> Float[Tensor, "p d"]:
+    """All experts over their rows at once. `reference.moe.each`.
+
+    Rows behind the last expert's may hold anything. Torch's products never read them, those of gradients included (the
+    weights' sum over an expert's own rows), and what they leave there themselves is not defined: whoever comes before
+    or after must not look at it, nor at its gradient. Between the products it is only mapped row by row.
+    """
     if not len(rows):  # which the host knows, and grouped products have no gradient of
-        return each(rows, [0] * (len(ends) + 1), weights, inner, mask)
+        return each(rows, [0] * len(ends), weights, inner, mask)
     visited = ends.diff(prepend=ends.new_zeros(1)) > 0
-    mine = (torch.arange(len(rows), device=rows.device) < ends[-1])[:, None]
     w13, w2, b13, b2 = (None if w is None else Visited.apply(w.to(dtype), visited) for w in weights)
-    h = product(torch.where(mine, rows, 0), w13, b13, ends)
+    h = product(rows, w13, b13, ends)
     a = inner(h) if mask is None else thinned(inner, mask)(h)
-    return torch.where(mine, product(a.to(dtype), w2, b2, ends), 0)
+    return product(a.to(dtype), w2, b2, ends)
 
 
 def product(
@@ -125,20 +141,6 @@ def product(
     if b is None:
         return y
     return y + F.grouped_mm(x.new_ones(len(x), 8), F.pad(b[..., None], (0, 7)).mT, offs=ends)
-
-
-class Moved(torch.autograd.Function):
-    """x[to], a permutation, whose gradient is the inverse one (where that of index_select adds to zeros)."""
-
-    @staticmethod
-    def forward(ctx, x: Float[Tensor, "nk d"], to: Int[Tensor, " nk"], back: Int[Tensor, " nk"]):
-        ctx.save_for_backward(to, back)
-        return x.index_select(0, to)
-
-    @staticmethod
-    def backward(ctx, D: Float[Tensor, "nk d"]):
-        to, back = ctx.saved_tensors
-        return Moved.apply(D, back, to), None, None
 
 
 class Visited(torch.autograd.Function):
@@ -153,3 +155,155 @@ class Visited(torch.autograd.Function):
     def backward(ctx, D: Float[Tensor, "e ..."]):
         (visited,) = ctx.saved_tensors
         return D.masked_fill(~visited.view(-1, *[1] * (D.ndim - 1)), 0), None
+
+
+# ------------------------------------------------------------------------------ around the products, on Triton kernels
+
+
+def has_kernels(x: Tensor, other: torch.dtype | None = None) -> bool:
+    """Whether kernels run where x is, from its dtype to `other`. (Triton's interpreter gets bfloat16 wrong.)"""
+    dtypes = {x.dtype, other or x.dtype}
+    return dtypes <= DTYPES and (x.is_cuda or (decay.INTERPRETED and torch.bfloat16 not in dtypes))
+
+
+def taken(
+    x: Float[Tensor, "n d"],
+    place: Int[Tensor, "n k"],
+    rows: int,
+    gate: Float[Tensor, "n k"] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "p d"]:
+    """`reference.moe.taken`, without a copy of x: in one pass each way, deterministic. The gradient is summed in
+    float32. On a CPU, in other dtypes than DTYPES and beyond 16384 channels it is the reference's own."""
+    if has_kernels(x, dtype) and x.shape[1] <= kernels.WIDEST:
+        return dispatched(x.contiguous(), place, rows, None if gate is None else gate.contiguous(), dtype or x.dtype)
+    return moe.taken(x, place, rows, gate, dtype)
+
+
+def combined(
+    rows: Float[Tensor, "p d"],
+    place: Int[Tensor, "n k"],
+    gate: Float[Tensor, "n k"] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "n d"]:
+    """`reference.moe.combined`, without a copy of the rows: in one pass each way, deterministic. Where it is the
+    reference's own says `taken`."""
+    if has_kernels(rows, dtype) and rows.shape[1] <= kernels.WIDEST:
+        return summed(rows.contiguous(), place, None if gate is None else gate.contiguous(), dtype or rows.dtype)
+    return moe.combined(rows, place, gate, dtype)
+
+
+def swiglu(h: Float[Tensor, "p 2*f"]) -> Float[Tensor, "p f"]:
+    """`reference.moe.swiglu` of rows, rounded once, forward and backward in one pass each; only h is kept. On a CPU and
+    in other dtypes than DTYPES it is the reference's own."""
+    if has_kernels(h):
+        return gated(h.contiguous())
+    return moe.swiglu(h)
+
+
+@operator("dispatched")
+def dispatched(x: Tensor, place: Tensor, rows: int, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return kernels.to_rows(x, place.contiguous(), gate, rows, dtype)[0]
+
+
+@dispatched.register_fake
+def _(x, place, rows, gate, dtype):
+    return x.new_empty(rows, x.shape[1], dtype=dtype)
+
+
+@operator("dispatched_gradients")
+def dispatched_gradients(
+    D: Tensor, place: Tensor, gate: Tensor | None, x: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dx, and dgate (float32) where x is given; else empty."""
+    dx, dots = kernels.to_tokens(D.contiguous(), place.contiguous(), gate, dtype, x)
+    return dx, D.new_empty(0, dtype=torch.float32) if dots is None else dots
+
+
+@dispatched_gradients.register_fake
+def _(D, place, gate, x, dtype):
+    dots = (0,) if x is None else place.shape
+    return D.new_empty(place.shape[0], D.shape[1], dtype=dtype), D.new_empty(dots, dtype=torch.float32)
+
+
+def dispatched_context(ctx, inputs, output) -> None:
+    x, place, _, gate, _ = inputs
+    ctx.dtype, ctx.wanted = x.dtype, gate is not None and ctx.needs_input_grad[3]
+    ctx.save_for_backward(place, gate, x if ctx.wanted else None)
+
+
+def dispatched_backward(ctx, D):
+    place, gate, x = ctx.saved_tensors
+    dx, dgate = dispatched_gradients(D, place, gate, x, ctx.dtype)
+    return dx, None, None, dgate.to(gate.dtype) if ctx.wanted else None, None
+
+
+dispatched.register_autograd(dispatched_backward, setup_context=dispatched_context)
+
+
+@operator("summed")
+def summed(rows: Tensor, place: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return kernels.to_tokens(rows, place.contiguous(), gate, dtype)[0]
+
+
+@summed.register_fake
+def _(rows, place, gate, dtype):
+    return rows.new_empty(place.shape[0], rows.shape[1], dtype=dtype)
+
+
+@operator("summed_gradients")
+def summed_gradients(
+    D: Tensor, place: Tensor, gate: Tensor | None, rows: Tensor | None, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """drows, and dgate (float32) where the rows are given; else empty."""
+    drows, dots = kernels.to_rows(D.contiguous(), place.contiguous(), gate, size, dtype, rows)
+    return drows, D.new_empty(0, dtype=torch.float32) if dots is None else dots
+
+
+@summed_gradients.register_fake
+def _(D, place, gate, rows, size, dtype):
+    dots = (0,) if rows is None else place.shape
+    return D.new_empty(size, D.shape[1], dtype=dtype), D.new_empty(dots, dtype=torch.float32)
+
+
+def summed_context(ctx, inputs, output) -> None:
+    rows, place, gate, _ = inputs
+    ctx.size, ctx.dtype = len(rows), rows.dtype
+    ctx.wanted = gate is not None and ctx.needs_input_grad[2]
+    ctx.save_for_backward(place, gate, rows if ctx.wanted else None)
+
+
+def summed_backward(ctx, D):
+    place, gate, rows = ctx.saved_tensors
+    drows, dgate = summed_gradients(D, place, gate, rows, ctx.size, ctx.dtype)
+    return drows, None, dgate.to(gate.dtype) if ctx.wanted else None, None
+
+
+summed.register_autograd(summed_backward, setup_context=summed_context)
+
+
+@operator("swiglu")
+def gated(h: Tensor) -> Tensor:
+    return kernels.swiglu(h)
+
+
+@gated.register_fake
+def _(h):
+    return h.new_empty(h.shape[0], h.shape[1] // 2)
+
+
+@operator("swiglu_gradient")
+def gated_gradient(da: Tensor, h: Tensor) -> Tensor:
+    return kernels.swiglu_gradient(da.contiguous(), h)
+
+
+@gated_gradient.register_fake
+def _(da, h):
+    return torch.empty_like(h)
+
+
+def gated_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+gated.register_autograd(lambda ctx, da: gated_gradient(da, *ctx.saved_tensors), setup_context=gated_context)

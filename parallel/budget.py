@@ -656,7 +656,7 @@ def dispatching(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
     rows = tokens * visited(model.experts, k, n)
     if mesh.dispatch == "pair":
         rows = tokens * k * (n - 1) / n
-    numbers = 8 * (n - 1) * (model.experts // n + 2 if mesh.dispatch == "pair" else 3)
+    numbers = 8 * (n - 1) * (model.experts // n + 1 if mesh.dispatch == "pair" else 4)
     passes = 1 + asked.run.recompute
     size = passes * (rows * (2 * row + gates) + numbers) + rows * (2 * row + gates)
     calls = round(layers * shape.times * (passes * (3 if not gates else 4) + (2 if not gates else 3)))

@@ -9,7 +9,7 @@ of an expert is the sum over all tokens that came to it, from whichever rank; lo
 of any group's size is anywhere.
 
     n my tokens   k experts a token visits   d width   e experts   W ranks of the group   l = e / W experts of a rank
-    row: what is sent of a token; p all pairs or, in `by_rank`, all W n tokens and ranks;  s rows that go,  r that come
+    row: what is sent of a token;  r rows that come.  By rank a token has a place on each of W ranks, not of k experts
 """
 
 from collections.abc import Callable
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,7 +25,8 @@ from torch.distributed.tensor import DTensor, Shard
 from parallel import comm
 from parallel.comm import Group
 from parallel.graph import exchange
-from reference.moe import MoE, combine
+from reference.head import product_of
+from reference.moe import MoE, places
 from reference.ops import Ops
 
 
@@ -45,28 +45,24 @@ def by_pair(ops: Ops, group: Group) -> Callable:
     """A token's row travels once for each expert that it visits, and comes back as often; gates stay at home. Equal to
     one rank to the rounding of products.
 
-    Received are 8 (W - 1) (l + 2) bytes of numbers and, each way, the rows; 8 bytes a row besides where experts have
+    Received are 8 (W - 1) (l + 1) bytes of numbers and, each way, the rows; 8 bytes a row besides where experts have
     dropout. Three exchanges forward, two backward, of the rows alone.
     """
 
     def run(x, routing, w13, w2, b13=None, b2=None, *, gate_at="output", drop=None, room=None, **how):
         weights = [mine(w, group) for w in (w13, w2, b13, b2)]
-        own, k = len(weights[0]), routing.index.shape[1]
-        everywhere = own * comm.size(group)
-        plan = planned(routing.index.masked_fill(~routing.kept, everywhere).flatten(), own, room, 1, group)
-        slots = repeat(x, "n d -> (n k) d", k=k)
-        if gate_at == "input":
-            slots = (routing.gate.flatten()[:, None] * slots).to(x.dtype)
-        rows = sent(narrow(slots), plan, group)
+        own = len(weights[0])
+        plan = planned(routing.index.masked_fill(~routing.kept, own * comm.size(group)), own, group, room or 0)
+        rows = sent(x, plan, ops, group, routing.gate if gate_at == "input" else None, product_of(x))
         # Here each row is a token that visits one expert of mine, with weight 1. They come rank by rank, by expert.
         names = torch.arange(own, device=x.device).repeat(comm.size(group))
         index = names.repeat_interleave(plan.counts, output_size=len(rows))[:, None]
         there = routing._replace(index=index, gate=routing.gate.new_ones(index.shape), kept=index >= 0)
         if drop is not None:
-            drop = renumbered(drop, repeat(drop.index, "n -> (n k)", k=k), plan, group)
-        y = ops.experts(rows, there, *weights, gate_at="output", drop=drop, room=plan.room, **how)
-        gate = routing.gate if gate_at == "output" else routing.kept.to(routing.gate)
-        return combine(returned(y, plan, group), gate).to(x.dtype)
+            drop = renumbered(drop, plan, ops, group)
+        room = None if room is None else sum(plan.told[0])
+        y = ops.experts(rows, there, *weights, gate_at="output", drop=drop, room=room, **how)
+        return returned(y, plan, ops, group, routing.gate if gate_at == "output" else None, x.dtype)
 
     return run
 
@@ -75,7 +71,7 @@ def by_rank(ops: Ops, group: Group) -> Callable:
     """A token's row travels once to each rank that holds some of its experts, with their gates, and is summed there
     before the way back: fewer bytes, and in 16 bits one more rounding.
 
-    Received are 24 (W - 1) bytes of numbers and, each way, the rows; on the way there and back again 2 k numbers a row
+    Received are 32 (W - 1) bytes of numbers and, each way, the rows; on the way there and back again 2 k numbers a row
     besides (gates and experts), and forward 8 bytes a row where experts have dropout. Four exchanges forward, three
     backward.
     """
@@ -83,22 +79,25 @@ def by_rank(ops: Ops, group: Group) -> Callable:
     def run(x, routing, w13, w2, b13=None, b2=None, *, gate_at="output", drop=None, room=None, **how):
         weights = [mine(w, group) for w in (w13, w2, b13, b2)]
         own, ranks = len(weights[0]), comm.size(group)
-        each = torch.arange(ranks, device=x.device)[:, None, None]
-        here = routing.kept & (routing.index // own == each)  # W n k
-        place = torch.where(here.any(-1), each[..., 0], ranks)
-        plan = planned(place.flatten(), 1, room, routing.index.shape[1], group)
-        rows = sent(repeat(narrow(x), "n d -> (w n) d", w=ranks), plan, group)
+        each = torch.arange(ranks, device=x.device)[:, None]
+        here = routing.kept[:, None] & ((routing.index // own)[:, None] == each)  # n W k
+        place = torch.where(here.any(-1), each[:, 0], ranks)
+        plan = planned(place, 1, group, room or 0, routing.index.shape[1], here.sum((0, 2)))
+        rooms, slots, pairs = plan.told
+        rows = sent(x, plan, ops, group, dtype=product_of(x))
         # Indices are small enough to be whole numbers in the gates' dtype, float32 at least.
-        index = torch.where(here, routing.index - own * each, -1).to(routing.gate)
-        both = torch.stack([torch.where(here, routing.gate, 0), index], -2)
-        both = F.pad(both, (0, plan.slots - both.shape[-1]), value=-1)  # k may differ from rank to rank
-        gate, index = sent(both.flatten(0, 1), plan, group).unbind(1)
+        index = torch.where(here, routing.index[:, None] - own * each, -1).to(routing.gate)
+        both = torch.stack([torch.where(here, routing.gate[:, None], 0), index], -2)
+        both = F.pad(both, (0, max(slots) - both.shape[-1]), value=-1)  # k may differ from rank to rank
+        apart = plan._replace(place=plan.place.view(-1, 1))  # a token has its own numbers for each rank
+        gate, index = sent(both.flatten(2).flatten(0, 1), apart, ops, group).unflatten(1, (2, -1)).unbind(1)
         index = index.detach().long()
         there = routing._replace(index=index, gate=gate.masked_fill(index < 0, 0), kept=index >= 0)
         if drop is not None:
-            drop = renumbered(drop, drop.index.repeat(ranks), plan, group)
-        y = ops.experts(rows, there, *weights, gate_at=gate_at, drop=drop, room=plan.room, **how)
-        return returned(y, plan, group).unflatten(0, (ranks, len(x))).sum(0).to(x.dtype)
+            drop = renumbered(drop, plan, ops, group)
+        room = None if room is None else sum(rooms)
+        y = ops.experts(rows, there, *weights, gate_at=gate_at, drop=drop, room=room, pairs=sum(pairs), **how)
+        return returned(y, plan, ops, group, dtype=x.dtype)
 
     return run
 
@@ -109,57 +108,51 @@ DISPATCH = {"pair": by_pair, "rank": by_rank}
 class Plan(NamedTuple):
     """Which rows go where."""
 
-    order: Int[Tensor, " s"]  # what I send, of all p, sorted by place
-    back: Int[Tensor, " p"]  # where each stands in that order; behind it those that go nowhere
+    place: Int[Tensor, "n k"]  # where the row of each of my places stands in what I send; behind it: goes nowhere
     send: list[int]  # rows that go to each rank
     receive: list[int]  # rows that come from each rank
     counts: Int[Tensor, " wl"]  # the same, by my places
-    room: int | None  # rows that each of my experts takes, of all ranks
-    slots: int  # the most that any rank has of a row
+    told: list[list[int]]  # each of the numbers that ranks tell each other: of each rank, what it told me
 
 
-def planned(place: Int[Tensor, " p"], own: int, room: int | None, slots: int, group: Group) -> Plan:
+def planned(place: Int[Tensor, "n k"], own: int, group: Group, *numbers: int | Int[Tensor, " w"]) -> Plan:
     """The exchange of how many rows go where: to places 0 to W * own - 1, `own` on each rank, or (W * own) nowhere.
+    With it go `numbers` of each rank's, the same for all ranks or one for each.
 
     Here the host waits for the GPU, once a layer: a tensor's size is a number of the host's, and how many rows come
     is known when all ranks have routed. (Only buffers as large as the worst case would do without.)
     """
-    ranks = comm.size(group)
-    order = place.sort(stable=True).indices
+    ranks, flat = comm.size(group), place.flatten()
     # Not bincount, which would wait for the largest number first.
-    counts = place.new_zeros(own * ranks + 1).index_add_(0, place, torch.ones_like(place))[:-1].view(ranks, own)
-    mine = torch.tensor([room or 0, slots], device=place.device).expand(ranks, 2)
-    theirs = exchange(torch.cat([counts, mine], 1), [1] * ranks, [1] * ranks, group)
+    counts = flat.new_zeros(own * ranks + 1).index_add_(0, flat, torch.ones_like(flat))[:-1].view(ranks, own)
+    mine = [flat.new_full((ranks,), x) if isinstance(x, int) else x for x in numbers]
+    theirs = exchange(torch.cat([counts, torch.stack(mine, 1)], 1), [1] * ranks, [1] * ranks, group)
     coming = theirs[:, :own]
-    send, receive, rooms, most = torch.stack([counts.sum(1), coming.sum(1), *theirs[:, own:].T]).tolist()
-    room = None if room is None else sum(rooms)
-    return Plan(order[: sum(send)], order.argsort(), send, receive, coming.flatten(), room, max(most))
+    send, receive, *told = torch.stack([counts.sum(1), coming.sum(1), *theirs[:, own:].T]).tolist()
+    order = flat.sort(stable=True).indices
+    return Plan(places(order, place < own * ranks), send, receive, coming.flatten(), told)
 
 
-def sent(x: Float[Tensor, "p ..."], plan: Plan, group: Group) -> Float[Tensor, "r ..."]:
-    """The rows that come here."""
-    return exchange(x.index_select(0, plan.order), plan.send, plan.receive, group)
+def sent(
+    x: Float[Tensor, "n ..."], plan: Plan, ops: Ops, group: Group, gate=None, dtype=None
+) -> Float[Tensor, "r ..."]:
+    """The rows that come here, of `dtype`; times their gates if there are any."""
+    return exchange(ops.taken(x, plan.place, sum(plan.send), gate, dtype), plan.send, plan.receive, group)
 
 
-def returned(y: Float[Tensor, "r d"], plan: Plan, group: Group) -> Float[Tensor, "p d"]:
-    """What became of my rows; zeros for those that went nowhere."""
-    y = exchange(y, plan.receive, plan.send, group)
-    return torch.cat([y, y.new_zeros(len(plan.back) - len(y), y.shape[1])]).index_select(0, plan.back)
+def returned(
+    y: Float[Tensor, "r d"], plan: Plan, ops: Ops, group: Group, gate=None, dtype=None
+) -> Float[Tensor, "n d"]:
+    """What became of my rows, summed for each token, times their gates if there are any."""
+    return ops.combined(exchange(y, plan.receive, plan.send, group), plan.place, gate, dtype)
 
 
-def renumbered(drop: Any, index: Int[Tensor, " p"], plan: Plan, group: Group) -> Any:
+def renumbered(drop: Any, plan: Plan, ops: Ops, group: Group) -> Any:
     """Dropout for the rows that come here, whose tokens have these numbers where they come from. Such that (number, my
     expert) counts as (token, expert) does among all experts: number e + (rank l + expert) = (number W + rank) l +
     expert."""
-    return drop._replace(index=sent(index, plan, group) * comm.size(group) + comm.rank(group))
-
-
-def narrow(x: Tensor) -> Tensor:
-    """In autocast's dtype where it is on: the experts' first product would cast it there anyway."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    index = sent(drop.index[:, None], plan, ops, group)[:, 0]
+    return drop._replace(index=index * comm.size(group) + comm.rank(group))
 
 
 def mine(weight: Tensor | None, group: Group) -> Tensor | None:

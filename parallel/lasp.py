@@ -551,6 +551,8 @@ WHOLE = (
     "span",
     "step",
     "experts",
+    "taken",
+    "combined",
     "linears",
     "norm",
     "token_losses",

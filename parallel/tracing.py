@@ -179,16 +179,12 @@ def without_gradient(function):
     return torch.no_grad()(function)
 
 
-def experts(x, routing, w13, w2, b13=None, b2=None, inner=moe.swiglu, gate_at="output", drop=None, room=None) -> Tensor:
+def experts(x, routing, w13, w2, b13=None, b2=None, inner=moe.swiglu, gate_at="output", drop=None, **how) -> Tensor:
     """As `reference.moe.experts`, with every pair at the first expert: as many rows, and no number needed."""
-    slots = x.repeat_interleave(routing.index.shape[1], 0)
-    if gate_at == "input":
-        slots = (routing.gate.flatten()[:, None] * slots).to(x.dtype)
-    order = torch.arange(len(slots))
-    weights = [None if w is None else w[:1] for w in (w13, w2, b13, b2)]
-    y = moe.each(slots.index_select(0, order), [len(slots), 0], weights, inner, None)
-    gate = routing.gate if gate_at == "output" else routing.kept.to(routing.gate)
-    return moe.combine(y.index_select(0, order.argsort()), gate).to(x.dtype)
+    place = torch.arange(routing.index.numel()).view(routing.index.shape)
+    rows = moe.taken(x, place, place.numel(), routing.gate if gate_at == "input" else None)
+    y = moe.each(rows, [len(rows)], [None if w is None else w[:1] for w in (w13, w2, b13, b2)], inner, None)
+    return moe.combined(y, place, routing.gate if gate_at == "output" else None, x.dtype)
 
 
 def linears(x, groups, weights, biases=None) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reference.mixers.parts import alone, constant, orthogonal
@@ -111,6 +111,7 @@ def experts(
     gate_at: Literal["output", "input"] = "output",
     drop: Drop | None = None,
     room: int | None = None,
+    pairs: int | None = None,
 ) -> Float[Tensor, "n d"]:
     """y_n = sum over n's slots of gate * expert(x_n), or of expert(gate * x_n); one product an expert over its rows.
 
@@ -118,23 +119,62 @@ def experts(
     x's. Every weight gets a gradient, zeros where no token came. Deterministic, backward too: tokens are copied to
     their slots, moved by a permutation, and each gathers its own, so no two pairs ever add into one place. With `room`
     every expert gets that many rows, filled up with zeros: one batched product, of a shape that no routing changes.
+    `pairs` is how many are kept, for backends whose host does not count them.
     """
-    order, lengths = by_expert(routing, len(w13))
-    slots = repeat(x, "n d -> (n k) d", k=routing.index.shape[1])
-    if gate_at == "input":
-        slots = (routing.gate.flatten()[:, None] * slots).to(x.dtype)
-    # index_select: its backward took 0.16 ms on two cores where that of slots[order] took 1.5 (4096 rows of 128).
-    rows = slots.index_select(0, order)
-    mask = None if drop is None else spared(drop, routing, order, len(w13), w2.shape[-1])
+    order, (*lengths, _) = by_expert(routing, len(w13))
+    kept, place = sum(lengths), places(order, routing.kept)
+    rows = taken(x, place, kept, routing.gate if gate_at == "input" else None)
+    mask = None if drop is None else spared(drop, routing, order[:kept], len(w13), w2.shape[-1])
     weights = (w13, w2, b13, b2)
     y = each(rows, lengths, weights, inner, mask) if room is None else padded(rows, lengths, weights, inner, mask, room)
-    gate = routing.gate if gate_at == "output" else routing.kept.to(routing.gate)
-    return combine(y.index_select(0, order.argsort()), gate).to(x.dtype)
+    return combined(y, place, routing.gate if gate_at == "output" else None, x.dtype)
 
 
-def each(rows: Float[Tensor, "nk d"], lengths: list[int], weights, inner, mask) -> Float[Tensor, "nk d"]:
-    """Expert after expert over its own rows; zeros for the last ones, which belong to none."""
-    *mine, dropped = rows.split(lengths)
+def places(order: Int[Tensor, " nk"], kept: Bool[Tensor, "n k"]) -> Int[Tensor, "n k"]:
+    """Where each pair's row stands in that order of all pairs; n k, behind them all, for pairs that are not kept."""
+    place = order.scatter(0, order, torch.arange(len(order), device=order.device))
+    return place.view(kept.shape).masked_fill(~kept, len(order))
+
+
+def taken(
+    x: Float[Tensor, "n d"],
+    place: Int[Tensor, "n k"],
+    rows: int,
+    gate: Float[Tensor, "n k"] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "p d"]:
+    """The dispatch: p `rows`, at place_nk stands gate_nk x_n (x_n without gates). A place that is no row is a pair that
+    goes nowhere; no two pairs have one place. What stands in rows that are no pair's is not defined, and whatever
+    gradient comes from there leads nowhere. Rows have `dtype`, x's if None; each is rounded once."""
+    n, k = place.shape
+    slots = repeat(x, "n d -> (n k) d", k=k)
+    if gate is not None:
+        slots = gate.flatten()[:, None] * slots
+    slots, place = slots.to(dtype or x.dtype), place.flatten().clamp(max=rows)
+    pair = place.new_full((rows + 1,), n * k).scatter(0, place, torch.arange(n * k, device=x.device))[:rows]
+    # index_select: its backward took 0.16 ms on two cores where that of slots[pair] took 1.5 (4096 rows of 128).
+    return F.pad(slots, (0, 0, 0, 1)).index_select(0, pair)
+
+
+def combined(
+    rows: Float[Tensor, "p d"],
+    place: Int[Tensor, "n k"],
+    gate: Float[Tensor, "n k"] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "n d"]:
+    """The way back, y_n = sum_k gate_nk rows_{place_nk}: each token's sum over its own rows, without gates a plain one.
+    Pairs whose place is no row add 0, and other rows are not looked at. Summed in the gates' dtype (else in float32 at
+    least) and rounded once, to `dtype` (the rows' if None)."""
+    own = F.pad(rows, (0, 0, 0, 1)).index_select(0, place.flatten().clamp(max=len(rows)))
+    here = place < len(rows)
+    if gate is None:
+        gate = here.to(torch.promote_types(rows.dtype, torch.float32))
+    return combine(own, gate.masked_fill(~here, 0)).to(dtype or rows.dtype)
+
+
+def each(rows: Float[Tensor, "p d"], lengths: list[int], weights, inner, mask) -> Float[Tensor, "p d"]:
+    """Expert after expert over its own rows."""
+    mine = rows.split(lengths)
     masks = [None] * len(mine) if mask is None else mask.split(lengths)
     w13, w2, b13, b2 = ([None] * len(mine) if w is None else w.unbind() for w in weights)
     # Expert 0 runs even on no rows, which keeps the weights in the graph when nobody visits anyone.
@@ -143,17 +183,17 @@ def each(rows: Float[Tensor, "nk d"], lengths: list[int], weights, inner, mask) 
         for e, x in enumerate(mine)
         if len(x) or e == 0
     ]
-    return torch.cat([*y, torch.zeros_like(dropped)])
+    return torch.cat(y)
 
 
-def padded(rows: Float[Tensor, "nk d"], lengths: list[int], weights, inner, mask, room: int) -> Float[Tensor, "nk d"]:
+def padded(rows: Float[Tensor, "p d"], lengths: list[int], weights, inner, mask, room: int) -> Float[Tensor, "p d"]:
     """All experts at once, each with `room` rows of which the last may be nobody's."""
-    if max(lengths[:-1]) > room:
-        raise ValueError(f"an expert has {max(lengths[:-1])} pairs, more than its room of {room}")
+    if max(lengths) > room:
+        raise ValueError(f"an expert has {max(lengths)} pairs, more than its room of {room}")
     w13, w2, b13, b2 = weights
     place = torch.full((len(w13), room), len(rows), device=rows.device)  # beyond the rows: zeros
     start = 0
-    for e, length in enumerate(lengths[:-1]):
+    for e, length in enumerate(lengths):
         place[e, :length] = torch.arange(start, start + length, device=rows.device)
         start += length
 
@@ -163,16 +203,16 @@ def padded(rows: Float[Tensor, "nk d"], lengths: list[int], weights, inner, mask
     h = laid_out(rows) @ w13.mT + (0 if b13 is None else b13[:, None])
     h = inner(h) if mask is None else inner(h) * laid_out(mask)
     y = h @ w2.mT + (0 if b2 is None else b2[:, None])
-    mine = y.flatten(0, 1).index_select(0, (place.flatten() < len(rows)).nonzero()[:, 0])
-    return torch.cat([mine, torch.zeros_like(rows[start:])])
+    return y.flatten(0, 1).index_select(0, (place.flatten() < len(rows)).nonzero()[:, 0])
 
 
 def thinned(inner: Callable, mask: Tensor) -> Callable:
     return lambda h: inner(h) * mask
 
 
-def spared(drop: Drop, routing: Routing, order: Tensor, experts: int, width: int) -> Float[Tensor, "nk f"]:
-    """What the hidden channels of each pair are multiplied by: 0 for a `share` of them, else 1 / (1 - share)."""
+def spared(drop: Drop, routing: Routing, order: Tensor, experts: int, width: int) -> Float[Tensor, "p f"]:
+    """What the hidden channels of each pair are multiplied by, in that order: 0 for a `share` of them, else
+    1 / (1 - share)."""
     number = (drop.index[:, None] * experts + routing.index).flatten()[order]
     return (noise(drop.key, number, width) >= drop.share).float() / (1 - drop.share)
 

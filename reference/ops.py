@@ -12,7 +12,7 @@ from reference import chunked, recurrence, span
 from reference.attention import attention
 from reference.head import token_losses
 from reference.local import norm, running_sum, short_convolution, token_shift
-from reference.moe import experts, linears
+from reference.moe import combined, experts, linears, taken
 
 
 class Ops(NamedTuple):
@@ -27,6 +27,8 @@ class Ops(NamedTuple):
     running_sum: Callable  # (x : b t c, last : b c, cu_seqlens) -> (the sum up to each token, last), float64
     attention: Callable  # (q : b t h d, k : b t g d, v : b t g e, past, cu_seqlens, window, scale) -> (o, past)
     experts: Callable  # (x : n d, routing, w13 : e 2f d, w2 : e d f) -> y : n d
+    taken: Callable  # (x : n d, place : n k, rows, gate : n k, dtype) -> p rows of d: at place_nk gate_nk x_n
+    combined: Callable  # (rows : p d, place : n k, gate : n k, dtype) -> n d, the sum over k of gate_nk rows_{place_nk}
     linears: Callable  # (x : p i, groups, weights : o i each, biases) -> p o, each group's rows by its own map
     norm: Callable  # (x, weight, eps, gate, activation) -> RMS norm over the last axis
     token_losses: Callable  # (x : n d, head : vocabulary d, labels : n) -> cross entropy of each token, 0 where -100
@@ -48,6 +50,8 @@ ops = Ops(
     running_sum=running_sum,
     attention=attention,
     experts=experts,
+    taken=taken,
+    combined=combined,
     linears=linears,
     norm=norm,
     token_losses=token_losses,

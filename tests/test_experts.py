@@ -191,12 +191,12 @@ def test_exchanges_of_the_rows_that_go_elsewhere_and_of_nothing_else(what, verdi
             rows = (comes > 0).sum().item(), sum((x > 0).sum().item() for x in goes)
             _, forward, backward = said[what, tokens, "pair"]
             assert dict(forward.calls) == {"exchange": 3 + dropout} and dict(backward.calls) == {"exchange": 2}
-            numbers = 8 * (ranks - 1) * (own + 2) + 8 * pairs[0] * dropout
+            numbers = 8 * (ranks - 1) * (own + 1) + 8 * pairs[0] * dropout
             assert forward.received["exchange"] == 8 * D_ * sum(pairs) + numbers
             assert backward.received["exchange"] == 8 * D_ * sum(pairs)
             _, forward, backward = said[what, tokens, "rank"]
             assert dict(forward.calls) == {"exchange": 4 + dropout} and dict(backward.calls) == {"exchange": 3}
-            numbers = 24 * (ranks - 1) + 8 * rows[0] * (2 * k + dropout)
+            numbers = 32 * (ranks - 1) + 8 * rows[0] * (2 * k + dropout)
             assert forward.received["exchange"] == 8 * D_ * sum(rows) + numbers
             assert backward.received["exchange"] == 8 * D_ * sum(rows) + 8 * 2 * k * rows[1]
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import fast
 from fast import experts as quick
+from fast.kernels import experts as kernels
 from inputs import assert_within_budget
 from parallel import comm, mesh, shard, tensor, testing
 from parallel import experts as shared
@@ -201,14 +202,15 @@ class Careless(torch.autograd.Function):
 
 @pytest.mark.parametrize("kept", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("careless", [False, True])
-def test_an_expert_that_nobody_visits_gets_exactly_zero(careless, kept, monkeypatch):
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "autocast"])
+def test_an_expert_that_nobody_visits_gets_exactly_zero(way, careless, kept, monkeypatch):
     """A gradient, not none, and not what memory held, whatever torch's product leaves there."""
     if careless:
         monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: Careless.apply(x, w, offs))
     case = made(3, 12, 2, d=16, f=16, kept=kept, seed=5)
     come = visited(case, 12)
     assert not come.all() and come.any() == (kept > 0)
-    got = compare("bfloat16", case)
+    got = compare(way, case)
     for name in ("dw13", "dw2", "db13", "db2"):
         assert (got[name][~come] == 0).all()
         assert all(x.any() for x in got[name][come])
@@ -245,6 +247,163 @@ def test_a_token_alone_is_the_token_among_others():
         own = slice(i, i + 1)
         alone = quick.grouped(x[own], Routing(index[own], gate[own], kept[own]), **weights)
         torch.testing.assert_close(alone, y[own], rtol=2**-7, atol=2**-7)
+
+
+# --------------------------------------------------------------------------------------- the kernels around products
+
+NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
+
+
+def places_of(n, k, kept, spare, seed):
+    """Each pair's row, in any order, among rows of which `spare` are nobody's; and how many rows there are."""
+    rng = torch.Generator().manual_seed(seed)
+    stays = torch.rand(n, k, generator=rng) < kept
+    size = int(stays.sum()) + spare
+    place = torch.randint(size, size + 9, (n, k), generator=rng)
+    place[stays] = torch.randperm(size, generator=rng)[: size - spare]
+    return place, size
+
+
+def moved(way, module, inputs, place, size, gated, dtype, device):
+    """What stands in the rows of pairs, or of tokens, and all gradients; rows that are nobody's hold NaN."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, gate, D = (y.to(wide if i == 1 else dtype).to(device) for i, y in enumerate(inputs))
+    place, own = place.to(device), torch.zeros(size, dtype=torch.bool, device=device)
+    own[place[place < size]] = True
+    if way == "taken":
+        D[~own] = torch.nan
+    else:
+        x[~own] = torch.nan
+    leaves = [x.requires_grad_(), *([gate.requires_grad_()] if gated else [])]
+    more = {"rows": size} if way == "taken" else {}
+    y = getattr(module, way)(x, place, **more, gate=gate if gated else None)
+    dx, *dgate = torch.autograd.grad(y, leaves, D)
+    y, dx = (y.detach()[own], dx) if way == "taken" else (y.detach(), dx[own])
+    return [z.cpu() for z in (y, dx, *dgate)]
+
+
+@pytest.mark.parametrize("way", ["taken", "combined"])
+@pytest.mark.parametrize("dtype", NARROW)
+@given(
+    n=st.integers(0, 9),
+    k=st.sampled_from((1, 2, 3, 5, 8)),
+    d=st.integers(1, 70),
+    kept=st.sampled_from((1.0, 0.6, 0.0)),
+    spare=st.sampled_from((0, 1, 11)),
+    gated=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15)
+def test_kernels_that_dispatch_and_combine(way, dtype, n, k, d, kept, spare, gated, seed):
+    """Any number of tokens, pairs and channels; tokens without a row and rows that are nobody's, which hold NaN."""
+    place, size = places_of(n, k, kept, spare, seed)
+    there, here = (n, size) if way == "taken" else (size, n)
+    inputs = [draw(there, d, seed=seed), draw(n, k, seed=seed + 1), draw(here, d, seed=seed + 2)]
+    inputs = [y.to(dtype if i != 1 else torch.float32).double() for i, y in enumerate(inputs)]
+    exact = moved(way, moe, inputs, place, size, gated, torch.float64, "cpu")
+    plain = moved(way, moe, inputs, place, size, gated, dtype, "cpu")
+    with mock.patch.object(moe, way, None):  # the kernels, and nothing else
+        got = moved(way, quick, inputs, place, size, gated, dtype, DEVICE)
+    for name, a, b, c in zip(("y", "dx", "dgate"), got, plain, exact, strict=False):
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        if a.numel():
+            judged = (a.to(dtype), b) if name == "dgate" else (a, b)
+            assert_within_budget(*judged, c, f"{way} {name}")
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_kernels_round_once(dtype):
+    """To the dtype that is asked for, from sums and products in float32."""
+    (n, k, d), size = (7, 3, 20), 21
+    place = torch.randperm(size, generator=torch.Generator().manual_seed(0)).view(n, k).to(DEVICE)
+    x, rows = (draw(m, d, seed=m).to(DEVICE, dtype) for m in (n, size))
+    gate = draw(n, k).to(DEVICE, torch.float32)
+    taken = quick.taken(x.float(), place, size, gate, dtype)
+    assert taken.dtype == dtype
+    assert torch.equal(taken[place.flatten()], (gate[..., None] * x[:, None].float()).to(dtype).flatten(0, 1))
+    wide = quick.combined(rows, place, gate, torch.float32)
+    assert wide.dtype == torch.float32 and torch.equal(quick.combined(rows, place, gate), wide.to(dtype))
+    exact = moe.combined(rows.double().cpu(), place.cpu(), gate.double().cpu())
+    torch.testing.assert_close(wide.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("way", ["taken", "combined"])
+def test_kernels_that_do_not_compute_a_pair_know_no_infinity_of_it(way):
+    place, tokens, gate, rows = torch.tensor([[0, 9], [1, 2]]), draw(2, 5), draw(2, 2, seed=1), draw(3, 5, seed=2)
+    tokens[0] = torch.inf
+    inputs = (tokens, gate, rows) if way == "taken" else (rows, gate, tokens)
+    *_, dgate = moved(way, quick, inputs, place, 3, True, torch.float32, DEVICE)
+    assert dgate[0, 1] == 0
+    torch.testing.assert_close(dgate[1], (rows[1:] @ tokens[1]).float())
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", NARROW)
+@given(
+    p=st.sampled_from((0, 1, 20)),
+    f=st.sampled_from((1, 7, 130, 300)),
+    scale=st.sampled_from((1.0, 30.0)),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=10)
+def test_swiglu_s_kernels(dtype, p, f, scale, seed):
+    h, da = scale * draw(p, 2 * f, seed=seed).to(dtype), draw(p, f, seed=seed + 1).to(dtype)
+
+    def run(function, dtype, device):
+        own = h.to(dtype).to(device).requires_grad_()
+        a = function(own)
+        return [y.cpu() for y in (a.detach(), *torch.autograd.grad(a, own, da.to(dtype).to(device)))]
+
+    exact, plain = run(moe.swiglu, torch.float64, "cpu"), run(moe.swiglu, dtype, "cpu")
+    with mock.patch.object(moe, "swiglu", None):
+        got = run(quick.swiglu, dtype, DEVICE)
+    for a, b, c in zip(got, plain, exact, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if a.numel():
+            assert_within_budget(a, b, c)
+
+
+def launched(monkeypatch):
+    names, own = [], kernels.launch
+
+    def launch(kernel, *args, **meta):
+        names.append(kernel.__name__)
+        own(kernel, *args, **meta)
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    return names
+
+
+@pytest.mark.parametrize("gate_at", ["output", "input"])
+def test_which_kernels_a_layer_launches(gate_at, monkeypatch):
+    """One for each way of the tokens and of swiglu, and nothing of the reference's around the products."""
+    names = launched(monkeypatch)
+    monkeypatch.setattr(moe, "taken", None)
+    monkeypatch.setattr(moe, "combined", None)
+    case = made(9, 4, 2, biases=False, kept=0.7)
+    run(quick.grouped, case, torch.bfloat16 if CUDA else torch.float32, DEVICE, gate_at=gate_at)
+    assert names == ["spread", "swiglu_forward", "gathered", "spread", "swiglu_backward", "gathered"]
+
+
+@gpu
+def test_kernels_allocate_what_they_return():
+    """No copy of the tokens for each of their pairs: 64 MB of rows, 8 MB of tokens."""
+    (n, k, d), slack = (4096, 8, 1024), 2**23
+    x = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gate = torch.rand(n, k, device="cuda", requires_grad=True)
+    place = torch.randperm(n * k, device="cuda").view(n, k)
+
+    def more(function):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return function(), torch.cuda.max_memory_allocated() - before
+
+    rows, bytes_there = more(lambda: quick.taken(x, place, n * k))
+    y, bytes_back = more(lambda: quick.combined(rows, place, gate))
+    _, bytes_backward = more(lambda: torch.autograd.grad(y, (x, gate), torch.empty_like(y)))
+    assert bytes_there <= rows.nbytes + slack and bytes_back <= y.nbytes + slack
+    assert bytes_backward <= rows.nbytes + 2 * y.nbytes + slack
 
 
 # -------------------------------------------------------------------------------------------------- where it applies
@@ -338,6 +497,7 @@ def forward_and_back(layer, x, documents):
 def test_a_training_layer_asks_nothing(router, packed, monkeypatch):
     """Of tensors without numbers nothing can be asked: sizes, largest numbers, which are true. (Where some are.)"""
     monkeypatch.setattr(quick, "has_grouped", lambda *_: True)
+    monkeypatch.setattr(quick, "has_kernels", lambda *_: True)
     torch.use_deterministic_algorithms(False)
     layer = layer_of(router, torch.bfloat16, "cpu", fast.ops)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -395,11 +555,29 @@ def test_a_compiler_sees_one_graph():
     def f(x, gate, **weights):
         return quick.grouped(x, Routing(index, gate, kept), **weights).float().sin()
 
+    compiled_alike(f, given)
+
+
+def compiled_alike(f, given):
     wanted = f(**given)
     got = torch.compile(f, backend="aot_eager", fullgraph=True)(**given)
     torch.testing.assert_close(got, wanted)
     both = [torch.autograd.grad(y.sum(), list(given.values())) for y in (got, wanted)]
     torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("gate_at", ["output", "input"])
+def test_a_compiler_sees_kernels_as_operators(gate_at):
+    torch.use_deterministic_algorithms(False)
+    place = torch.tensor([[0, 3, 9], [2, 1, 4]], device=DEVICE)
+    given = {"x": draw(2, 12), "gate": draw(2, 3, seed=1)}
+    given = {name: x.float().to(DEVICE).requires_grad_() for name, x in given.items()}
+
+    def f(x, gate):
+        first, second = (None, gate) if gate_at == "output" else (gate, None)
+        return quick.combined(quick.swiglu(quick.taken(x, place, 5, first)), place, second).sin()
+
+    compiled_alike(f, given)
 
 
 # --------------------------------------------------------------------------------------------------------- memory

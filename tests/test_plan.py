@@ -545,7 +545,9 @@ def test_a_plan_is_about_what_was_measured(side, mesh, over):
             )
             p = planned(replace(A03B, lsm=x["row"]), gpus, run, Assumptions(), **mesh)
             assert p.step * 1e3 == pytest.approx(x["eager_ms"], rel=1 / 7)
-            assert 1 <= sum(p.memory.values()) / (x["peak_mib"] * 2**20) < 1 + over
+            # Measured while experts on a GPU still kept the silu of each pair's hidden channels.
+            took = x["peak_mib"] * 2**20 - x["tokens"] * A03B.top_k * A03B.expert_width * 2
+            assert 1 <= sum(p.memory.values()) / took < 1 + over
 
 
 def test_hiding_ends_where_computing_does():
