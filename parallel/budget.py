@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from parallel import tensor, tracing
+from parallel import pipeline, tensor, tracing
 from parallel.tracing import CHUNK, Crossing, Kept
 from reference.head import HELD
 from reference.mixers.softmax import Attention, heads_of
@@ -696,14 +696,30 @@ EXCHANGES = {
 
 
 def staging(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
-    """Pipeline parallelism: what enters a stage, and its gradient."""
-    mesh = asked.mesh
-    if mesh.pipeline > 1:
-        tokens = math.ceil(shape.tokens / mesh.tensor) if mesh.between == "cut" else shape.tokens
-        size = tokens * asked.model.width * counted.kept[0].stream
-        stride = mesh.tensor * mesh.sequence * mesh.data
-        both = 2 * shape.times  # forward and backward
-        yield Traffic("pipeline", "pass activations on", both, float(size * both), mesh.pipeline, stride, 1)
+    """Pipeline parallelism: what enters a stage, and its gradient; gradients of parameters that several stages have."""
+    mesh, model = asked.mesh, asked.model
+    if mesh.pipeline == 1:
+        return
+    tokens = math.ceil(shape.tokens / mesh.tensor) if mesh.between == "cut" else shape.tokens
+    values, common = of_several_stages(model, mesh.pipeline, mesh.tensor)
+    size = (tokens * model.width + shape.tokens * values) * counted.kept[0].stream
+    stride = mesh.tensor * mesh.sequence * mesh.data
+    both = 2 * shape.times  # forward and backward
+    yield Traffic("pipeline", "pass activations on", both, float(size * both), mesh.pipeline, stride, 1)
+    numbers = sum(common) / mesh.shards * (mesh.pipeline - 1)
+    yield Traffic("pipeline", "sum gradients of common bounds", len(common), numbers * 4, mesh.pipeline, stride, 1)
+    numbers = model.vocabulary * model.width / mesh.shards
+    ends = stride * (mesh.pipeline - 1)
+    yield Traffic("pipeline", "sum the tied embedding's gradient", int(model.tied), numbers * 4, 2, ends, 1)
+
+
+@functools.cache
+def of_several_stages(model: Model, stages: int, ranks: int) -> tuple[int, list[int]]:
+    """Channels of the values that go on beside x, on one of the ranks that share heads; sizes of what all layers have
+    in common."""
+    built = on_meta(model)
+    values = pipeline.handed_on(built, pipeline.cut(len(built.blocks), stages), ranks)
+    return max(values), [p.numel() for p in built.common.values()]
 
 
 def item(run: Run) -> int:
