@@ -598,6 +598,20 @@ MUTANTS = [
         "tests/test_pipeline.py -k one_place",
     ),
     Mutant(
+        "experts are planned to travel in 32 bits",
+        "parallel/budget.py",
+        "(self.here - self.narrow) * wire(given) + self.narrow * 2",
+        "self.here * wire(given)",
+        "tests/test_plan.py -k fsdp",
+    ),
+    Mutant(
+        "what the optimizer makes is planned to fit in with the gradients",
+        "parallel/budget.py",
+        '"the optimizer\'s temporaries": 4 * held',
+        '"the optimizer\'s temporaries": 0',
+        "tests/test_plan.py -k 'optimizer_makes or measured'",
+    ),
+    Mutant(
         "values travel unplanned",
         "parallel/budget.py",
         "(tokens * model.width + shape.tokens * values)",
