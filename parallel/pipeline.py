@@ -294,6 +294,7 @@ class Part(nn.Module):
                 input_args=tokens if stage.first else self.between(tokens, dtype, stage.enters),
                 output_args=one if stage.last else self.between(tokens, dtype, stage.leaves),
                 group=self.mesh.pipeline,
+                dw_builder=at_once(stage),
             )
             for stage in self.stages
         ]
@@ -342,6 +343,13 @@ class Part(nn.Module):
             elif self.places[i + 1] != me:
                 comm.give(x.to(dtype), group, self.places[i + 1] - me)
         return Output(comm.total(losses, group), None, None, None)
+
+
+def at_once(stage: Stage) -> Callable | None:
+    """For torch's stage, which counts gradients twice or fails (pytorch/pytorch#180952) if it is to make those of
+    scattered parameters by themselves: what is left to do after a backward pass that made all of them. Nothing."""
+    scattered = any(getattr(layer, "scattered", False) for layer in stage.modules())
+    return (lambda: lambda: None) if scattered else None
 
 
 class Seen(NamedTuple):

@@ -595,7 +595,7 @@ MUTANTS = [
         "parallel/pipeline.py",
         "x, *common = Entering.apply(x, *self.common.values())",
         "common = self.common.values()",
-        "tests/test_pipeline.py -k one_place",
+        "tests/test_pipeline.py -k 'scattered and hgrn2'",
     ),
     Mutant(
         "experts are planned to travel in 32 bits",
@@ -610,6 +610,20 @@ MUTANTS = [
         '"the optimizer\'s temporaries": 4 * held',
         '"the optimizer\'s temporaries": 0',
         "tests/test_plan.py -k 'optimizer_makes or measured'",
+    ),
+    Mutant(
+        "maps inside mixers are traced without rows",
+        "parallel/tracing.py",
+        "return [np.int64(self.rows),",
+        "return [np.int64(0),",
+        "tests/test_plan.py -k 'maps and heads'",
+    ),
+    Mutant(
+        "scattered parameters wait for the second part of a backward pass",
+        "parallel/pipeline.py",
+        "(lambda: lambda: None) if scattered else None",
+        "None",
+        "tests/test_pipeline.py -k 'scattered and (s4 or ttt)'",
     ),
     Mutant(
         "values travel unplanned",

@@ -250,7 +250,13 @@ SHARED = {
     "mamba2": {"pattern": "LN", "lsm": "mamba2", "router": "deepseek_v3", "shared_width": 32},
     "lightning": {"pattern": "L+DN", "lsm": "lightning", "dense_width": 32, "key_heads": 1},
     "latent attention": {"pattern": "NE", "attention": "latent", "expert_kind": "relu_squared"},
-    "mamba": {"pattern": "L", "lsm": "mamba"},
+    "maps inside mixers": {
+        "pattern": "LN",
+        "lsm": "mamba",
+        "projection_experts": ("input", "gate", "output"),
+        "attention": "mixture",
+        "mixer_experts": 3,
+    },
     "s4": {"pattern": "LD", "lsm": "s4", "dense_width": 32},
 }
 
@@ -401,7 +407,9 @@ def test_two_ranks_that_share_heads_receive_what_is_planned(name, recompute, pre
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_so_do_two_that_share_experts_out_as_well(recompute):
-    model, run = replace(SMALL, **SHARED["mamba2"]), Run(length=63, batch=1, recompute=recompute, precision="bf16")
+    """And mixtures of memories."""
+    model = replace(SMALL, **SHARED["mamba2"] | {"lsm": "mom_gla"})
+    run = Run(length=63, batch=1, recompute=recompute, precision="bf16")
     p = planned(model, 2, run, Assumptions(), tensor=2, expert=2)
     size = sum(t.bytes for t in p.traffic if t.axis == "tensor")
     calls = sum(t.calls for t in p.traffic if t.axis in ("tensor", "expert"))
