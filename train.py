@@ -466,7 +466,7 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
         sums = one_by_one(config, model, ops, batches, tokens, step)
     loss = sum(s.loss for s in sums)
     load = Load(*map(sum, zip(*(s.load for s in sums), strict=True))) if sums[0].load is not None else None
-    norm = shard.grad_norm(model.parameters(), apart=piped)
+    norm = shard.grad_norm(pipeline.once(model), apart=piped)
     finite = bool(torch.isfinite(norm))
     if finite:
         shard.clip_(model.parameters(), norm, config.optimizer.clip)

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from parallel import lasp, tensor, tracing
+from parallel import lasp, pipeline, tensor, tracing
 from parallel.tracing import CHUNK, Crossing, Kept
 from reference.head import HELD
 from reference.mixers.softmax import Attention, heads_of
@@ -102,7 +102,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Of the machine and of what overlaps. Only the efficiency is measured here."""
+    """Of the machine and of what overlaps. Only the efficiency and the workspace are measured here."""
 
     peak: float = 790.0
     """matrix products in bf16, TFLOP/s a GPU"""
@@ -110,6 +110,8 @@ class Assumptions:
     """share of the peak that a step reaches"""
     memory: float = 149.0
     """GB a GPU"""
+    workspace: float = 0.08
+    """GB that the libraries of products keep"""
     memory_bandwidth: float = 4.3
     """TB/s a GPU"""
     host: int = 8
@@ -133,7 +135,7 @@ class Assumptions:
     optimizer_traffic: float = 42.0
     """bytes a parameter read and written outside the products (Adam 30, gradients 12)"""
     gathered: Literal["float32", "bf16"] = "float32"
-    """in which parameters travel (the trainer: float32)"""
+    """in which parameters travel, but for experts beside products in bf16 (the trainer: float32)"""
     kernels: Literal["fused", "reference"] = "fused"
     """whether norms, convolutions and attention keep their inputs alone"""
 
@@ -383,7 +385,8 @@ class Placed(NamedTuple):
     copied: float = 0.0  # of them, those that it puts together from parts of whole ones
     again: float = 0.0  # in products that all GPUs which share heads do alike, but its share
     apart: float = 0.0  # layers with some that are cut by heads, which travel by themselves
-    apart_dealt: float = 0.0  # layers whose experts do
+    apart_experts: float = 0.0  # layers whose experts do
+    narrow: float = 0.0  # of those that are here, the ones that travel and compute in 16 bits
 
     def plus(self, other: "Placed") -> "Placed":
         return Placed(*map(sum, zip(self, other, strict=True)))
@@ -399,15 +402,23 @@ class Placed(NamedTuple):
     def over(self, mesh: Degrees) -> "Placed":
         """The parts of these that one GPU of a replica keeps."""
         alike, same = mesh.alike, mesh.same_experts
-        return self._replace(whole=self.whole / mesh.shards, own=self.own / alike, dealt=self.dealt / same)
+        own = {"whole": self.whole / mesh.shards, "own": self.own / alike, "dealt": self.dealt / same}
+        return self._replace(**own, narrow=self.narrow / same)
+
+    def gathered(self, given: Assumptions) -> float:
+        """Bytes of those that are there."""
+        return (self.here - self.narrow) * wire(given) + self.narrow * 2
 
     def received(self, mesh: Degrees) -> float:
         """Numbers that come from the other GPUs when all are gathered."""
         return self.here - self.over(mesh).here
 
+    def received_bytes(self, mesh: Degrees, given: Assumptions) -> float:
+        return self.gathered(given) - self.over(mesh).gathered(given)
+
     def layers_apart(self, mesh: Degrees) -> int:
         """Layers that travel by themselves, to GPUs that hold the same."""
-        return round(self.apart * (mesh.alike > 1) + self.apart_dealt * (mesh.same_experts > 1))
+        return round(self.apart * (mesh.alike > 1) + self.apart_experts * (mesh.same_experts > 1))
 
 
 class Places(NamedTuple):
@@ -420,15 +431,17 @@ class Places(NamedTuple):
 
 
 def places(asked: Asked) -> Places:
-    mesh = asked.mesh
-    return placed(asked.model, mesh.expert, mesh.tensor, mesh.alike if mesh.tensor > 1 else 1)
+    """As `parallel.shard` has them: experts are narrow beside products in bf16, but not in stages or cut by heads."""
+    mesh, bf16 = asked.mesh, asked.run.precision == "bf16"
+    narrow = bf16 and mesh.shards > 1 and mesh.pipeline == 1 and (mesh.tensor == 1 or mesh.expert > 1)
+    return placed(asked.model, mesh.expert, mesh.tensor, mesh.alike if mesh.tensor > 1 else 1, narrow)
 
 
 @functools.cache
-def placed(model: Model, expert: int, ranks: int, alike: int) -> Places:
+def placed(model: Model, expert: int, ranks: int, alike: int, narrow: bool) -> Places:
     """With experts shared out, or heads shared by so many ranks, of which `alike` hold the same part."""
     built = on_meta(model)
-    layers = [m for m in built.modules() if isinstance(m, MoE)] if expert > 1 else []
+    layers = [m for m in built.modules() if isinstance(m, MoE)] if expert > 1 or narrow else []
     experts = {id(p) for layer in layers for p in routed(layer)}
     found = tensor.share(built, tracing.imagined(ranks, []), shared_out=expert > 1) if ranks > 1 else []
     heads = {id(shared.weight): shared for shared in found}
@@ -437,7 +450,7 @@ def placed(model: Model, expert: int, ranks: int, alike: int) -> Places:
     def of(p: nn.Parameter) -> Placed:
         n = p.numel()
         if id(p) in experts:
-            return Placed(dealt=n / expert, used=n / expert)
+            return Placed(dealt=n / expert, used=n / expert, narrow=n / expert * narrow)
         if id(p) not in heads:
             return Placed(n, used=n, again=(n - n / ranks) * (p.ndim >= 2))
         cut = heads[id(p)].cut
@@ -449,7 +462,7 @@ def placed(model: Model, expert: int, ranks: int, alike: int) -> Places:
 
     def of_all(block: nn.Module) -> Placed:
         inside = set(block.modules())
-        several = Placed(apart=len(inside & apart), apart_dealt=len(inside & set(layers)))
+        several = Placed(apart=len(inside & apart), apart_experts=len(inside & set(layers)))
         return functools.reduce(Placed.plus, map(of, block.parameters()), several)
 
     blocks = tuple(map(of_all, built.blocks))
@@ -461,7 +474,13 @@ def placed(model: Model, expert: int, ranks: int, alike: int) -> Places:
 
 
 def memory(asked: Asked, counted: Counted) -> dict[str, float]:
-    """Bytes a GPU by part, at the worst moment: the fullest stage's, with everything in flight."""
+    """Bytes a GPU by part, at the worst of the `moments`."""
+    return max(moments(asked, counted).values(), key=lambda parts: sum(parts.values()))
+
+
+def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
+    """Bytes a GPU by part, of the fullest stage with everything in flight: while logits are there, in the backward pass
+    of the largest block, and while the optimizer moves the parameters."""
     mesh, run, given = asked.mesh, asked.run, asked.given
     shape, where = shape_of(asked, counted), places(asked)
     stage = shape.blocks / counted.blocks
@@ -469,31 +488,45 @@ def memory(asked: Asked, counted: Counted) -> dict[str, float]:
     everything = where.inside.times(stage).plus(root)
     held = everything.over(mesh).here
     cut, several, bf16 = mesh.shards > 1, shape.times > 1, run.precision == "bf16"
-    flight = min(mesh.pipeline, shape.times)
-    cast = (block.plus(root) if run.recompute else everything).used
+    gradients = 4 * (everything.here if cut and several else held)
     # cut out in the dtype in which parameters travel; of what is then cast, the copy is kept
     copied = (block if run.recompute or (bf16 and wire(given) == 4) else everything).copied
+    lasting = {"parameters": 4 * held, "optimizer state": 8 * held, "workspace": given.workspace * 1e9}
+    rest = {"gathered: the rest": (root.gathered(given) + 4 * root.here * (not several)) * cut}
+
+    def casts(placed: Placed) -> float:
+        return 2 * (placed.used - placed.narrow) * (bf16 and given.gathered == "float32")
+
     return {
-        "parameters": 4 * held,
-        "gradients": 4 * (everything.here if cut and several else held),
-        "optimizer state": 8 * held,
-        "gathered: two blocks": 2 * block.here * (wire(given) + (0 if several else 4)) if cut else 0.0,
-        "gathered: the rest": root.here * (wire(given) + (0 if several else 4)) if cut else 0.0,
-        "cut out of what was gathered": copied * wire(given),
-        "bf16 copies of parameters": cast * 2 if bf16 and given.gathered == "float32" else 0.0,
-        "saved activations": saved(asked, counted, stage) * shape.tokens * flight,
-        "logits": logits(asked.model, run) * min(shape.tokens / mesh.tensor, HELD // asked.model.vocabulary),
-        "memories that travel": travelling(asked, counted),
+        "loss": lasting
+        | rest
+        | {
+            "gradients": gradients if several else 4 * root.here * (not cut),
+            "bf16 copies of parameters": casts(root if run.recompute else everything),
+            "saved activations": saved(asked, counted, one=False),
+            "logits": logits(asked.model, run) * min(shape.tokens / mesh.tensor, HELD // asked.model.vocabulary),
+        },
+        "backward": lasting
+        | rest
+        | {
+            "gradients": gradients,
+            "gathered: two blocks": 2 * (block.gathered(given) + 4 * block.here * (not several)) * cut,
+            "cut out of what was gathered": copied * wire(given),
+            "bf16 copies of parameters": casts(block if run.recompute else everything),
+            "saved activations": saved(asked, counted),
+            "memories that travel": travelling(asked, counted),
+        },
+        "optimizer": lasting | {"gradients": 4 * held, "the optimizer's temporaries": 4 * held},
     }
 
 
-def saved(asked: Asked, counted: Counted, stage: float) -> float:
-    """Bytes a token that are kept of such a share of the blocks: when recomputing, what enters them, and one's all."""
-    inside = [kept.a_token for kept in counted.kept]
-    if not asked.run.recompute:
-        return sum(inside) * stage
+def saved(asked: Asked, counted: Counted, one: bool = True) -> float:
+    """Bytes that are kept of a stage's blocks: when recomputing, what enters them, and, with `one`, all of one."""
+    shape, model, inside = shape_of(asked, counted), asked.model, [kept.a_token for kept in counted.kept]
     part = 1 / asked.mesh.tensor if asked.mesh.between == "cut" else 1
-    return sum(asked.model.width * kept.stream for kept in counted.kept) * part * stage + max(inside)
+    each = [model.width * kept.stream * part for kept in counted.kept] if asked.run.recompute else inside
+    a_token = sum(each) * shape.blocks / counted.blocks + max(inside) * (one and asked.run.recompute)
+    return a_token * shape.tokens * min(asked.mesh.pipeline, shape.times)
 
 
 def logits(model: Model, run: Run) -> float:
@@ -546,19 +579,16 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
         return
     inside, root = places(asked).inside.times(shape.blocks / counted.blocks), places(asked).root
 
-    def numbers(times: int) -> float:
-        return times * inside.received(mesh) + root.received(mesh)
-
-    calls = shape.blocks + inside.layers_apart(mesh)
+    calls, numbers = shape.blocks + inside.layers_apart(mesh), inside.received(mesh) + root.received(mesh)
     yield Traffic(
         "shards",
         "gather parameters",
         (2 * calls + 1) * shape.times,
-        numbers(2) * wire(asked.given) * shape.times,
+        (2 * inside.received_bytes(mesh, asked.given) + root.received_bytes(mesh, asked.given)) * shape.times,
         mesh.shards,
         hidden="weights",
     )
-    yield Traffic("shards", "reduce-scatter gradients", calls + 1, numbers(1) * 4, mesh.shards, hidden="weights")
+    yield Traffic("shards", "reduce-scatter gradients", calls + 1, numbers * 4, mesh.shards, hidden="weights")
 
 
 def received(numbers: float, ranks: int) -> float:
@@ -573,7 +603,7 @@ def replicating(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
         held = memory(asked, counted)["parameters"]
         where = {"ranks": mesh.replicas, "stride": mesh.shards, "hidden": "weights"}
         inside = places(asked).inside.times(shape.blocks / counted.blocks)
-        calls = shape.blocks + round(inside.apart + inside.apart_dealt) + 1
+        calls = shape.blocks + round(inside.apart + inside.apart_experts) + 1
         yield Traffic("replicas", "all-reduce gradients", calls, 2 * received(held, mesh.replicas), **where)
 
 
@@ -705,14 +735,30 @@ EXCHANGES = {
 
 
 def staging(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
-    """Pipeline parallelism: what enters a stage, and its gradient."""
-    mesh = asked.mesh
-    if mesh.pipeline > 1:
-        tokens = math.ceil(shape.tokens / mesh.tensor) if mesh.between == "cut" else shape.tokens
-        size = tokens * asked.model.width * counted.kept[0].stream
-        stride = mesh.tensor * mesh.sequence * mesh.data
-        both = 2 * shape.times  # forward and backward
-        yield Traffic("pipeline", "pass activations on", both, float(size * both), mesh.pipeline, stride, 1)
+    """Pipeline parallelism: what enters a stage, and its gradient; gradients of parameters that several stages have."""
+    mesh, model = asked.mesh, asked.model
+    if mesh.pipeline == 1:
+        return
+    tokens = math.ceil(shape.tokens / mesh.tensor) if mesh.between == "cut" else shape.tokens
+    values, common = of_several_stages(model, mesh.pipeline, mesh.tensor)
+    size = (tokens * model.width + shape.tokens * values) * counted.kept[0].stream
+    stride = mesh.tensor * mesh.sequence * mesh.data
+    both = 2 * shape.times  # forward and backward
+    yield Traffic("pipeline", "pass activations on", both, float(size * both), mesh.pipeline, stride, 1)
+    numbers = sum(common) / mesh.shards * (mesh.pipeline - 1)
+    yield Traffic("pipeline", "sum gradients of common bounds", len(common), numbers * 4, mesh.pipeline, stride, 1)
+    numbers = model.vocabulary * model.width / mesh.shards
+    ends = stride * (mesh.pipeline - 1)
+    yield Traffic("pipeline", "sum the tied embedding's gradient", int(model.tied), numbers * 4, 2, ends, 1)
+
+
+@functools.cache
+def of_several_stages(model: Model, stages: int, ranks: int) -> tuple[int, list[int]]:
+    """Channels of the values that go on beside x, on one of the ranks that share heads; sizes of what all layers have
+    in common."""
+    built = on_meta(model)
+    values = pipeline.handed_on(built, pipeline.cut(len(built.blocks), stages), ranks)
+    return max(values), [p.numel() for p in built.common.values()]
 
 
 def item(run: Run) -> int:

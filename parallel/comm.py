@@ -95,6 +95,20 @@ def total(x: Tensor, group: Group) -> Tensor:
     return x
 
 
+def total_of_some(x: Tensor, group: Group, ranks: Sequence[int]) -> Tensor:
+    """The sum of x over `ranks`, those of the group that call this; in their order, so that all get the same bits. No
+    gradient. Receives (len(ranks) - 1) · bytes of x."""
+    x, others = x.detach().contiguous(), [r for r in ranks if r != rank(group)]
+    if not others or not x.numel():
+        return x
+    every = {rank(group): x} | {r: torch.empty_like(x) for r in others}
+    ends = [(f, y, r) for r in others for f, y in ((dist.isend, x), (dist.irecv, every[r]))]
+    for work in dist.batch_isend_irecv([dist.P2POp(f, y, group=group, group_peer=r) for f, y, r in ends]):
+        work.wait()
+    _note("total of some", len(others) * _bytes(x))
+    return sum(every[r] for r in ranks)
+
+
 def shift(x: Tensor, group: Group, forward: bool = True) -> Tensor:
     """The x of the rank before me (`forward`), or after me; zeros where there is none. No gradient."""
     n, me = size(group), rank(group)

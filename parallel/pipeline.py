@@ -1,16 +1,18 @@
 """Blocks shared out over ranks: each rank holds some of the stack, and micro-batches flow through.
 
-A stack of blocks is cut into stages, one or two of them on each rank. Between stages travels the residual stream x
-alone, forward, and its gradient, backward; in which order a rank does what is the schedule's, which is torch's
-(`torch.distributed.pipelining`). All ranks of a pipeline make the same batches, as data is a function of the step, so
-that what a block knows about its tokens besides x never travels.
+A stack of blocks is cut into stages, one or two of them on each rank. Between stages travels the residual stream x,
+forward, and its gradient, backward, and beside x what a layer hands to later ones (RWKV7: values); in which order a
+rank does what is the schedule's, which is torch's (`torch.distributed.pipelining`). All ranks of a pipeline make the
+same batches, as data is a function of the step, so that nothing else that a block knows about its tokens travels.
 
 Ranks with the same stages may share data, sequences, heads and experts as without a pipeline: each of them has its own
 pipeline, with the ranks in the same place of the other stages. All of them follow the same schedule, so what they
 exchange with each other inside a stage comes in the same order on all.
 
 Every parameter keeps the name that it has in the whole model: it starts as there, and checkpoints fit any number of
-stages. Losses of routers belong to the stage that has the layer: they join its gradient where x leaves it.
+stages. A parameter of several stages (a tied embedding, HGRN2's bounds) has a copy in each of them; the gradients of
+all copies are summed before they are clipped, so that the copies stay equal. Losses of routers belong to the stage that
+has the layer: they join its gradient where x leaves it.
 
     b batch (1, packed)   t time   d width   l expert layers   e experts   s stages
 """
@@ -63,13 +65,7 @@ def cut(blocks: int, stages: int) -> list[range]:
 def refuse(model: LanguageModel, mesh: Mesh, micro_batches: int) -> None:
     """ValueError, one line, for what cannot be cut into stages, and for too few micro-batches to fill them."""
     ranks, how = mesh.pipeline_size, SCHEDULE[mesh.schedule]
-    config, blocks, stages, alone = model.config, len(model.blocks), ranks * how.stages, "use --mesh.pipeline 1"
-    if config.tied:
-        raise ValueError(f"a tied embedding is of the first and of the last stage, which are different ranks; {alone}")
-    if len(model.common) or any(getattr(layer, "needs_values", False) for layer in model.modules()):
-        raise ValueError(f"layers of {config.lsm!r} share more than x, which stages do not hand on; {alone}")
-    if any(isinstance(layer, MoE) and layer.scale is not None for layer in model.modules()):
-        raise ValueError(f"router {config.router!r} mixes tokens, which no test has led through stages; {alone}")
+    blocks, stages = len(model.blocks), ranks * how.stages
     if how.parts and mesh.sequence_size > 1 and mesh.states == "ring":
         # The second part may come once more by where one rank gives a memory's cotangent and another takes it.
         raise ValueError(
@@ -93,6 +89,21 @@ def refuse(model: LanguageModel, mesh: Mesh, micro_batches: int) -> None:
         )
 
 
+def of_several(model: LanguageModel, stage: int, stages: int) -> list[str]:
+    """Parameters that a stage has as others have them: those of all layers, and a tied embedding."""
+    tied = model.config.tied and stage in (0, stages - 1)
+    return [*(f"common.{name}" for name in model.common), *["embedding"] * tied]
+
+
+def handed_on(model: LanguageModel, parts: list[range], ranks: int) -> list[int]:
+    """Channels of the values that enter each stage beside x, from the layer that gives its own to the last one that
+    needs them. Each of the `ranks` that share heads has those of its heads."""
+    layers = [(i, layer) for i, block in enumerate(model.blocks) for layer in block.modules()]
+    given = [(i, layer.values // ranks) for i, layer in layers if getattr(layer, "gives_values", False)]
+    last = max((i for i, layer in layers if getattr(layer, "needs_values", False)), default=0)
+    return [sum(size for i, size in given if i < part[0] <= last) for part in parts]
+
+
 class Stage(nn.Module):
     """Some neighbouring blocks; the first stage has the embedding, too, and the last one the norm and the head."""
 
@@ -100,19 +111,23 @@ class Stage(nn.Module):
         super().__init__()
         self.config, self.ops, self.index, self.repeated = whole.config, whole.ops, index, repeated
         self.first, self.last = index == 0, index == len(parts) - 1
-        self.side = whole.side
-        if self.first:
+        self.side, self.several = whole.side, of_several(whole, index, len(parts))
+        self.enters, self.leaves = [*handed_on(whole, parts, repeated), 0][index : index + 2]
+        if self.first or "embedding" in self.several:
             self.embedding = whole.embedding
+        self.common = nn.ParameterDict(whole.common)
         self.blocks = nn.ModuleDict({str(i): whole.blocks[i] for i in parts[index]})
         if self.last:
-            self.norm, self.head = whole.norm, whole.head
+            self.norm = whole.norm
+        if self.last and not self.config.tied:
+            self.head = whole.head
         self.task: Task | None = None
         self.loads: dict[int, Load | None] = {}  # of each micro-batch, over all ranks
         self.losses: dict[int, Tensor] = {}  # the sum over its tokens
 
     def forward(self, x: Tensor, number: Int[Tensor, " 1"] | None = None, batch=None, key: int | None = None):
         """Of micro-batch `number` of the step at hand: x, or the last stage's share of the loss. Of a `batch` that is
-        given: x, or the losses of its tokens."""
+        given: x, or the losses of its tokens. x comes and goes with the values that are handed on, as `packed`."""
         training = batch is None
         i = int(number) if training else 0
         batch, key = (self.task.batches[i], self.task.key) if training else (batch, key)
@@ -128,19 +143,34 @@ class Stage(nn.Module):
         self.losses[i] = losses.detach()
         return (losses / self.task.tokens / self.repeated + aside)[None]
 
-    def through(self, x: Tensor, batch, key: int | None) -> tuple[Float[Tensor, "b t d"], list]:
+    def through(self, x: Tensor, batch, key: int | None) -> tuple[Tensor, list]:
         side = self.side(batch.tokens, batch.positions, batch.cu_seqlens, batch.indices, key, None)
-        if self.first:
-            x = nn.functional.embedding(x, self.embedding)
+        x, values = (nn.functional.embedding(x, self.embedding), None) if self.first else self.unpacked(x, batch)
+        x, *common = Entering.apply(x, *self.common.values())
+        side = side._replace(common=dict(zip(self.common, common, strict=True)), values=values)
         loads = []
         for block in self.blocks.values():
             x, side, _, own = block(x, side, None)
             loads += own
-        return x, loads
+        return packed(x, side.values) if self.leaves else x, loads
+
+    def unpacked(self, x: Tensor, batch) -> tuple[Float[Tensor, "b s d"], Float[Tensor, "b t v"] | None]:
+        if not self.enters:
+            return x, None
+        values = batch.tokens.numel() * self.enters
+        x, values = x.split([x.numel() - values, values])
+        b, t = batch.tokens.shape
+        return x.view(b, -1, self.config.width), values.view(b, t, self.enters)
 
     def lost(self, x: Tensor, batch) -> Float[Tensor, "b t"]:
-        x = self.ops.norm(x, self.norm, self.config.eps)
-        return self.ops.token_losses(x.flatten(0, 1), self.head, batch.labels.flatten()).view(batch.labels.shape)
+        x, head = self.ops.norm(x, self.norm, self.config.eps), self.embedding if self.config.tied else self.head
+        return self.ops.token_losses(x.flatten(0, 1), head, batch.labels.flatten()).view(batch.labels.shape)
+
+
+def packed(x: Float[Tensor, "b s d"], values: Float[Tensor, "b t v"]) -> Float[Tensor, " n"]:
+    """One tensor, as torch's stages (2.11) hand on no second one that some stage has no use for. Flat, because ranks
+    that share heads may have a part of the tokens of x, and of the values those of their heads."""
+    return torch.cat([x.flatten(), values.to(x.dtype).flatten()])
 
 
 class Task(NamedTuple):
@@ -165,6 +195,20 @@ class Joined(torch.autograd.Function):
         return D, torch.ones_like(ctx.like)
 
 
+class Entering(torch.autograd.Function):
+    """x and the parameters that all layers share, as they are: here they meet, and nowhere else. Zero-bubble schedules
+    begin the gradient of a weight at the places where it meets what comes of x, and before torch 2.13 count twice if
+    one of these is behind another (pytorch/pytorch#180952)."""
+
+    @staticmethod
+    def forward(ctx, *both: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.view_as(y) for y in both)
+
+    @staticmethod
+    def backward(ctx, *D: Tensor) -> tuple[Tensor, ...]:
+        return D
+
+
 class Part(nn.Module):
     """The stages of this rank, with the names of the whole model. Built on the meta device; `fill` it."""
 
@@ -174,6 +218,9 @@ class Part(nn.Module):
         self.parts = cut(len(whole.blocks), mesh.pipeline_size * how.stages)
         self.places = [place(i, mesh.pipeline_size, how) for i in range(len(self.parts))]
         mine = [i for i, rank in enumerate(self.places) if rank == mesh.pipeline_rank]
+        several = [(rank, of_several(whole, i, len(self.parts))) for i, rank in enumerate(self.places)]
+        # ranks with copies of the parameters of several stages, of which the first stage has all
+        self.holders = {name: sorted({rank for rank, names in several if name in names}) for name in several[0][1]}
         self.stages = Hidden(Stage(whole, i, self.parts, mesh.tensor_size) for i in mine)
         layers = [name for name, layer in whole.named_modules() if isinstance(layer, MoE)]
         blocks = {f"blocks.{i}" for stage in self.stages for i in stage.blocks}
@@ -186,17 +233,21 @@ class Part(nn.Module):
         """Memory for the parameters, after sharding. Only then do they get their names here: both replace them."""
         for stage in self.stages:
             stage.to_empty(device=device)
-        for stage in self.stages:
-            if stage.first:
-                self.embedding = stage.embedding
+        for stage in reversed(self.stages):
+            for name in ("embedding", "norm", "head"):
+                if hasattr(stage, name):
+                    setattr(self, name, getattr(stage, name))
+        here = {
+            name: [stage.get_parameter(name) for stage in self.stages if name in stage.several] for name in self.holders
+        }
+        self.copies = {name: copies for name, copies in here.items() if copies}  # the first of them has the name
+        self.common = nn.ParameterDict(self.stages[0].common)
         self.blocks = nn.ModuleDict({i: block for stage in self.stages for i, block in stage.blocks.items()})
-        for stage in self.stages:
-            if stage.last:
-                self.norm, self.head = stage.norm, stage.head
 
     def backward(self, task: Task) -> tuple[Tensor, Load | None]:
         """Forward and backward of all micro-batches; (sum of the token losses, 0 on ranks without the head; the loads
         of all layers, over all ranks and micro-batches). Gradients are summed over the ranks that hold the same."""
+        self.begin_alike()
         times = len(task.batches)
         if self.schedule is None:
             self.schedule = self.scheduled(task.batches[0].tokens, times)
@@ -205,25 +256,45 @@ class Part(nn.Module):
         x = [torch.cat([batch.tokens for batch in task.batches])] if self.mesh.pipeline_rank == 0 else []
         number = torch.arange(times)
         self.schedule.step(*x, number=number, target=number if self.has_head else None)
+        self.add_up()
         losses = [loss for stage in self.stages for loss in stage.losses.values()]
         loads = [[stage.loads[i] for stage in self.stages if stage.loads[i] is not None] for i in range(times)]
         return sum(losses, task.tokens * 0).to(task.tokens), self.whole(loads)
+
+    @torch.no_grad()
+    def begin_alike(self) -> None:
+        """Copies on this rank that have no name, which nobody fills or moves, become those that have one."""
+        for named, *others in self.copies.values():
+            for copy in others:
+                shard.local(copy).copy_(shard.local(named))
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        """Of parameters of several stages each rank's named copy gets the gradient of all copies of all ranks."""
+        for name, copies in self.copies.items():
+            grad, *others = [torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies]
+            mine = sum(map(shard.local, others), shard.local(grad))
+            shard.local(grad).copy_(comm.total_of_some(mine, self.mesh.pipeline, self.holders[name]))
+            for copy in copies:
+                copy.grad = None
+            copies[0].grad = grad
 
     def scheduled(self, tokens: Int[Tensor, "1 t"], times: int):
         from torch.distributed.pipelining import PipelineStage, schedules
 
         how, dtype = SCHEDULE[self.mesh.schedule], next(self.parameters()).dtype
         comm.total(tokens.new_zeros(1), self.mesh.pipeline)  # NCCL wants all ranks in the first exchange of a group
-        x = self.between(tokens, dtype).requires_grad_()
+        one = torch.empty(1, dtype=dtype, device=tokens.device, requires_grad=True)
         stages = [
             PipelineStage(
                 stage,
                 stage.index,
                 len(self.parts),
                 tokens.device,
-                input_args=tokens if stage.first else x,
-                output_args=x.new_empty(1, requires_grad=True) if stage.last else x,
+                input_args=tokens if stage.first else self.between(tokens, dtype, stage.enters),
+                output_args=one if stage.last else self.between(tokens, dtype, stage.leaves),
                 group=self.mesh.pipeline,
+                dw_builder=at_once(stage),
             )
             for stage in self.stages
         ]
@@ -231,11 +302,14 @@ class Part(nn.Module):
             stages if how.stages > 1 else stages[0], times, loss_fn=lambda loss, _: loss.sum(), scale_grads=False
         )
 
-    def between(self, tokens: Int[Tensor, "1 t"], dtype: torch.dtype) -> Float[Tensor, "1 s d"]:
-        """As large as what goes from stage to stage: x of all these tokens, or of a rank's part of them."""
+    def between(self, tokens: Int[Tensor, "1 t"], dtype: torch.dtype, channels: int) -> Tensor:
+        """As large as what goes from stage to stage: x of all these tokens, or of a rank's part of them; with so many
+        channels of values, packed."""
         b, t = tokens.shape
         share = self.mesh.tensor_size if self.mesh.between == "cut" else 1
-        return torch.empty(b, -(-t // share), self.config.width, dtype=dtype, device=tokens.device)
+        how = {"dtype": dtype, "device": tokens.device, "requires_grad": True}
+        x = torch.empty(b, -(-t // share), self.config.width, **how)
+        return torch.empty(x.numel() + b * t * channels, **how) if channels else x
 
     def whole(self, loads: list[list[Load]]) -> Load | None:
         """Over micro-batches, and of the layers of all stages, in the order of the stack."""
@@ -253,6 +327,7 @@ class Part(nn.Module):
 
     def forward(self, tokens, labels, positions=None, cu_seqlens=None) -> Output:
         """The losses of a batch, on every rank, stage after stage. Without gradients."""
+        self.begin_alike()
         batch = Seen(tokens, labels, positions, cu_seqlens)
         stages, me, group = {stage.index: stage for stage in self.stages}, self.mesh.pipeline_rank, self.mesh.pipeline
         dtype = next(self.parameters()).dtype
@@ -261,13 +336,20 @@ class Part(nn.Module):
             if rank != me:
                 continue
             if i and self.places[i - 1] != me:
-                x = comm.take(self.between(tokens, dtype), group, me - self.places[i - 1])
+                x = comm.take(self.between(tokens, dtype, stages[i].enters), group, me - self.places[i - 1])
             x = stages[i](x, batch=batch)
             if stages[i].last:
                 losses = x.to(losses)
             elif self.places[i + 1] != me:
                 comm.give(x.to(dtype), group, self.places[i + 1] - me)
         return Output(comm.total(losses, group), None, None, None)
+
+
+def at_once(stage: Stage) -> Callable | None:
+    """For torch's stage, which counts gradients twice or fails (pytorch/pytorch#180952) if it is to make those of
+    scattered parameters by themselves: what is left to do after a backward pass that made all of them. Nothing."""
+    scattered = any(getattr(layer, "scattered", False) for layer in stage.modules())
+    return (lambda: lambda: None) if scattered else None
 
 
 class Seen(NamedTuple):
@@ -305,6 +387,14 @@ def divide(whole: LanguageModel, mesh: Mesh, recompute: bool) -> Part:
 def numbers(model: nn.Module) -> list[int]:
     """Which of all expert layers each of this rank's is."""
     return model.numbers if isinstance(model, Part) else list(range(sum(isinstance(m, MoE) for m in model.modules())))
+
+
+def once(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that count on this rank, where over all ranks each counts once."""
+    if not isinstance(model, Part):
+        return list(model.parameters())
+    elsewhere = {name for name, ranks in model.holders.items() if ranks[0] != model.mesh.pipeline_rank}
+    return [p for name, p in model.named_parameters() if name not in elsewhere]
 
 
 def told(model: nn.Module, mesh: Mesh) -> list[str]:

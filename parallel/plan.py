@@ -38,6 +38,7 @@ from parallel.budget import (
     memory,
     on_meta,
     operations,
+    saved,
     shape_of,
     times,
     traffic,
@@ -187,7 +188,8 @@ def text(p: Plan) -> str:
 
 LEFT_OUT = """\
 left out: sums of a few numbers, uneven routing, waiting for data, the framework's own memory and its fragments
-memory adds up parts that are not all there at one moment; time was checked on no machine"""
+memory adds up what may be there at the worst of three moments: loss, a block's backward pass, optimizer
+time of pipelines and of several hosts was checked on no machine"""
 
 
 def warned(p: Plan) -> str:
@@ -227,7 +229,7 @@ def other(p: Plan) -> str:
 def activations(p: Plan) -> float:
     """Those of the other choice."""
     run = replace(p.asked.run, recompute=not p.asked.run.recompute)
-    return memory(p.asked._replace(run=run), p.counted)["saved activations"]
+    return saved(p.asked._replace(run=run), p.counted)
 
 
 def traffic_of(p: Plan) -> list[tuple]:

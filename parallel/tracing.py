@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -209,11 +210,16 @@ def imagined(ranks: int, sums: list[tuple[str, int]]) -> tensor.Team:
 
 
 class Even(TorchFunctionMode):
-    """Answers whose shape only numbers would tell."""
+    """Answers whose shape only numbers would tell, and how many rows there are of each kind: all of the first."""
+
+    counts = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is Tensor.bincount:
-            return args[0].new_zeros((kwargs or {}).get("minlength", 1))
+            self.rows, self.counts = args[0].numel(), args[0].new_zeros((kwargs or {}).get("minlength", 1))
+            return self.counts
+        if function is Tensor.unbind and args[0] is self.counts:  # on its way to a list of integers
+            return [np.int64(self.rows), *[np.int64(0)] * (len(self.counts) - 1)]
         if function is Tensor.unique:
             return args[0][:1], torch.zeros_like(args[0])
         if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:

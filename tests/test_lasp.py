@@ -486,6 +486,7 @@ def exchanges():
         [x.tolist() for x in (comm.shift(me, group), comm.shift(me, group, forward=False), neighbour)],
         comm.total(me, pairs.everyone).tolist(),
         comm.total(me, pairs.sequence).tolist(),
+        comm.total_of_some(me, group, [0, 2, 3]).tolist() if comm.rank(group) != 1 else [5.0] * 2,
         comm.scatter(torch.arange(8.0).view(4, 2) + comm.rank(group), group).tolist(),
         comm.objects(comm.rank(group), group),
         (pairs.rank, pairs.data_rank, pairs.sequence_rank, str(pairs)),
@@ -493,10 +494,10 @@ def exchanges():
 
 
 def test_exchanges_go_by_the_place_in_the_group():
-    for r, (shifts, everyone, pair, part, said, place) in enumerate(testing.run(4, exchanges)):
+    for r, (shifts, everyone, pair, some, part, said, place) in enumerate(testing.run(4, exchanges)):
         before, after = (float(r - 1) if r else 0.0), (float(r + 1) if r < 3 else 0.0)
         assert shifts == [[before] * 2, [after] * 2, [float(r - 1) if r % 2 else 0.0] * 2]
-        assert everyone == [6.0] * 2 and pair == [1.0 + 4.0 * (r // 2)] * 2
+        assert everyone == [6.0] * 2 and pair == [1.0 + 4.0 * (r // 2)] * 2 and some == [5.0] * 2
         assert part == [4 * 2 * r + 6.0, 4 * (2 * r + 1) + 6.0] and said == [0, 1, 2, 3]
         assert place == (r, r // 2, r % 2, "4 ranks = 2 data x 2 sequence, parameters sharded over all")
 

@@ -90,6 +90,7 @@ SHARED |= {(name, "heads and tokens"): how for name, how in test_tensor.CUT_BETW
 SHARED |= {(name, "heads and experts"): how for name, how in test_tensor.DEALT.items()}
 TRAINED = {name: dict(test_experts.MODELS[name]) for name in ("bias", "penalty", "odd sizes", "side by side")}
 SPLIT = list(itertools.product(("hybrid", "bias", "recomputed"), ("1f1b", "interleaved", "zero-bubble")))
+SPLIT += [("bias", "zero-bubble-v"), ("slots", "zero-bubble")]  # the ends on one rank; a router that mixes tokens
 
 
 def trainings() -> Iterator[tuple]:

@@ -40,6 +40,8 @@ class S4D(Mixer):
     as published, has no projection in front.
     """
 
+    scattered = True
+
     def __init__(self, config, layer, layers, ops):
         super().__init__(config, ops, 32, config.width // config.heads)
         modes, self.heads = (self.key_size, self.values), 1

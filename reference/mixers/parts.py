@@ -115,7 +115,9 @@ class Mixer(nn.Module):
     state = Only
     own: tuple[str, ...] = ()  # the submodules that each memory of a mixture of this layer has for itself
     takes: tuple[str, ...] = ()  # those of OPTIONAL that the layer has
-    needs_values = False  # whether it needs those that an earlier layer handed on, `side.values`
+    gives_values = False  # whether it hands its values on to later layers, as `side.values`
+    needs_values = False  # whether it needs those that an earlier layer handed on
+    scattered = False  # whether a parameter meets what comes of the tokens, and again what comes of that
 
     def __init__(self, config, ops, key_size: int, value_size: int):
         super().__init__()

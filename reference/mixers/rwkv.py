@@ -85,7 +85,8 @@ class RWKV7(Mixer):
     def __init__(self, config, layer, layers, ops):
         super().__init__(config, ops, config.width // config.heads, config.width // config.heads)
         d, size = config.width, self.key_size / 64
-        self.needs_values = not is_first(config, layer)
+        self.gives_values = is_first(config, layer)
+        self.needs_values = not self.gives_values
         self.mix = parameter(len(MIX_POWERS), d, start=mixes(1 - layer / layers))
         self.r, self.k = linear(d, self.keys), linear(d, self.keys)
         self.v, self.o = linear(d, self.values), linear(self.values, d)
@@ -106,7 +107,7 @@ class RWKV7(Mixer):
     def values_of(self, x, side):
         """v, and what the later layers know: the first one's v."""
         v = self.v(x)
-        if not self.needs_values:
+        if self.gives_values:
             return v, side._replace(values=v)
         return torch.lerp(v, side.values.to(v.dtype), self.nu(x).sigmoid()), side
 

@@ -72,6 +72,8 @@ class TTTLinear(TTT):
     i + K/2: the same layer with its channels in another order. V = K, since f maps k to v.
     """
 
+    scattered = True
+
     def __init__(self, config, layer, layers, ops):
         super().__init__(config, layer, layers, ops)
         h, k = self.heads, self.key_size
