@@ -117,7 +117,7 @@ def test_both_sides_are_twice_the_core_and_nothing_else():
     for name, numbers in both.operations.items():
         times = 1 + name.endswith("core")
         assert numbers == {kind: pytest.approx(times * n) for kind, n in one.operations[name].items()}, name
-    assert len({(p.memory["parameters"], p.memory["logits"]) for p in (one, both)}) == 1
+    assert one.memory["parameters"] == both.memory["parameters"]
     assert one.memory["saved activations"] < both.memory["saved activations"] < 2 * one.memory["saved activations"]
 
 
