@@ -572,24 +572,23 @@ def test_floors_of_one_gpu():
         assert times["optimizer"] * 1e3 == pytest.approx(optimizer, abs=0.1)
 
 
-MEASURED = [("alone", 1, 1 / 7, 0.001), ("data", 2, 1 / 7, 0.045), ("sequence", 2, 1 / 3, 0.035)]
+MEASURED = [("alone", 1, 1 / 7, 0.001), ("data", 2, 1 / 7, 1 / 8), ("sequence", 2, 1 / 7, 1 / 8)]
+NEWEST = "6fb1def"  # the commit that they are of
 
 
 @pytest.mark.parametrize("side, gpus, off, over", MEASURED)
 def test_a_plan_is_about_what_was_measured(side, gpus, off, over):
     """Seconds within that share; memory is never less than it took, and at most so much more."""
     file = Path(budget.__file__).parent.parent / "bench" / "results" / "parallel-2xh200-torch-2.11.jsonl"
-    steps = [x for x in map(json.loads, file.open()) if x["what"] == "step" and x["side"] == side and "eager_ms" in x]
-    assert len(steps) == 4
+    steps = [x for x in map(json.loads, file.open()) if (x["what"], x["side"], x["commit"]) == ("step", side, NEWEST)]
+    assert len(steps) >= 3
     for x in steps:
         if x["row"] in ("linear_attention", "gated_delta_net"):
             whole = {"length": x["tokens"] * gpus, "batch": 1} if side == "sequence" else {"length": x["tokens"]}
             run = Run(**{"batch": gpus, "micro": 1} | whole)
             p = planned(replace(A03B, lsm=x["row"]), gpus, run, Assumptions(), **{side: gpus} if gpus > 1 else {})
             assert p.step * 1e3 == pytest.approx(x["eager_ms"], rel=off)
-            # Measured while experts on a GPU still kept the silu of each pair's hidden channels.
-            took = x["peak_mib"] * 2**20 - x["tokens"] * A03B.top_k * A03B.expert_width * 2
-            assert 1 <= sum(p.memory.values()) / took < 1 + over
+            assert 1 <= sum(p.memory.values()) / (x["peak_mib"] * 2**20) < 1 + over
 
 
 def test_hiding_ends_where_computing_does():
