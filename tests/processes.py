@@ -1,5 +1,6 @@
 """Runs of the command lines in processes of their own, on a model and a text so small that a run takes seconds."""
 
+import faulthandler
 import logging
 import os
 import runpy
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+HANGS = 45  # seconds, after which a forked run says where it is
 SMALL = [
     *("--model.width", "16", "--model.heads", "2", "--model.pattern", "LN", "--model.lsm", "gla"),
     *("--model.experts", "4", "--model.expert-width", "8", "--length", "24", "--batch", "6"),
@@ -152,6 +154,7 @@ def _child(rank: int, where: dict | None, said: tuple[Path, Path], command: list
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stderr, sys.stdout = (os.fdopen(stream, "w", 1, "utf-8", closefd=False) for stream in (2, 1))
     _forget_pytest()
+    faulthandler.dump_traceback_later(HANGS, file=sys.stderr)
     if where is not None:
         os.environ.update({name: str(x) for name, x in ({"RANK": rank, "LOCAL_RANK": rank} | where).items()})
     sys.argv, code = command, 1
