@@ -280,7 +280,8 @@ def runs(ops: Ops, group: Group, row, ways: list[tuple[dict, Tensor | None]], co
     do all rows where that is less work than the addition, which is plain PyTorch in float32 (`ops.again`: by kernels).
     """
     both, one = len(ways) > 1, lines(ways[0][1]) == 1
-    if one and not both and ops.ends is not None and ops.ends.takes(row, ways[0][0]):
+    skips = ops.ends is not None and not torch.compiler.is_compiling()  # which sees registered ops, and no closures
+    if skips and one and not both and ops.ends.takes(row, ways[0][0]):
         return [by_ends(ops, group, row, *ways[0], constants)]
     inputs, late = [*ways[0][0].values(), *constants.values()], one and comes_late(row) and not ops.again
     span_of = span_of_late if late else partial(span_of_lines, ops)
