@@ -909,7 +909,8 @@ def steps(args, ranks: Ranks, lengths: list[int]) -> Iterable[dict]:
             for side, degrees in ways.items():
                 head = {"row": name, "side": side, "what": "step", "ranks": ranks.size, "tokens": n}
                 head |= {"preset": args.preset, "recompute": args.recompute}
-                build = functools.partial(step_of, args, ranks, name, degrees, n)
+                sizes = lambda place, n=n: (n * place.sequence_size, place.data_size, 1)
+                build = functools.partial(step_of, args, ranks, name, degrees, sizes)
                 line = ranks.measured(head, build, args.steps, first=40.0)
                 yield ranks.beside(("step", name, n), line, lambda line: line["tokens_s"] / line["used"])
 
@@ -935,15 +936,15 @@ def meshes_of(args, ranks: Ranks) -> Iterable[dict]:
             head = {"row": name, "side": side, "what": "mesh", "ranks": ranks.size}
             head |= {"tokens": args.samples * args.sample_tokens, "samples": args.samples}
             head |= {"preset": args.preset, "recompute": args.recompute}
-            sizes = args.sample_tokens, args.samples, max(half, 1)
-            build = functools.partial(step_of, args, ranks, name, degrees, sizes=sizes)
+            sizes = lambda _: (args.sample_tokens, args.samples, max(half, 1))
+            build = functools.partial(step_of, args, ranks, name, degrees, sizes)
             line = ranks.measured(head, build, args.steps)
             yield ranks.beside(("mesh", name), line, lambda line: line["tokens_s"] / line["used"])
 
 
-def step_of(args, ranks: Ranks, name: str, degrees, n: int = 0, sizes: tuple = ()) -> tuple[Callable, Callable]:
-    """One step, of n tokens on each rank, or of samples of so many tokens, so many, and so many at a time; and tokens a
-    second of all ranks (those of `alone`: of one)."""
+def step_of(args, ranks: Ranks, name: str, degrees, sizes: Callable) -> tuple[Callable, Callable]:
+    """One step, and tokens a second of all ranks (those of `alone`: of one). `sizes` of a mesh: the tokens of a sample,
+    how many samples, and how many at a time."""
     from dataclasses import replace
 
     import train
@@ -951,7 +952,7 @@ def step_of(args, ranks: Ranks, name: str, degrees, n: int = 0, sizes: tuple = (
 
     place = ranks.placed(degrees) if degrees else meshes.Mesh()
     _, config = train.PRESETS[args.preset]
-    length, batch, micro = sizes or (n * place.sequence_size, place.data_size, 1)
+    length, batch, micro = sizes(place)
     config = replace(
         config,
         model=replace(config.model, lsm=name),

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from fast.kernels import decay
 from fast.kernels import experts as kernels
+from fast.local import DTYPES
 from fast.operators import operator
 from reference import moe
 from reference.head import product_of
 from reference.moe import Drop, Groups, each, places, spared, thinned
 from reference.routers import Routing
-
-DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # of kernels
 
 
 def experts(
@@ -163,7 +162,7 @@ class Visited(torch.autograd.Function):
 def has_kernels(x: Tensor, other: torch.dtype | None = None) -> bool:
     """Whether kernels run where x is, from its dtype to `other`. (Triton's interpreter gets bfloat16 wrong.)"""
     dtypes = {x.dtype, other or x.dtype}
-    return dtypes <= DTYPES and (x.is_cuda or (decay.INTERPRETED and torch.bfloat16 not in dtypes))
+    return dtypes <= set(DTYPES) and (x.is_cuda or (decay.INTERPRETED and torch.bfloat16 not in dtypes))
 
 
 def taken(

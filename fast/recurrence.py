@@ -48,11 +48,8 @@ def recurrence(
     wait for it): the kernels clamp them to the sequence.
     """
     constants = constants or {}
-    checked(row, tokens, constants, memory, cu_seqlens)
-    x = form_of(row, {**tokens, **constants})
-    supported(row, x, memory)
+    x, sequences = computable(row, tokens, constants, memory, cu_seqlens)
     wide = row.read is not words.inclusive  # something is still to be computed from o
-    sequences = x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     memory = None if memory is None else memory.float()
     if not isinstance(x, Normal):  # no products, whose rows must be even
         return family_of(x).run(ready(row, x, constants, same), memory, cu_seqlens, sequences, wide)
@@ -69,11 +66,9 @@ def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None)
     With gradients wanted it is `recurrence` over one token, and nothing is overwritten.
     """
     constants = constants or {}
-    checked(row, tokens, constants, memory, None)
     if differentiated(*tokens.values(), *constants.values(), memory):
         return recurrence(row, tokens, constants, memory)
-    x = form_of(row, {**tokens, **constants})
-    supported(row, x, memory)
+    x, _ = computable(row, tokens, constants, memory, None)
     if x.v.shape[1] != 1:
         raise ValueError(f"{row.title}: step takes one token, got t = {x.v.shape[1]}; use recurrence")
     memory = empty(row, tokens, constants) if memory is None else memory.float().contiguous()
@@ -90,19 +85,14 @@ def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=N
 
 def has_ends(row: Row, tokens: Inputs) -> bool:
     """Rows in normal form, of as many key channels as segments of a sequence may have."""
-    return (
-        has_normal(row)
-        and not row.features
-        and row.read in PASSED_ON
-        and row.decay in PLAIN
-        and (padded(tokens["q"].shape[-1]) <= FOLDED)
-    )
+    return is_plain(row) and row.read in PASSED_ON and padded(tokens["q"].shape[-1]) <= FOLDED
 
 
 def span_alone(row: Row, tokens: Inputs, constants: Inputs, cu_seqlens) -> tuple[spans.Span, list[Tensor]]:
     """`span` without outputs and without a gradient, and without a wait for borders: of several documents all are
     run, and the last one counts."""
-    one, sequences = end_form(row, tokens, constants, cu_seqlens)
+    x, sequences = computable(row, tokens, constants, None, cu_seqlens)
+    one = ready(row, x, constants, even)
     K, V, kind = tokens["q"].shape[-1], tokens["v"].shape[-1], spans.transition(row)
     S, kept = family_of(one).span(one, cu_seqlens, sequences)
     if kind == "matrix":
@@ -119,24 +109,25 @@ def received(
     row: Row, tokens: Inputs, constants: Inputs, do: Tensor, cu_seqlens, kept: list[Tensor]
 ) -> Float[Tensor, "n h k v"]:
     """What the memory before these tokens receives from their outputs' cotangents; of each document."""
-    one, sequences = end_form(row, tokens, constants, cu_seqlens)
+    x, sequences = computable(row, tokens, constants, None, cu_seqlens)
+    one = ready(row, x, constants, even)
     K, V = tokens["q"].shape[-1], do.shape[-1]
     G = family_of(one).received(one, even(do.to(one.v.dtype)), cu_seqlens, sequences, *kept)
     return G[..., :K, :V]
-
-
-def end_form(row: Row, tokens: Inputs, constants: Inputs, cu_seqlens) -> tuple[Normal, int]:
-    """The row as kernels take it, and how many sequences there are."""
-    checked(row, tokens, constants, None, cu_seqlens)
-    x = form_of(row, {**tokens, **constants})
-    supported(row, x, None)
-    return ready(row, x, constants, even), x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 ends = spans.Ends(has_ends, span_alone, received)
 
 
 # ------------------------------------------------------------------------------------------- what can be computed
+
+
+def computable(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> tuple[Form, int]:
+    """The row's form, of inputs that are right and that kernels take, and how many sequences there are."""
+    checked(row, tokens, constants, memory, cu_seqlens)
+    x = form_of(row, {**tokens, **constants})
+    supported(row, x, memory)
+    return x, x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 def checked(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> None:
@@ -164,12 +155,17 @@ def form_by_words(row: Row, x: Inputs) -> Form | None:
     for family in OWN:
         if family.has_form(row):
             return family.form(row, x)
-    if not has_normal(row) or row.features or row.decay not in PLAIN:
+    if not is_plain(row):
         return None
     form = normal(row, x)
     # vectors that are made of gates or write strengths are float32 as these are: the products want all alike
     made = {n: y.to(form.q.dtype) for n in "kab" if (y := getattr(form, n)) is not None and y is not x.get(n)}
     return form._replace(**made)
+
+
+def is_plain(row: Row) -> bool:
+    """Whether the normal form of the row is one that kernels compute."""
+    return has_normal(row) and not row.features and row.decay in PLAIN
 
 
 def family_of(x: Form) -> ModuleType | None:

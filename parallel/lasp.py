@@ -137,10 +137,8 @@ def _depart_back(G: Tensor, underway: Tensor, group: str) -> Tensor:
 
 def _arrive_back(returning, underway, A, S, numbers, constants, name, kind, both, group):
     """(dA, dS)."""
-    group = comm.named(group)
-    comm.end_gather(returning)
-    Gs = returning[: comm.size(group) * S.numel()].view(-1, *S.shape).unbind()
-    dA, dS = [], []
+    group, dA, dS = comm.named(group), [], []
+    Gs = returned(returning, S, group)
     with torch.autocast(S.device.type, enabled=False):
         parts = spans_of(underway, A, S, numbers, constants, name)
         parts = [(*span, G) for span, G in zip(parts, Gs, strict=True)]
@@ -152,6 +150,12 @@ def _arrive_back(returning, underway, A, S, numbers, constants, name, kind, both
             dA.append(gradient_of_transition(kind, spans[me].A, D, M))
             dS.append(D)
     return torch.cat(dA).to(A.dtype), torch.cat(dS)  # an op's output may not be a piece of the buffer
+
+
+def returned(returning: Tensor, like: Tensor, group: Group) -> Sequence[Tensor]:
+    """Every rank's G, each as large as `like`, from the buffer, when they are there."""
+    comm.end_gather(returning)
+    return returning[: comm.size(group) * like.numel()].view(-1, *like.shape).unbind()
 
 
 def spans_of(underway, A, S, numbers, constants, name) -> list[tuple[Tensor, Tensor]]:
@@ -309,7 +313,7 @@ def by_ends(ops: Ops, group: Group, row, tokens: dict, cu_seqlens, constants: di
     from M to `last` has all that my tokens did, to outputs and to memories."""
     with torch.no_grad():
         span, kept = ops.ends.span(row, tokens, constants, cu_seqlens)
-        wire = Wire(span.A, [], "")
+        wire = wire_of(span, [None])
         underway = departed(span, wire, group)
         M = for_first(arrived(underway, span, wire, group), cu_seqlens)
     o, last = ops.recurrence(row, tokens, constants, M, cu_seqlens)
@@ -355,10 +359,8 @@ def parted(tensors: list[Tensor], kept: int, tokens: list[str], constants: list[
 def _leaving(G: Tensor, underway: Tensor, A: Tensor, kind: str, group: str) -> Tensor:
     """D, what the memory that leaves my segment receives from the ranks behind it, from everybody's G; all ranks' spans
     stand in `underway`."""
-    returning = _depart_back(G, underway, group)
-    comm.end_gather(returning)
-    group = comm.named(group)
-    Gs = returning[: comm.size(group) * G.numel()].view(-1, *G.shape).unbind()
+    returning, group = _depart_back(G, underway, group), comm.named(group)
+    Gs = returned(returning, G, group)
     with torch.autocast(G.device.type, enabled=False):
         spans = [Span(*span, kind) for span in spans_of(underway, A, G, A, [], "")]
         later = comm.rank(group) + 1

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from parallel import comm
 
@@ -41,8 +43,16 @@ def run(n: int, function: Callable, *args, seconds: float = 300.0) -> list:
                 child.join()
 
 
+def on_its_own() -> None:
+    """First of all in a forked process: what it must not have from its parent. Threads do not survive a fork, and a
+    parallel region would wait for them. The lock of progress bars is that of all who were forked, and who is killed
+    while holding it keeps it."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
+
+
 def _child(rank: int, n: int, store: Path, mouth: Connection, seconds: float, function: Callable, args: tuple) -> None:
-    torch.set_num_threads(1)  # first: the parent's threads do not survive a fork, a parallel region would wait for them
+    on_its_own()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     try:
         comm.begin("gloo", seconds, init_method=f"file://{store}", rank=rank, world_size=n)

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
+
+from parallel import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 HANGS = 45  # seconds, after which a forked run says where it is
@@ -151,11 +151,10 @@ def _forked(
 
 
 def _child(rank: int, where: dict | None, said: tuple[Path, Path], command: list[str], main: Callable) -> None:
-    torch.set_num_threads(1)  # first: the parent's threads do not survive a fork
+    testing.on_its_own()
     for stream, file in zip((2, 1), said, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stderr, sys.stdout = (os.fdopen(stream, "w", 1, "utf-8", closefd=False) for stream in (2, 1))
-    tqdm.set_lock(threading.RLock())  # its own: the parent's is all children's, and one that is killed keeps it
     _forget_pytest()
     faulthandler.dump_traceback_later(HANGS, file=sys.stderr)
     if where is not None:

@@ -711,19 +711,19 @@ def backward(
     n, (b, t, h, K), V = sequences_of(q, borders), q.shape, v.shape[-1]
     segments = moves.shape[2] if moves.numel() else 1
     shape = shape_of(q, v, g, borders, chunk)
-    given = (do, q, k, beta, g, sums, scores, itself, solved, borders, v)
+    shared = (beta, g, sums, scores, itself, solved, borders)
     want_g = want_g and g is not None
     dv, cotangents, entry, slots = torch.empty_like(v), torch.empty_like(states), dlast, 1
     lost = beta.new_empty(shape["SLICES"], h, b * t) if want_g else None
     if segments > 1:
         slots = segments + 1
-        entry, dmemory = between((q, k, do, *given[3:10]), dlast, moves, reverse=True)
+        entry, dmemory = between((q, k, do, *shared), dlast, moves, reverse=True)
         entry = entry[:, :, 1:]
     else:
         dmemory = beta.new_empty(n, h, K, V)
     decay.launch(
         delta_answers, shape["SLICES"] * segments * h * n,
-        *given, entry, dv, cotangents, lost, dmemory, t, h, segments, slots, count,
+        do, q, k, *shared, v, entry, dv, cotangents, lost, dmemory, t, h, segments, slots, count,
         **shape, ENTRY=entry is not None, SPAN=False, LOST=want_g,
     )  # fmt: skip
 

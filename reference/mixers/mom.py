@@ -54,6 +54,10 @@ class Visits(NamedTuple):
         first = torch.arange(memories, device=cu_seqlens.device)[:, None] * tokens
         return torch.searchsorted(self.memory * tokens + self.token, first + cu_seqlens, out_int32=True)
 
+    def home(self, y: Float[Tensor, "p ..."]) -> Float[Tensor, "p ..."]:
+        """What became of the pairs, each at its place among (token, slot)."""
+        return y.index_select(0, self.order.argsort())
+
 
 def visits(index: Int[Tensor, "n s"]) -> Visits:
     memory, order = index.flatten().sort(stable=True)
@@ -129,7 +133,7 @@ class MixtureOfMemories(nn.Module):
             o = o + 0 * sum(y.sum() for y in tokens.values())
         documents = (self.count + 1, len(cu_seqlens) - 1)
         after = (part if part is None else part.unflatten(0, documents).transpose(0, 1) for part in (M, *carried))
-        return o[0].index_select(0, pairs.order.argsort()), layer.state(*after)
+        return pairs.home(o[0]), layer.state(*after)
 
     def stepped(self, x: Float[Tensor, "b 1 d"], pairs: Visits, side, state):
         """One token for each sequence and memory that it visits; the other memories stay as they are."""
@@ -144,7 +148,7 @@ class MixtureOfMemories(nn.Module):
             old.flatten(0, 1).index_copy(0, place, new.to(old.dtype)).view(old.shape)
             for old, new in zip(state, (M, *carried), strict=True)
         )
-        return o[:, 0].index_select(0, pairs.order.argsort()), layer.state(*after)
+        return pairs.home(o[:, 0]), layer.state(*after)
 
     def seen(self, x: Float[Tensor, "b t d"], pairs: Visits) -> Float[Tensor, "p d"]:
         """Each pair's token: copied to its slots, then moved, so that no two gradients are added up in one place."""
