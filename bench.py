@@ -125,6 +125,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--preset", default="a0.3b-2b", help="the trainer's, of steps and experts")
             sub.add_argument("--step-tokens", nargs="+", type=int, default=[2**15, 2**16, 2**17], help="of a rank")
             sub.add_argument("--steps", type=int, default=3, help="steps that are timed")
+            sides = ["alone", "data", "sequence"]
+            sub.add_argument("--sides", nargs="+", choices=sides, default=sides, help="of steps")
             sub.add_argument(
                 "--recompute", action=argparse.BooleanOptionalAction, default=True, help="blocks, in steps"
             )
@@ -906,11 +908,11 @@ def steps(args, ranks: Ranks, lengths: list[int]) -> Iterable[dict]:
     ways = {"alone": None, "data": meshes.Degrees(), "sequence": meshes.Degrees(sequence=ranks.size)}
     for n in lengths:
         for name in args.rows or CUT:
-            for side, degrees in ways.items():
+            for side in args.sides:
                 head = {"row": name, "side": side, "what": "step", "ranks": ranks.size, "tokens": n}
                 head |= {"preset": args.preset, "recompute": args.recompute}
                 sizes = lambda place, n=n: (n * place.sequence_size, place.data_size, 1)
-                build = functools.partial(step_of, args, ranks, name, degrees, sizes)
+                build = functools.partial(step_of, args, ranks, name, ways[side], sizes)
                 line = ranks.measured(head, build, args.steps, first=40.0)
                 yield ranks.beside(("step", name, n), line, lambda line: line["tokens_s"] / line["used"])
 

@@ -467,7 +467,10 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
     loss = sum(s.loss for s in sums)
     load = Load(*map(sum, zip(*(s.load for s in sums), strict=True))) if sums[0].load is not None else None
     norm = shard.grad_norm(pipeline.once(model), apart=piped)
-    finite = bool(torch.isfinite(norm))
+    mean = ops.total(loss) / everyone[0].clamp(min=1)
+    # The host waits here and nowhere else: while parameters move it is on its way to the next step.
+    mean, norm, stop = torch.stack([x.to(everyone) for x in (mean, norm, everyone[1])]).tolist()
+    finite = math.isfinite(norm)
     if finite:
         shard.clip_(model.parameters(), norm, config.optimizer.clip)
         for group in optimizer.param_groups:
@@ -475,8 +478,7 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
         optimizer.step()
         move_balance(config, model, load)
     optimizer.zero_grad(set_to_none=True)
-    mean = ops.total(loss) / everyone[0].clamp(min=1)
-    return Result(mean.item(), norm.item(), finite, everyone[1].item() > 0, load)
+    return Result(mean, norm, finite, stop > 0, load)
 
 
 def expert_layers(model) -> list[MoE]:

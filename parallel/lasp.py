@@ -313,9 +313,9 @@ def by_ends(ops: Ops, group: Group, row, tokens: dict, cu_seqlens, constants: di
     from M to `last` has all that my tokens did, to outputs and to memories."""
     with torch.no_grad():
         span, kept = ops.ends.span(row, tokens, constants, cu_seqlens)
-        wire = wire_of(span, [None])
-        underway = departed(span, wire, group)
-        M = for_first(arrived(underway, span, wire, group), cu_seqlens)
+        how = *wire_of(span, [None]), span.kind, False, group.group_name
+        underway = _depart(span.A, span.S, *how)  # no compiler looks on: not by way of torch's operators
+        M = for_first(_arrive(underway, span.A, span.S, *how), cu_seqlens)
     o, last = ops.recurrence(row, tokens, constants, M, cu_seqlens)
     inputs = [*tokens.values(), *constants.values()]
     o = o if o.numel() else attached(o, [], inputs)
@@ -340,7 +340,7 @@ class _Left(torch.autograd.Function):
         kept, tokens, constants = parted(rest, ctx.kept, names, constants)
         G = received(row, tokens, constants, do, cu_seqlens, kept)
         own = G if cu_seqlens is None else G[:1]
-        D = torch.ops.linear_moe.leaving(own.contiguous(), underway, A, kind, group.group_name)
+        D = leaving(own.contiguous(), underway, A, kind, group)
         if len(G) > len(own):
             D = torch.cat([torch.zeros_like(G[1:]), D])
         return do, D, *[None] * (5 + len(tokens) + len(constants))
@@ -356,11 +356,10 @@ def parted(tensors: list[Tensor], kept: int, tokens: list[str], constants: list[
     )
 
 
-def _leaving(G: Tensor, underway: Tensor, A: Tensor, kind: str, group: str) -> Tensor:
+def leaving(G: Tensor, underway: Tensor, A: Tensor, kind: str, group: Group) -> Tensor:
     """D, what the memory that leaves my segment receives from the ranks behind it, from everybody's G; all ranks' spans
     stand in `underway`."""
-    returning, group = _depart_back(G, underway, group), comm.named(group)
-    Gs = returned(returning, G, group)
+    Gs = returned(_depart_back(G, underway, group.group_name), G, group)
     with torch.autocast(G.device.type, enabled=False):
         spans = [Span(*span, kind) for span in spans_of(underway, A, G, A, [], "")]
         later = comm.rank(group) + 1
@@ -580,12 +579,6 @@ known(
     f"(Tensor returning, Tensor underway, {SPAN}) -> (Tensor, Tensor)",
     _arrive_back,
     lambda returning, underway, A, S, *_: (torch.empty_like(A), torch.empty_like(S)),
-)
-known(
-    "leaving",
-    "(Tensor G, Tensor underway, Tensor A, str kind, str group) -> Tensor",
-    _leaving,
-    lambda G, *_: torch.empty_like(G),
 )
 differentiable("depart", _back_to_span, _keep_departed)
 differentiable("arrive", _back_to_departed, _keep_arrived)

@@ -6,7 +6,7 @@ so no factor of any group's size is anywhere.
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -33,7 +33,7 @@ def checkpointing(blocks: Iterable[nn.Module]) -> None:
 Apart = dict[nn.Module, set[nn.Parameter]]  # layers, and their parameters of which ranks hold different parts
 
 
-def shard(model: nn.Module, mesh: Mesh, blocks: Iterable[nn.Module], narrow: torch.dtype | None = None) -> None:
+def shard(model: nn.Module, mesh: Mesh, blocks: Sequence[nn.Module], narrow: torch.dtype | None = None) -> None:
     """FSDP2, in place: each block, then the rest of the model. One process: nothing.
 
     Parameters are cut over all ranks of a replica and are the same in every replica. Those of experts, where these are
@@ -54,7 +54,7 @@ def share_out(model: nn.Module, mesh: Mesh) -> Apart:
 
 
 def cut(
-    model: nn.Module, mesh: Mesh, blocks: Iterable[nn.Module], apart: Apart, narrow: torch.dtype | None = None
+    model: nn.Module, mesh: Mesh, blocks: Sequence[nn.Module], apart: Apart, narrow: torch.dtype | None = None
 ) -> None:
     """`shard`, of a model (or some blocks of one) whose experts and heads are shared out."""
     if mesh.shards is None:
@@ -75,6 +75,18 @@ def cut(
         others, narrower = set(layer.parameters()) - mine, narrow if layer in layers else None
         policy = MixedPrecisionPolicy(narrower, torch.float32 if narrower else None, cast_forward_inputs=False)
         summed(fully_shard(layer, **over_whom(layer, mesh), mp_policy=policy, ignored_params=others))
+    gather_ahead(model, blocks, apart)
+
+
+def gather_ahead(model: FSDPModule, blocks: Sequence[FSDPModule], apart: Apart) -> None:
+    """What a block's layers hold is gathered from the block's beginning on, and the next block's own parameters too; on
+    the way back all of the block before. Torch alone asks for parameters where they are used first: as long before
+    they are needed as the host is ahead, and on the way back, with blocks that run again, at the last moment."""
+    groups = [[block, *(layer for layer in block.modules() if layer in apart)] for block in blocks]
+    for here, later in zip([[model], *groups], [*groups, []], strict=True):
+        here[0].set_modules_to_forward_prefetch([*here[1:], *later[:1]])
+    for here, earlier in zip(groups, [[], *groups], strict=False):
+        here[0].set_modules_to_backward_prefetch([*here[1:], *earlier])
 
 
 def summed(part: FSDPModule) -> None:
@@ -139,8 +151,9 @@ def grad_norm(parameters: Iterable[Tensor], apart: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def clip_(parameters: Iterable[Tensor], norm: Tensor, limit: float) -> None:
+def clip_(parameters: Iterable[Tensor], norm: float, limit: float) -> None:
     """Scale all gradients, in place, so that their norm, now `norm`, is at most `limit`."""
     grads = [local(p.grad) for p in parameters if p.grad is not None]
-    if grads:
-        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    scale = limit / (norm + 1e-6)
+    if grads and scale < 1:
+        torch._foreach_mul_(grads, scale)

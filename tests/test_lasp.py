@@ -342,7 +342,7 @@ def train(lsm: str, degrees: mesh.Degrees, recompute: bool, **more):
         shard.synchronize(model, True)
         (out.losses.sum() / count).backward()
         norm = shard.grad_norm(model.parameters())
-        shard.clip_(model.parameters(), norm, 0.1)
+        shard.clip_(model.parameters(), norm.item(), 0.1)
         assert shard.grad_norm(model.parameters()) <= 0.1 + 1e-12
         said += [model.ops.total(out.losses.detach().sum()) / count, norm]
         optimizer.step()
@@ -523,9 +523,9 @@ def test_clipping_scales_down_and_never_up():
     x.grad = torch.full((4,), 3.0)
     norm = shard.grad_norm([x, idle])
     assert norm == 6
-    shard.clip_([x, idle], norm, 7.0)
+    shard.clip_([x, idle], norm.item(), 7.0)
     assert torch.equal(x.grad, torch.full((4,), 3.0))
-    shard.clip_([x, idle], norm, 2.0)
+    shard.clip_([x, idle], norm.item(), 2.0)
     torch.testing.assert_close(x.grad, torch.ones(4))
     x.grad[1] = torch.nan
     assert shard.grad_norm([x]).isnan()
