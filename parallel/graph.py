@@ -1,6 +1,7 @@
 """How torch sees what communicates: ops that a compiler leaves alone, and that every rank's backward pass reaches."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,42 @@ def attached(y: Tensor, received: list[Tensor], inputs: list[Tensor | None]) -> 
     if not y.numel():
         y = y + 0 * sum(x.sum() for x in inputs)
     return _Depend.apply(y, *(received or inputs))
+
+
+class _Run:
+    """A run of a block, or the run `again` that finds in `found` what the first left there."""
+
+    def __init__(self, found: list, again: bool):
+        self.found, self.again = found, again
+
+    def __enter__(self) -> None:
+        self.known = iter(self.found)
+        self.token = _runs.set(self)
+
+    def __exit__(self, *_) -> None:
+        _runs.reset(self.token)
+
+    def once(self, f: Callable):
+        if self.again:
+            return next(self.known)
+        self.found.append(f())
+        return self.found[-1]
+
+
+_runs: ContextVar[_Run | None] = ContextVar("runs", default=None)
+
+
+def twice() -> tuple[_Run, _Run]:
+    """Contexts of a run and of the run again that `checkpoint` makes of it, which finds the same, in the same order."""
+    found = []
+    return _Run(found, False), _Run(found, True)
+
+
+def once(f: Callable):
+    """f(), without a gradient; where a block runs again, what it was the first time."""
+    run = _runs.get()
+    with torch.no_grad():
+        return f() if run is None else run.once(f)
 
 
 def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from parallel import comm
 from parallel.attention import ATTENTION, refuse, ulysses
 from parallel.comm import Group
-from parallel.graph import attached, differentiable, known
+from parallel.graph import attached, differentiable, known, once
 from reference.bidirectional import both_ways, reverse
 from reference.documents import end_to_end
 from reference.late import comes_late, left_of, seen
@@ -311,11 +311,14 @@ def by_ends(ops: Ops, group: Group, row, tokens: dict, cu_seqlens, constants: di
     """The same of one way, where kernels find spans and G without outputs: nothing runs twice. The span needs no
     gradient: `last`, the memory that leaves my segment, has D for its cotangent, and the backward pass of the one run
     from M to `last` has all that my tokens did, to outputs and to memories."""
-    with torch.no_grad():
+
+    def entering() -> tuple:
         span, kept = ops.ends.span(row, tokens, constants, cu_seqlens)
         how = *wire_of(span, [None]), span.kind, False, group.group_name
         underway = _depart(span.A, span.S, *how)  # no compiler looks on: not by way of torch's operators
-        M = for_first(_arrive(underway, span.A, span.S, *how), cu_seqlens)
+        return span, kept, underway, for_first(_arrive(underway, span.A, span.S, *how), cu_seqlens)
+
+    span, kept, underway, M = once(entering)
     o, last = ops.recurrence(row, tokens, constants, M, cu_seqlens)
     inputs = [*tokens.values(), *constants.values()]
     o = o if o.numel() else attached(o, [], inputs)

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
 from parallel import comm, experts, tensor
+from parallel.graph import twice
 from parallel.mesh import Mesh
 from reference.moe import MoE
 
@@ -24,10 +26,13 @@ def checkpointing(blocks: Iterable[nn.Module]) -> None:
     """Keep only each block's inputs, and run it again in the backward pass; before `shard`.
 
     In place, and no parameter changes its name. A block must be a function of its inputs alone: the generator's state
-    is not restored (dropout here is a function of the token's number). What a block communicates, it does twice.
+    is not restored (dropout here is a function of the token's number). What a block communicates, it does twice, but
+    for what is found `once`.
     """
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=twice
+        )
 
 
 Apart = dict[nn.Module, set[nn.Parameter]]  # layers, and their parameters of which ranks hold different parts
@@ -85,8 +90,8 @@ def gather_ahead(model: FSDPModule, blocks: Sequence[FSDPModule], apart: Apart) 
     groups = [[block, *(layer for layer in block.modules() if layer in apart)] for block in blocks]
     for here, later in zip([[model], *groups], [*groups, []], strict=True):
         here[0].set_modules_to_forward_prefetch([*here[1:], *later[:1]])
-    for here, earlier in zip(groups, [[], *groups], strict=False):
-        here[0].set_modules_to_backward_prefetch([*here[1:], *earlier])
+    for earlier, here in pairwise(groups):
+        here[0].set_modules_to_backward_prefetch(earlier)
 
 
 def summed(part: FSDPModule) -> None:

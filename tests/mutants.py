@@ -542,6 +542,27 @@ MUTANTS = [
         "tests/test_lasp.py",
     ),
     Mutant(
+        "the parameters of the block before are asked for when they are needed",
+        "parallel/shard.py",
+        "here[0].set_modules_to_backward_prefetch(earlier)",
+        "pass",
+        "tests/test_lasp.py -k others_compute",
+    ),
+    Mutant(
+        "experts are gathered where they are used",
+        "parallel/shard.py",
+        "[*here[1:], *later[:1]]",
+        "later[:1]",
+        "tests/test_lasp.py -k others_compute",
+    ),
+    Mutant(
+        "a block that runs again asks all ranks again",
+        "parallel/graph.py",
+        "        if self.again:\n            return next(self.known)\n",
+        "",
+        "tests/test_lasp.py -k one_gather_each_way",
+    ),
+    Mutant(
         "rows that come back go to the wrong token",
         "parallel/experts.py",
         "return Plan(places(order, place < own * ranks),",

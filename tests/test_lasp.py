@@ -7,16 +7,19 @@ all cases; the tests look up their verdicts.
 import itertools
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from data.stream import Batch
 from inputs import HERE, here, leaves, make, pieces, refused
 from parallel import comm, lasp, mesh, shard, testing
+from parallel.graph import twice
 from reference.lsm import LSM
 from reference.model import LanguageModel, initialize, starts
 from reference.ops import ops
@@ -96,6 +99,12 @@ AGAIN = {f"{name}, again": CALLS[name] for name in ("lightning", "mamba2", "gla"
 CALLS |= AGAIN
 ENDS = {  # as with kernels that skip the outputs
     f"{name}, ends": CALLS[name] for name in ("lightning", "mamba2", "gla", "rwkv6", "gated_delta_net", "kda", "rwkv7")
+}
+CALLS |= ENDS
+ENDS |= {  # in blocks that run again in the backward pass, where nothing is gathered again
+    f"{name}, recomputed": (partial(checkpoint, call, use_reentrant=False, context_fn=twice), inputs)
+    for name in ("mamba2, ends", "kda, ends")
+    for call, inputs in [CALLS[name]]
 }
 CALLS |= ENDS
 CALLS |= {f"convolution {w}": call_convolution(w) for w in (1, 2, 4)}
@@ -264,7 +273,7 @@ BRIEFLY = {"element": 2 * 4, "stepped": 2 * 3, "spiral": 1}  # a step for each v
 
 def numbers(what: str) -> tuple[int, int]:
     """Of A and of S, for b = 2 and the sizes above."""
-    what = what.removesuffix(", again").removesuffix(", ends")
+    what = what.partition(", ")[0]
     if what in LSM:
         row, tokens, constants = make(what, b=2, t=1, h=2, k=3, v=4)
         b, h, k, v = empty(row, tokens, constants).shape
@@ -385,6 +394,45 @@ def test_three_steps_on_every_mesh_are_those_of_one_process(lsm, alone, trained)
     for rank, i in itertools.product(trained, range(len(MESHES))):
         torch.testing.assert_close(rank[lsm, i][0], said, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(rank[lsm, i][1], values, rtol=1e-10, atol=1e-12)
+
+
+def gathers():
+    """In a step of three blocks whose experts are gathered apart: who asks for parameters (True) and who waits for
+    them (False), by the name of its first parameter."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as torchs
+
+    place, said = mesh.make(mesh.Degrees(), HERE), []
+    config = Model(pattern="LE" * 3, lsm="linear_attention", width=8, heads=2, vocabulary=11, experts=2, expert_width=4)
+    model = LanguageModel(config, mesh.over(ops, place)).to(HERE)
+    how = starts(model)
+    shard.checkpointing(model.blocks)
+    shard.shard(model, place, model.blocks, torch.bfloat16)
+    initialize(model, 5, how)
+    gather, wait = torchs.foreach_all_gather, torchs.FSDPParamGroup.wait_for_unshard
+
+    def asks(parameters, *more):
+        said.append((parameters[0]._param_fqn, True))
+        return gather(parameters, *more)
+
+    def waits(group):
+        if group._all_gather_result is not None:
+            said.append((group.fsdp_params[0]._param_fqn, False))
+        return wait(group)
+
+    torchs.foreach_all_gather, torchs.FSDPParamGroup.wait_for_unshard = asks, waits
+    batch = Batch(*(x.to(HERE) for x in BATCHES[0]))
+    with torch.autocast(HERE.type, torch.bfloat16):
+        out = model(batch.tokens, batch.labels, batch.positions, batch.cu_seqlens, batch.indices, key=0)
+    out.losses.sum().backward()
+    return said
+
+
+def test_parameters_are_gathered_while_others_compute():
+    said = testing.run(2, gathers)[0]
+    assert sum(asking for _, asking in said) == 1 + 2 * 6  # none twice but on the way back
+    at_once = [name for (name, asking), then in itertools.pairwise(said) if asking and then == (name, False)]
+    none_before = ("embedding", "blocks.0.sublayers.0", "blocks.2.sublayers.0", "blocks.2.sublayers.1")
+    assert all(name.startswith(none_before) for name in at_once), said
 
 
 # ----------------------------------------------------------------------------------------------- in one process
