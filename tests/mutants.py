@@ -999,7 +999,7 @@ MUTANTS = [
     Mutant(
         "a delta rule's chunk is solved in blocks that never meet",
         "fast/kernels/delta.py",
-        "Y += Z - tl.dot(Y, strength[:, None] * Z, input_precision=SOLVING)",
+        "Y += Z - tl.dot(Y, strength * Z, input_precision=SOLVING)",
         "Y += 0.0 * Z",
         "tests/test_fast.py -k sixteen",
     ),
@@ -1069,7 +1069,7 @@ MUTANTS = [
     Mutant(
         "a chunk of rank one steps is solved in blocks that never meet",
         "fast/kernels/delta.py",
-        "Y += Z - tl.dot(Y, strength[:, None] * Z, input_precision=SOLVING)",
+        "Y += Z - tl.dot(Y, strength * Z, input_precision=SOLVING)",
         "Y += Z",
         "tests/test_fast.py -k 'sixteen and kda'",
     ),

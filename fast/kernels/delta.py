@@ -52,7 +52,7 @@ Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, C =
 writes 1; values 4 and 1, and 3 more for r and memories; answers 4 (5 with a gate) and 3; pairs 3 (5 with a gate) and 1;
 chunks 10 and 2. So 8 U forward where the floor is 4, and 39 U with the gradient where it is 11. Kept for the gradient:
 r, A, Y and the memories, 4 U; on the way back the cotangents and pairs, 3 U. Multiply-adds a token and head: preparing
-2·C·d and 10·C²; values and answers 3·d² + 2·C·d; pairs 2·C·d (4·C·d with a gate); chunks 3·d² + 4·C·d.
+2·C·d, 6·16² and 4·C²; values and answers 3·d² + 2·C·d; pairs 2·C·d (4·C·d with a gate); chunks 3·d² + 4·C·d.
 
 Compilers: what `decay.py` says. No dot's result is transposed; no 16-bit line of CONFIG has one stage. With chunks of
 64 tokens `delta_chunks` has 64 channels a program: with 32, and more columns than that, dk and dβ are wrong by
@@ -114,19 +114,37 @@ SOLVING = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32
 
 
 @triton.jit
-def solved_by_halves(L, strength, here, other, LEVELS: tl.constexpr, SOLVING: tl.constexpr):
-    """Y = (I + L diag(β))⁻¹ L of the part of L below its diagonal: C × C, C = 2^LEVELS; I - Y diag(β) is the inverse.
-
-    2·C³ multiply-adds for all levels but the first, whose Y is its Z.
-    """
-    Y = tl.where((here == other + 1) & (here % 2 == 1), L, 0.0)
-    for level in tl.static_range(1, LEVELS):
+def joined(L, Y, strength, here, other, FIRST: tl.constexpr, LEVELS: tl.constexpr, SOLVING: tl.constexpr):
+    """From Y of blocks of 2^FIRST tokens that of blocks of 2^LEVELS: two products of whole tiles a level."""
+    for level in tl.static_range(FIRST, LEVELS):
         half = 1 << level
         meet = (here // (2 * half) == other // (2 * half)) & (here // half > other // half)
         Z = tl.where(meet, L, 0.0)
-        Z -= tl.dot(Z, strength[:, None] * Y, input_precision=SOLVING)
-        Y += Z - tl.dot(Y, strength[:, None] * Z, input_precision=SOLVING)
+        Z -= tl.dot(Z, strength * Y, input_precision=SOLVING)
+        Y += Z - tl.dot(Y, strength * Z, input_precision=SOLVING)
     return Y
+
+
+@triton.jit
+def solved_by_halves(L, strength, here, other, LEVELS: tl.constexpr, SOLVING: tl.constexpr):
+    """Y = (I + L diag(β))⁻¹ L of the part of L below its diagonal: C × C, C = 2^LEVELS; I - Y diag(β) is the inverse.
+
+    Blocks of 16 tokens first, side by side: 6·16² multiply-adds a token; then whole tiles: 2·C² each time that blocks
+    double.
+    """
+    if LEVELS <= 4:
+        Y = tl.where((here == other + 1) & (here % 2 == 1), L, 0.0)
+        return joined(L, Y, strength[:, None], here, other, 1, LEVELS, SOLVING)
+    C: tl.constexpr = 2**LEVELS
+    B: tl.constexpr = C // 16
+    ib, ic = tl.arange(0, B), tl.arange(0, 16)
+    same = ib[:, None, None, None] == ib[None, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(L, (B, 16, B, 16)), 0.0), 2)
+    row, column = ic[None, :, None], ic[None, None, :]
+    Y = tl.where((row == column + 1) & (row % 2 == 1), blocks, 0.0)
+    Y = joined(blocks, Y, tl.reshape(strength, (B, 16))[:, :, None], row, column, 1, 4, SOLVING)
+    Y = tl.reshape(tl.where(same, Y[:, :, None, :], 0.0), (C, C))
+    return joined(L, Y, strength[:, None], here, other, 4, LEVELS, SOLVING)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences", "count_rows"])
@@ -605,6 +623,8 @@ def prepare(q, k, beta, g, sums, borders) -> tuple[Tensor, Tensor, Tensor]:
         q, k, beta, g, sums, borders, scores, itself, solved, t, h, n, beta.numel(),
         K=K, BK=padded(K), C=chunk, LEVELS=chunk.bit_length() - 1, SOLVING=SOLVING[k.dtype],
         **kind_of(k, g, borders), num_warps=4 if chunk == 64 else 1, num_stages=1 if exact else 2,
+        # three programs a multiprocessor; three tf32 would need more registers
+        maxnreg=168 if chunk == 64 and k.dtype == torch.bfloat16 else None,
     )  # fmt: skip
     return scores, itself, solved
 
