@@ -997,6 +997,27 @@ MUTANTS = [
         "tests/test_fast.py -k gla",
     ),
     Mutant(
+        "a mild chunk's fading is put back but not taken out before",
+        "fast/kernels/decay.py",
+        "power_of_2(-fading, EXACT)",
+        "power_of_2(0.0 * fading, EXACT)",
+        "tests/test_fast.py -k 'fade_little and mamba2'",
+    ),
+    Mutant(
+        "between two mild chunks half of what the first faded is forgotten",
+        "fast/kernels/decay.py",
+        "S = S * power_of_2(carried + half, EXACT)",
+        "S = S * power_of_2(half, EXACT)",
+        "tests/test_fast.py -k 'fade_little and mamba2'",
+    ),
+    Mutant(
+        "a gate that is no number passes for a mild one",
+        "fast/kernels/decay.py",
+        "tl.where(tl.load(sums + line + last) > LEAST, 0, 1)",
+        "tl.where(tl.load(sums + line + last) <= LEAST, 1, 0)",
+        "tests/test_fast.py -k 'sixteen_bits_shows'",
+    ),
+    Mutant(
         "a delta rule's chunk is solved in blocks that never meet",
         "fast/kernels/delta.py",
         "Y += Z - tl.dot(Y, strength * Z, input_precision=SOLVING)",

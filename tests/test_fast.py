@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter on CPU (float32 and float1
 the addresses, not the compiler. With one the same laws run on it, bfloat16 and larger shapes too.
 """
 
+import math
 import functools
 import inspect
 import os
@@ -369,9 +370,34 @@ def test_precision_behind_strong_gates(name):
     compare(name, t=2 * SEVERAL, change=lambda tokens, _: tokens["g"][:, ::2].fill_(-79.0))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("name", ["retention", "mamba2"])
+def test_heads_that_fade_little_and_heads_that_fade_much(name, segments, dtype, monkeypatch):
+    """Of chunks whose sums of gates stand on either side of what divides them, and far from it. (With the first seed a
+    slope's gradient, four sums of which no sweep knows, has 1.4 of its budget.)"""
+    cut(monkeypatch, segments)
+    middle = kernels.LITTLE[dtype] * math.log(2) / 64
+    each = torch.tensor([-1e-4, 0.8 * middle, 1.25 * middle, -20.0])
+
+    def change(tokens, constants):
+        g = {**tokens, **constants}["g"]
+        g.copy_(each if name == "retention" else each * (0.75 + 0.5 * torch.rand(g.shape)))
+
+    compare(name, dtype, h=4, t=150, k=16, v=16, change=change, seed=1)
+
+
 @pytest.mark.parametrize("gate", [0.0, -1e4, -torch.inf])
 def test_extreme_slopes(gate):
     compare("retention", t=FEW, change=lambda _, constants: constants["g"].fill_(gate))
+
+
+def test_a_gate_that_is_not_a_number_in_sixteen_bits_shows():
+    row, tokens, constants = make("mamba2", t=40, k=16, v=16, dtype=torch.float16)
+    tokens["g"] = torch.full_like(tokens["g"], -1e-3).float()
+    tokens["g"][0, 20] = torch.nan
+    o, _ = quick.recurrence(row, {n: x.to(DEVICE) for n, x in tokens.items()}, constants)
+    assert o[0, 20:].isnan().all() and o[0, :20].isfinite().all() and o[1].isfinite().all()
 
 
 @pytest.mark.parametrize("name", GATED)

@@ -24,6 +24,14 @@ Gates. Any g in [-inf, 0] is right and finite. A gate is raised to FLOOR first, 
 same. Behind such a gate a difference of two float32 sums is off by 1e-3 at worst. For float32 tokens (EXACT) the sums
 are therefore taken in float64 and split in two float32; for 16-bit tokens the error is below their own rounding.
 
+A chunk is mild if it leaves more than 2^LEAST of what it got. If all chunks of a program are (`fades_little`), what
+fades is put on rows instead of pairs: with m = b_C / 2, r_i = e^{b_i - m} and z'_j = e^{m - b_j} z_j,
+
+    forwards     out = r_i (x (e^m S) + tril(x yᵀ) z')       S <- e^m (e^m S + yᵀ z')        (backwards: 1 / r, triu)
+
+so that no pair of tokens needs an exponential, one z' serves both products, and what is left of a slice in instructions
+are 0.6 of those with pairs.
+
 The gate's gradient needs no memory: with D_t as above, dg_t = <e^{g_t} M_{t-1}, D_t> obeys
 dg_t = dg_{t+1} + q_t·dq_t - k_t·dk_t, and dg_{T+1} = <M_T, dM_T>. The products are taken in float32, before dq and dk
 are rounded. The token's own term q_t·k_t v_t·do_t is in both and cancels: with EXACT it is left out of both, so that
@@ -75,8 +83,10 @@ CONFIG = {
     (256, 4): (16, 4, 1),
 }
 # where a gate of one number a token needs another line
-GATED = {(64, 2): (32, 4, 2), (128, 2): (32, 4, 2)}
+GATED = {(64, 2): (64, 4, 3), (128, 2): (64, 4, 3)}
 # dk and dv in one launch, where K = V and the gate is one number a token: two programs must fit a multiprocessor
+# log 2 of what a chunk must leave to be mild: half of it either way is within the dtype's range, with digits to spare
+LITTLE = {torch.bfloat16: -80.0, torch.float16: -8.0}
 PAIRED = {(16, 4): (16, 4, 1), (32, 4): (32, 4, 1), (64, 2): (64, 4, 2), (128, 2): (64, 4, 2)}
 
 
@@ -239,6 +249,111 @@ def decay_sums(
         tl.store(sums + to, hi, mask=inside)
 
 
+@triton.jit
+def fades_little(g, sums, line, h, first, stop, C: tl.constexpr, GATE: tl.constexpr, LEAST: tl.constexpr):
+    """Whether every chunk of tokens [first, stop) leaves more than 2^LEAST of what it got."""
+    if GATE == 1:
+        strong = tl.where(tl.load(g + h) * LOG2_E * C > LEAST, 0, 1)
+    else:
+        strong = 0
+        for i in range(0, tl.cdiv(stop - first, C * 32)):
+            last = tl.minimum(first + (i * 32 + tl.arange(0, 32)) * C + C, stop) - 1
+            strong += tl.sum(tl.where(tl.load(sums + line + last) > LEAST, 0, 1), 0)  # what is no number counts
+    return strong == 0
+
+
+@triton.jit
+def swept(
+    S, N, x, y, z, w, g, sums, out, part, side, start, first, stop, line, h, heads, count_rows, ix, iz, s, second, least,
+    X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, PART: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, SIDE: tl.constexpr, MILD: tl.constexpr,
+):  # fmt: skip
+    """The chunks of `decay_sweep`, one after the other: S and N after the last. MILD: as the head of this file says."""
+    ic = tl.arange(0, C)
+    in_x, in_z = ix < X, iz < Z
+    WIDTH: tl.constexpr = X if SIDE == 1 else Z
+    at_x = ic[:, None] * (heads * X) + ix[None, :]
+    at_z = ic[:, None] * (heads * Z) + iz[None, :]
+    chunks = tl.cdiv(stop - first, C)
+    carried = 0.0  # half of what the chunk before faded
+    for i in range(0, chunks):
+        begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
+        t = begin + ic
+        inside = t < stop
+        row = (start + begin) * heads + h  # 64 bits for where a chunk begins, 32 within it
+        in_rows_x = inside[:, None] & in_x[None, :]
+        in_rows_z = inside[:, None] & in_z[None, :]
+        bx = tl.load(x + row * X + at_x, mask=in_rows_x, other=0.0)
+        by = tl.load(y + row * X + at_x, mask=in_rows_x, other=0.0)
+        bz = tl.load(z + row * Z + at_z, mask=in_rows_z, other=0.0)
+        # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
+        if PART:
+            bw = tl.load(w + row * Z + at_z, mask=in_rows_z & (not second), other=0.0)
+        if GATE != 0:
+            count = tl.minimum(stop - begin, C)
+            hi, lo, after, total = sums_of(
+                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
+            )
+
+        if SIDE > 1:
+            more = tl.load(side + row + ic * heads, mask=inside, other=0.0)
+
+        if MILD:
+            half = total * 0.5
+            S = S * power_of_2(carried + half, EXACT)
+            carried = half
+        seen = tl.dot(bx, S.to(bx.dtype), input_precision=PRECISION)
+        scores = tl.dot(bx, tl.trans(by), input_precision=PRECISION)
+        if SIDE == 2:
+            scores += more[:, None]
+            seen += more[:, None] * N[None, :]
+            N += tl.sum(bz.to(tl.float32), 0)
+        if SIDE == 3:
+            scores += more[None, :]
+            seen += N[None, :]
+            N += tl.sum(bz.to(tl.float32) * more[:, None], 0)
+        written = bz
+        if (GATE == 0) or MILD:
+            before = (ic[:, None] <= ic[None, :]) if REVERSE else (ic[:, None] >= ic[None, :])
+            scores = tl.where(before, scores, 0.0)
+            if MILD:
+                fading = half - hi if REVERSE else hi - half
+                written = (bz.to(tl.float32) * power_of_2(-fading, EXACT)[:, None]).to(bz.dtype)
+        else:
+            reading, writing = power_of_2(hi, EXACT), power_of_2(after, EXACT)
+            if REVERSE:
+                reading, writing = writing, reading
+            scores = scores * decays_of(hi, lo, g, h, ic, GATE, EXACT, REVERSE)
+            seen = seen * reading[:, None]
+            written = (bz.to(tl.float32) * writing[:, None]).to(bz.dtype)
+            S = S * power_of_2(total, EXACT)
+        if PART and EXACT:  # the token's own term cancels in dg: add it to out after the sum
+            diagonal = ic[:, None] == ic[None, :]
+            own = tl.sum(tl.where(diagonal, scores, 0.0), 1)
+            scores = tl.where(diagonal, 0.0, scores)
+        o = tl.dot(scores.to(bz.dtype), written if MILD else bz, seen, input_precision=PRECISION)
+        if MILD:
+            o = o * power_of_2(fading, EXACT)[:, None]
+        S = tl.dot(tl.trans(by), written, S, input_precision=PRECISION)
+        if SIDE == 1:
+            weights = tl.sum(scores, 1) + tl.sum(bx.to(tl.float32) * N[None, :], 1)
+            N += tl.sum(by.to(tl.float32), 0)
+            tl.store(side + row + ic * heads, weights, mask=inside & (s == 0))
+            o = o / (weights + least)[:, None]
+        if PART:
+            tl.store(
+                part + line + t,
+                tl.sum(o * bw.to(tl.float32), 1),
+                mask=inside & (not second),
+            )
+            if EXACT:
+                o += own[:, None] * bz.to(tl.float32)
+        tl.store(out + row * Z + at_z, o, mask=in_rows_z)
+    if MILD:
+        S = S * power_of_2(carried, EXACT)
+    return S, N
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
 def decay_sweep(
     x, y, z, w, g, sums, borders, entry, out, end, part, x2, out2, side, side_entry, side_end,
@@ -246,8 +361,7 @@ def decay_sweep(
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     SX: tl.constexpr, SZ: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
     ENTRY: tl.constexpr, END: tl.constexpr, PART: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    PAIR: tl.constexpr, SIDE: tl.constexpr, SIDE_ENTRY: tl.constexpr,
-    SIDE_END: tl.constexpr,
+    PAIR: tl.constexpr, SIDE: tl.constexpr, SIDE_ENTRY: tl.constexpr, SIDE_END: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """One slice of `out` over one segment of one head of one sequence; with PART also Σ_z w·out.
 
@@ -288,6 +402,7 @@ def decay_sweep(
         S = tl.load(entry + (nh * slots + segment) * X * Z + cell, mask=in_cell, other=0.0)
     else:
         S = tl.zeros((BX, BZ), tl.float32)
+    N = tl.zeros((1,), tl.float32)
     if SIDE != 0:
         WIDTH: tl.constexpr = X if SIDE == 1 else Z
         if SIDE == 1:
@@ -298,73 +413,26 @@ def decay_sweep(
         if SIDE_ENTRY:
             N = tl.load(side_entry + (nh * slots + segment) * WIDTH + side_at, mask=side_at < WIDTH, other=0.0)
 
-    at_x = ic[:, None] * (heads * X) + ix[None, :]
-    at_z = ic[:, None] * (heads * Z) + iz[None, :]
-    chunks = tl.cdiv(stop - first, C)
-    for i in range(0, chunks):
-        begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
-        t = begin + ic
-        inside = t < stop
-        row = (start + begin) * heads + h  # 64 bits for where a chunk begins, 32 within it
-        in_rows_x = inside[:, None] & in_x[None, :]
-        in_rows_z = inside[:, None] & in_z[None, :]
-        bx = tl.load(x + row * X + at_x, mask=in_rows_x, other=0.0)
-        by = tl.load(y + row * X + at_x, mask=in_rows_x, other=0.0)
-        bz = tl.load(z + row * Z + at_z, mask=in_rows_z, other=0.0)
-        # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
-        if PART:
-            bw = tl.load(w + row * Z + at_z, mask=in_rows_z & (not second), other=0.0)
-        if GATE != 0:
-            count = tl.minimum(stop - begin, C)
-            hi, lo, after, total = sums_of(
-                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
-            )
-
-        if SIDE > 1:
-            more = tl.load(side + row + ic * heads, mask=inside, other=0.0)
-
-        seen = tl.dot(bx, S.to(bx.dtype), input_precision=PRECISION)
-        scores = tl.dot(bx, tl.trans(by), input_precision=PRECISION)
-        if SIDE == 2:
-            scores += more[:, None]
-            seen += more[:, None] * N[None, :]
-            N += tl.sum(bz.to(tl.float32), 0)
-        if SIDE == 3:
-            scores += more[None, :]
-            seen += N[None, :]
-            N += tl.sum(bz.to(tl.float32) * more[:, None], 0)
-        written = bz
-        if GATE == 0:
-            before = (ic[:, None] <= ic[None, :]) if REVERSE else (ic[:, None] >= ic[None, :])
-            scores = tl.where(before, scores, 0.0)
-        else:
-            reading, writing = power_of_2(hi, EXACT), power_of_2(after, EXACT)
-            if REVERSE:
-                reading, writing = writing, reading
-            scores = scores * decays_of(hi, lo, g, h, ic, GATE, EXACT, REVERSE)
-            seen = seen * reading[:, None]
-            written = (bz.to(tl.float32) * writing[:, None]).to(bz.dtype)
-            S = S * power_of_2(total, EXACT)
-        if PART and EXACT:  # the token's own term cancels in dg: add it to out after the sum
-            diagonal = ic[:, None] == ic[None, :]
-            own = tl.sum(tl.where(diagonal, scores, 0.0), 1)
-            scores = tl.where(diagonal, 0.0, scores)
-        o = tl.dot(scores.to(bz.dtype), bz, seen, input_precision=PRECISION)
-        S = tl.dot(tl.trans(by), written, S, input_precision=PRECISION)
-        if SIDE == 1:
-            weights = tl.sum(scores, 1) + tl.sum(bx.to(tl.float32) * N[None, :], 1)
-            N += tl.sum(by.to(tl.float32), 0)
-            tl.store(side + row + ic * heads, weights, mask=inside & (s == 0))
-            o = o / (weights + least)[:, None]
-        if PART:
-            tl.store(
-                part + s.to(tl.int64) * count_rows + line + t,
-                tl.sum(o * bw.to(tl.float32), 1),
-                mask=inside & (not second),
-            )
-            if EXACT:
-                o += own[:, None] * bz.to(tl.float32)
-        tl.store(out + row * Z + at_z, o, mask=in_rows_z)
+    if PART:
+        part += s.to(tl.int64) * count_rows
+    if (GATE == 0) or EXACT:
+        S, N = swept(
+            S, N, x, y, z, w, g, sums, out, part, side,
+            start, first, stop, line, h, heads, count_rows, ix, iz, s, second, least,
+            X, Z, C, GATE, REVERSE, PART, EXACT, PRECISION, SIDE, False,
+        )  # fmt: skip
+    elif fades_little(g, sums, line, h, first, stop, C, GATE, LEAST):
+        S, N = swept(
+            S, N, x, y, z, w, g, sums, out, part, side,
+            start, first, stop, line, h, heads, count_rows, ix, iz, s, second, least,
+            X, Z, C, GATE, REVERSE, PART, EXACT, PRECISION, SIDE, True,
+        )  # fmt: skip
+    else:
+        S, N = swept(
+            S, N, x, y, z, w, g, sums, out, part, side,
+            start, first, stop, line, h, heads, count_rows, ix, iz, s, second, least,
+            X, Z, C, GATE, REVERSE, PART, EXACT, PRECISION, SIDE, False,
+        )  # fmt: skip
 
     if END:
         tl.store(end + nh * X * Z + cell, S, mask=in_cell & second if PAIR else in_cell)
@@ -793,7 +861,7 @@ def sweep(
         x.shape[1], x.shape[2], segments, slots, rows_of(x), least,
         **shape, SX=SX, SZ=SZ, REVERSE=reverse, ENTRY=entry is not None, END=end is not None, PART=part is not None,
         PAIR=pair is not None, SIDE=side, SIDE_ENTRY=sides[1] is not None,
-        SIDE_END=sides[2] is not None,
+        SIDE_END=sides[2] is not None, LEAST=LITTLE.get(x.dtype, 0.0),
     )  # fmt: skip
     return (out, part) if pair is None else (out, part, second)
 
