@@ -75,6 +75,11 @@ def packed(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
+def of_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which for what is so already takes longer than to look."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def even(x: Tensor, rows: int = 0) -> Tensor:
     """The last axis filled with zeros to a multiple of 16 (and the one before with `rows` zeros)."""
     columns = -x.shape[-1] % 16

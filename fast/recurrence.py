@@ -22,7 +22,7 @@ from fast import channel, decay, delta, features, rank_one, ratio, scan, slots
 from fast.kernels.decay import padded
 from fast.kernels.delta import FOLDED
 from fast.local import DTYPES, runnable
-from fast.operators import differentiated, even
+from fast.operators import differentiated, even, of_dtype
 from reference import printed
 from reference import recurrence as words
 from reference import span as spans
@@ -57,7 +57,9 @@ def recurrence(
     if memory is not None:
         memory = even(memory, -K % 16).contiguous()
     o, last = family_of(x).run(ready(row, x, constants, even), memory, cu_seqlens, sequences, wide)
-    return x.finish(o[..., :V]).to(x.q.dtype), last[..., :K, :V]
+    if o.shape[-1] != V or last.shape[-2] != K:  # a slice that is the whole would be one more step backwards
+        o, last = o[..., :V], last[..., :K, :V]
+    return of_dtype(x.finish(o), x.q.dtype), last
 
 
 def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None) -> tuple[Tensor, Memory]:
@@ -187,15 +189,16 @@ def rows() -> list[str]:
 def supported(row: Row, x: Form, memory) -> None:
     """One line for what no kernel computes, before any launch."""
     given = tensors_of(x) | ({} if memory is None else {"memory": memory})
-    dtypes = {name: y.dtype for name, y in given.items() if name in "qkv"}
-    if x.v.dtype not in DTYPES or len(set(dtypes.values())) > 1:
+    dtype, device = x.v.dtype, x.v.device
+    if dtype not in DTYPES or any(given[n].dtype != dtype for n in "qk" if n in given):
+        found = ", ".join(f"{n} {y.dtype}" for n, y in given.items() if n in "qkv")
         raise ValueError(
-            f"{row.title}: no fast kernel for {', '.join(f'{n} {d}' for n, d in dtypes.items())}; allowed: all "
-            "float32, all bfloat16 or all float16 (the backend 'reference' takes any)"
+            f"{row.title}: no fast kernel for {found}; allowed: all float32, all bfloat16 or all float16 (the backend "
+            "'reference' takes any)"
         )
-    devices = {str(y.device) for y in given.values()}
-    if len(devices) > 1:
-        raise ValueError(f"{row.title}: inputs on several devices: {', '.join(sorted(devices))}; put all on one")
+    if any(y.device != device for y in given.values()):
+        devices = sorted({str(y.device) for y in given.values()})
+        raise ValueError(f"{row.title}: inputs on several devices: {', '.join(devices)}; put all on one")
     runnable(row.title, x.v)
     if not isinstance(x, Normal):
         family_of(x).fits(row.title, x)
@@ -207,7 +210,7 @@ def supported(row: Row, x: Form, memory) -> None:
 
 
 def tensors_of(x: Form) -> dict[str, Tensor]:
-    return {name: y for name, y in x._asdict().items() if isinstance(y, Tensor)}
+    return {name: y for name, y in zip(x._fields, x, strict=True) if y is not None and isinstance(y, Tensor)}
 
 
 def ready(row: Row, x: Form, constants: Inputs, pad) -> Form:
@@ -219,7 +222,7 @@ def ready(row: Row, x: Form, constants: Inputs, pad) -> Form:
         x = x._replace(g=constants["g"])
     made = {}
     for name, y in tensors_of(x).items():
-        y = y.to(x.v.dtype) if name in ("q", "k", "v", "a", "b") else y.float()
+        y = of_dtype(y, x.v.dtype if name in ("q", "k", "v", "a", "b") else torch.float32)
         made[name] = (pad(y) if name in ("q", "k", "v", "a", "b", "f", "u") or y.ndim == 4 else y).contiguous()
     return x._replace(**made)
 

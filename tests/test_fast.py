@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -507,28 +508,44 @@ class Asked:
     arg_names = ("x", "n", "size")
 
     def __init__(self):
-        self.first, self.later = [], []
+        self.first, self.later, self.told = [], [], []
 
     def __getitem__(self, grid):
         def run(*args, **meta):
             self.first.append((grid, args, meta))
-            return Later(self.later, meta)
+            return Later(self, meta)
 
         return run
 
 
 class Later:
-    def __init__(self, seen, meta):
-        self.seen, self.meta = seen, meta
+    """`function` and `packed_metadata` are what Triton's own launcher wants, besides a stream and hooks."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, asked, meta):
+        self.asked, self.meta = asked, meta
 
     def __getitem__(self, grid):
-        return lambda *args: self.seen.append((grid, args, self.meta))
+        return lambda *args: self.asked.told.append((grid, args))
+
+    def run(self, x, y, z, stream, function, metadata, told, before, after, *args):
+        assert (stream, function, metadata) == (5, self.function, self.packed_metadata)
+        assert told is before is after is None
+        self.asked.later.append(((x, y, z), args, self.meta))
 
 
-def test_triton_is_asked_once_for_each_kind_of_arguments():
+@pytest.fixture
+def asked(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5 + device, raising=False)
+    monkeypatch.setattr(kernels, "KNOWN", {})
+    return Asked()
+
+
+def test_triton_is_asked_once_for_each_kind_of_arguments(asked):
     """The compiled kernel gets all arguments in order; others of an alignment, a dtype, a size or a number of their
     own. (Where tensors lie: 16 bytes off the start of a buffer that is aligned, and 4.)"""
-    asked, buffer = Asked(), torch.empty(64)
+    buffer = torch.empty(64)
     launch = functools.partial(kernels.launch_here, 0, asked)
     for x in (buffer, buffer[4:]):
         launch(7, (x, 5), {"size": 3, "num_warps": 4})
@@ -539,17 +556,43 @@ def test_triton_is_asked_once_for_each_kind_of_arguments():
         (buffer[1:], 5, {}),
         (buffer.half(), 5, {}),
         (buffer, 1, {}),
+        (buffer, 1.0, {}),
+        (buffer, True, {}),
         (buffer, 32, {}),
         (buffer, 2**31, {}),
         (None, 5, {}),
+        (buffer, None, {}),
         (buffer, 5, {"size": 4}),
         (buffer, 5, {"num_warps": 8}),
+        (buffer, 5, {"num_stages": 4}),
     ):
         before = len(asked.first)
         for _ in range(2):
             launch(7, (x, n), {"size": 3, "num_warps": 4} | meta)
         assert len(asked.first) == before + 1
         assert asked.later[-1][2] == asked.first[-1][2]
+
+
+def test_each_device_and_each_kernel_is_asked(asked):
+    other, x = Asked(), torch.empty(64)
+    for device, kernel in ((0, asked), (1, asked), (0, other)):
+        kernels.launch_here(device, kernel, 7, (x, 5), {"size": 3})
+    assert (len(asked.first), len(other.first)) == (2, 1) and not asked.later + other.later
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("chain", [True, False])
+def test_who_watches_launches_is_told(asked, hook, chain, monkeypatch):
+    """By Triton itself: a hook alone, or in a chain of hooks."""
+    launch = functools.partial(kernels.launch_here, 0, asked, 7, (torch.empty(64), 5), {"size": 3})
+    launch(), launch()
+    if chain:
+        monkeypatch.setattr(getattr(triton.knobs.runtime, hook), "calls", [print])
+    else:
+        monkeypatch.setattr(triton.knobs.runtime, hook, print)
+    launch()
+    assert [grid for grid, *_ in asked.told] == [(7, 1, 1)] and len(asked.later) == 1
+    assert asked.told[0][1] == asked.later[0][1]
 
 
 @pytest.mark.parametrize("name", ALL)
