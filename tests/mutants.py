@@ -432,9 +432,30 @@ MUTANTS = [
     Mutant(
         "a kernel for aligned tensors gets others",
         "fast/kernels/decay.py",
-        "return x.dtype, x.data_ptr() % 16 == 0",
-        "return (x.dtype,)",
+        "kinds.append((x.dtype, x.data_ptr() % 16))",
+        "kinds.append(x.dtype)",
         "tests/test_fast.py -k asked_once",
+    ),
+    Mutant(
+        "a kernel for a number gets others of its value",
+        "fast/kernels/decay.py",
+        "kinds.append((type(x), x == 1, ",
+        "kinds.append((x == 1, ",
+        "tests/test_fast.py -k asked_once",
+    ),
+    Mutant(
+        "a kernel compiled on one GPU is launched on another",
+        "fast/kernels/decay.py",
+        "key = (device, id(kernel), ",
+        "key = (id(kernel), ",
+        "tests/test_fast.py -k each_device",
+    ),
+    Mutant(
+        "who watches launches ending is not told of them",
+        "fast/kernels/decay.py",
+        """(getattr(before, "calls", before) or getattr(after, "calls", after))""",
+        """(getattr(before, "calls", before))""",
+        "tests/test_fast.py -k who_watches",
     ),
     Mutant(
         "a checkpoint is asked twice for what it makes once",

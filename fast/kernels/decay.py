@@ -696,14 +696,15 @@ def watched() -> bool:
 
 def specialized(args: tuple[Tensor | float | None, ...]) -> list:
     """All of the arguments that a compiled kernel may depend on."""
-    return [
-        None
-        if x is None
-        else (type(x), x == 1, x % 16 == 0, -(2**31) <= x < 2**31)
-        if isinstance(x, (int, float))
-        else (x.dtype, x.data_ptr() % 16)
-        for x in args
-    ]
+    kinds = []
+    for x in args:
+        if x is None:
+            kinds.append(None)
+        elif isinstance(x, (int, float)):
+            kinds.append((type(x), x == 1, x % 16 == 0, -(2**31) <= x < 2**31))
+        else:
+            kinds.append((x.dtype, x.data_ptr() % 16))
+    return kinds
 
 
 def gate(g: Tensor | None) -> int:
