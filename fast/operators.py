@@ -41,11 +41,16 @@ class Operator:
         self.differentiable = Differentiable
 
     def __call__(self, *inputs):
-        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        if observed():
             return self.seen(*inputs)
         if self.differentiable is None or not differentiated(*inputs):
             return self.function(*inputs)
         return self.differentiable.apply(*inputs)
+
+
+def observed() -> bool:
+    """Whether a compiler, or something else that must see every operator, looks on."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def differentiated(*inputs) -> bool:

@@ -972,6 +972,91 @@ def test_errors(launched):
     assert not launched
 
 
+def right():
+    """What `computable` is given, and finds right."""
+    row, tokens, constants = some("mamba2", t=3)
+    memory = torch.zeros(1, 2, 16, 16, device=DEVICE)
+    borders = torch.tensor([0, 3], dtype=torch.int32)
+    return {"row": row, "tokens": tokens, "constants": constants, "memory": memory, "cu_seqlens": borders}
+
+
+def changed(name, change):
+    def act(given):
+        given["tokens"][name] = change(given["tokens"][name])
+
+    return act
+
+
+WRONG = {  # each differs in one way from what is right
+    "no gate": lambda given: given["tokens"].pop("g"),
+    "a gate by another name": lambda given: given["tokens"].update(gate=given["tokens"].pop("g")),
+    "a gate that is a constant": lambda given: given["constants"].update(g=given["tokens"].pop("g")),
+    "a token fewer": changed("k", lambda x: x[:, :2]),
+    "a head fewer": changed("v", lambda x: x[:, :, :1]),
+    "channels fewer": changed("q", lambda x: x[..., :8]),
+    "an axis fewer": changed("g", lambda x: x[..., 0]),
+    "too many columns": changed("v", lambda x: x.repeat(1, 1, 1, 17)),
+    "another dtype": changed("q", torch.Tensor.half),
+    "no kernel's dtype": lambda given: given["tokens"].update({n: x.double() for n, x in given["tokens"].items()}),
+    "another device": changed("v", lambda x: x.to("meta")),
+    "a memory's device": lambda given: given.update(memory=given["memory"].to("meta")),
+    "a memory's size": lambda given: given.update(memory=given["memory"][..., :8]),
+    "two memories": lambda given: given.update(memory=given["memory"].repeat(2, 1, 1, 1)),
+    "borders that end early": lambda given: given.update(cu_seqlens=torch.tensor([0, 2], dtype=torch.int32)),
+    "long borders": lambda given: given.update(cu_seqlens=torch.tensor([0, 3])),
+    "another row": lambda given: given.update(row=LSM["gla"]),
+    "a row without kernels": lambda given: given.update(row=LSM["mesa"]),
+}
+
+
+@pytest.fixture
+def found(monkeypatch):
+    monkeypatch.setattr(quick, "FOUND", {})
+    return quick.FOUND
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_was_right_says_nothing_of_what_differs(packed, found):
+    """In whatever one way it does; borders that can be read are, every time."""
+
+    def given():
+        return right() if packed else right() | {"cu_seqlens": None}
+
+    quick.computable(**given())
+    for way, change in WRONG.items():
+        for _ in range(2):
+            wrong = given()
+            change(wrong)
+            with pytest.raises((ValueError, NotImplementedError)):
+                quick.computable(**wrong)
+                pytest.fail(way)
+    assert len(found) == (not packed)
+
+
+def test_what_was_right_is_not_looked_at_again(found, monkeypatch):
+    """But where a compiler, or another mode that sees every operator, looks on."""
+    given = right() | {"cu_seqlens": None}
+    x, family, sequences = quick.computable(**given)
+    looks = Counter()
+    for name in ("checked", "supported"):
+        monkeypatch.setattr(quick, name, lambda *_, name=name: looks.update([name]))
+    again = quick.computable(**given)
+    assert all(a is b for a, b in zip(again[0], x, strict=True) if isinstance(a, torch.Tensor))
+    assert again[1:] == (family, sequences) and not looks
+    with Made():
+        quick.computable(**given)
+    assert looks == {"checked": 1, "supported": 1} and len(found) == 1
+
+
+def test_rows_that_were_right_are_kept_and_few(found, monkeypatch):
+    """A row is known by its id, which another may get once it is gone."""
+    monkeypatch.setattr(quick, "MOST", 3)
+    given = right() | {"cu_seqlens": None}
+    for i in range(5):
+        quick.computable(**given | {"row": given["row"]._replace(title=str(i))})
+        assert [seen.row.title for seen in found.values()] == [*"01234"][i // 3 * 3 : i + 1]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiles_for_hopper_without_one(dtype, tmp_path):
     """Kernels by channel and by rank one, in a process whose Triton compiles: it takes less than the interpreter."""

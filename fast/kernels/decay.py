@@ -724,8 +724,14 @@ def padded(size: int) -> int:
     return max(16, next_power_of_2(size))
 
 
+COUNTED: dict[int | None, int] = {}  # multiprocessors of GPUs by number: to be told takes as long as a launch
+
+
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if device.index not in COUNTED:
+        cuda = device.type == "cuda"
+        COUNTED[device.index] = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
+    return COUNTED[device.index]
 
 
 def segments_for(q: Tensor, v: Tensor, g: Tensor | None, sequences: int) -> int:

@@ -988,7 +988,8 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
     only where there are four or more: where not half of the GPU would be busy, and 512 tokens a segment."""
     if padded(q.shape[-1]) > FOLDED:
         return 1
-    programs = sequences * q.shape[2] * shape_of(q, v, None)["SLICES"]
+    columns = CONFIG[padded(q.shape[-1]), v.element_size()][0]
+    programs = sequences * q.shape[2] * cdiv(v.shape[-1], min(columns, padded(v.shape[-1])))
     wanted = decay.long_enough(2 * decay.multiprocessors(q.device) // max(1, programs), q, sequences)
     return wanted if wanted >= 4 else 1
 
