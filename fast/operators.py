@@ -24,7 +24,7 @@ class Operator:
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
         self.seen.register_autograd(backward, setup_context=setup_context)
-        function = self.function
+        function, once = self.function, once_differentiable(backward)
 
         class Differentiable(torch.autograd.Function):
             @staticmethod
@@ -34,9 +34,9 @@ class Operator:
                 return output
 
             @staticmethod
-            @once_differentiable
             def backward(ctx, *cotangents):
-                return backward(ctx, *cotangents)
+                # the wrapper takes a while, and where no graph is made there is nothing that it could refuse
+                return (once if torch.is_grad_enabled() else backward)(ctx, *cotangents)
 
         self.differentiable = Differentiable
 

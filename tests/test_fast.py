@@ -9,6 +9,7 @@ import inspect
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -1046,6 +1047,21 @@ def test_what_was_right_is_not_looked_at_again(found, monkeypatch):
     with Made():
         quick.computable(**given)
     assert looks == {"checked": 1, "supported": 1} and len(found) == 1
+
+
+def test_a_compiler_sees_nothing_that_is_remembered(found):
+    """One graph, no warning of a cache, and inputs are looked at as if none had been right."""
+    rows = {name: some(name, t=1, h=1) for name in ("mamba2", "gla", "gated_delta_net", "kda")}
+
+    def outputs(rows):
+        return [quick.recurrence(*given)[0] for given in rows.values()]
+
+    want = outputs(rows)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Dynamo detected a call to a `functools.lru_cache`")
+        got = torch.compile(outputs, backend="eager", fullgraph=True)(rows)
+    assert all(map(torch.equal, got, want)) and len(found) == len(rows)
 
 
 def test_rows_that_were_right_are_kept_and_few(found, monkeypatch):

@@ -696,15 +696,15 @@ def watched() -> bool:
 
 def specialized(args: tuple[Tensor | float | None, ...]) -> list:
     """All of the arguments that a compiled kernel may depend on."""
-    kinds = []
-    for x in args:
-        if x is None:
-            kinds.append(None)
-        elif isinstance(x, (int, float)):
-            kinds.append((type(x), x == 1, x % 16 == 0, -(2**31) <= x < 2**31))
-        else:
-            kinds.append((x.dtype, x.data_ptr() % 16))
-    return kinds
+    return [
+        None if x is None else (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else kind_of_number(x)
+        for x in args
+    ]
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def kind_of_number(x: float) -> tuple:
+    return type(x), x == 1, x % 16 == 0, -(2**31) <= x < 2**31
 
 
 def gate(g: Tensor | None) -> int:
