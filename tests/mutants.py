@@ -504,14 +504,14 @@ MUTANTS = [
         "fast/operators.py",
         "(once if torch.is_grad_enabled() else backward)",
         "(backward)",
-        "tests/test_fast.py -k 'twice or second'",
+        "tests/test_fast.py -k operators_only_where_somebody_looks",
     ),
     Mutant(
         "columns that only fill a memory's rows are handed out",
         "fast/recurrence.py",
         "if o.shape[-1] != V or last.shape[-2] != K:",
         "if o.shape[-1] != V:",
-        "tests/test_fast.py -k 'values_and_gradients and mamba2'",
+        "tests/test_fast.py -k fills_tiles",
     ),
     Mutant(
         "a checkpoint is asked twice for what it makes once",

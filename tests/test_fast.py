@@ -973,6 +973,16 @@ def test_errors(launched):
     assert not launched
 
 
+@pytest.mark.parametrize("k, v", [(20, 16), (16, 20), (16, 16)])
+def test_what_only_fills_tiles_is_not_handed_out(k, v):
+    """And where nothing does, nothing is cut: that would be one more step backwards for each result."""
+    row, tokens, constants = some("mamba2", t=2, h=1, k=k, v=v)
+    leaves(tokens)
+    o, last = quick.recurrence(row, tokens, constants)
+    assert (o.shape[-1], *last.shape[-2:]) == (v, k, v)
+    assert (o.grad_fn is last.grad_fn) == (k == v)
+
+
 def right():
     """What `computable` is given, and finds right."""
     row, tokens, constants = some("mamba2", t=3)
