@@ -809,17 +809,15 @@ def sweep(
     `pair`: the x of a second sweep with y and z exchanged, whose output comes as a third result. `sides`: what the
     kernel has for SIDE.
     """
-    shape = shape_of(x, z, g, borders, pair is not None)
+    shape, (b, t, h, X) = shape_of(x, z, g, borders, pair is not None), x.shape
     out = torch.empty_like(z, dtype=torch.float32 if wide else z.dtype)
     second = None if pair is None else torch.empty_like(y)
-    part = None
-    if weight is not None:
-        part = z.new_empty(shape["SLICES"], z.shape[2], rows_of(z) // z.shape[2], dtype=torch.float32)
-    programs = shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders) * (1 if pair is None else 2)
-    SX, SZ = (1, x.shape[-1]) if swapped else (z.shape[-1], 1)
+    part = None if weight is None else z.new_empty(shape["SLICES"], h, b * t, dtype=torch.float32)
+    programs = shape["SLICES"] * segments * h * sequences_of(x, borders) * (1 if pair is None else 2)
+    SX, SZ = (1, X) if swapped else (shape["Z"], 1)
     launch(
         decay_sweep, programs, x, y, z, weight, g, sums, borders, entry, out, end, part, pair, second, *sides,
-        x.shape[1], x.shape[2], segments, slots, rows_of(x), least,
+        t, h, segments, slots, b * t * h, least,
         **shape, SX=SX, SZ=SZ, REVERSE=reverse, ENTRY=entry is not None, END=end is not None, PART=part is not None,
         PAIR=pair is not None, SIDE=side, SIDE_ENTRY=sides[1] is not None,
         SIDE_END=sides[2] is not None,
