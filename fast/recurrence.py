@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fast import channel, decay, delta, features, rank_one, ratio, scan, slots
-from fast.kernels import decay as whole
+from fast.kernels import decay as kernels
 from fast.kernels.delta import FOLDED
 from fast.local import DTYPES, runnable
 from fast.operators import differentiated, even, observed, of_dtype
@@ -90,7 +90,7 @@ def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=N
 
 def has_ends(row: Row, tokens: Inputs) -> bool:
     """Rows in normal form, of as many key channels as segments of a sequence may have."""
-    return is_plain(row) and row.read in PASSED_ON and whole.padded(tokens["q"].shape[-1]) <= FOLDED
+    return is_plain(row) and row.read in PASSED_ON and kernels.padded(tokens["q"].shape[-1]) <= FOLDED
 
 
 def span_alone(row: Row, tokens: Inputs, constants: Inputs, cu_seqlens) -> tuple[spans.Span, list[Tensor]]:
@@ -167,7 +167,7 @@ def outline(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> 
     if not all(x is None or type(x) in (Tensor, Parameter) for x in given):
         return None
     looks = [None if x is None else (x.shape, x.dtype, x.device) for x in given]
-    return id(row), whole.INTERPRETED, len(tokens), *tokens, *constants, *looks
+    return id(row), kernels.INTERPRETED, len(tokens), *tokens, *constants, *looks
 
 
 def checked(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> None:
