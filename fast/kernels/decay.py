@@ -721,7 +721,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def padded(size: int) -> int:
-    return max(16, next_power_of_2(size))
+    return 16 if size <= 16 else 1 << (size - 1).bit_length()
 
 
 COUNTED: dict[int | None, int] = {}  # multiprocessors of GPUs by number: to be told takes as long as a launch
