@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import channel as kernels
-from fast.operators import operator, packed, results
+from fast.operators import of_dtype, operator, packed, results
 from reference.normal import Normal
 
 
@@ -89,7 +89,7 @@ def channel_gradients(
     want_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, du, dmemory); dg and du are empty unless wanted."""
-    do, dlast = packed(do.to(v.dtype), dlast)
+    do, dlast = packed(of_dtype(do, v.dtype), dlast)
     q, k, v, g, u, memory, cu_seqlens = packed(q, k, v, g, u, memory, cu_seqlens)
     given = (q, k, v, g, u, memory, cu_seqlens, last, states, scores)
     dq, dk, dv, dg, du, dmemory = kernels.backward(do, dlast, *given, want_g, want_u)

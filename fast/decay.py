@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import decay as kernels
-from fast.operators import by_columns, operator, packed, results
+from fast.operators import by_columns, of_dtype, operator, packed, results
 from reference.normal import Normal
 
 WHOLE = 128
@@ -87,7 +87,7 @@ def decay_gradients(
     want_g: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, dmemory); dg is empty unless wanted."""
-    do, dlast = packed(do.to(v.dtype), dlast)
+    do, dlast = packed(of_dtype(do, v.dtype), dlast)
     q, k, v, g, memory, cu_seqlens = packed(q, k, v, g, memory, cu_seqlens)
     *grads, dg, dmemory = kernels.backward(do, dlast, q, k, v, g, memory, cu_seqlens, last, states, want_g)
     return *grads, last.new_empty(0) if dg is None else dg, dmemory

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import delta as kernels
-from fast.operators import by_columns, differentiated, operator, packed, results
+from fast.operators import by_columns, differentiated, of_dtype, operator, packed, results
 from reference.normal import Normal
 
 WHOLE = 128
@@ -115,7 +115,7 @@ def delta_gradients(
     want_g: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbeta, dg, dmemory); dg is empty unless wanted."""
-    do, dlast = packed(do.to(v.dtype), dlast)
+    do, dlast = packed(of_dtype(do, v.dtype), dlast)
     given = packed(q, k, v, beta, g, memory, cu_seqlens)
     *grads, dg, dmemory = kernels.backward(do, dlast, *given, news, states, moves, scores, itself, solved, want_g)
     return *grads, beta.new_empty(0) if dg is None else dg, dmemory

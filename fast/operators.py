@@ -24,7 +24,7 @@ class Operator:
 
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
         self.seen.register_autograd(backward, setup_context=setup_context)
-        function = self.function
+        function, once = self.function, once_differentiable(backward)
 
         class Differentiable(torch.autograd.Function):
             @staticmethod
@@ -34,18 +34,23 @@ class Operator:
                 return output
 
             @staticmethod
-            @once_differentiable
             def backward(ctx, *cotangents):
-                return backward(ctx, *cotangents)
+                # the wrapper takes a while, and where no graph is made there is nothing that it could refuse
+                return (once if torch.is_grad_enabled() else backward)(ctx, *cotangents)
 
         self.differentiable = Differentiable
 
     def __call__(self, *inputs):
-        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        if observed():
             return self.seen(*inputs)
         if self.differentiable is None or not differentiated(*inputs):
             return self.function(*inputs)
         return self.differentiable.apply(*inputs)
+
+
+def observed() -> bool:
+    """Whether a compiler, or something else that must see every operator, looks on."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def differentiated(*inputs) -> bool:
@@ -73,6 +78,11 @@ def results(
 def packed(*tensors: Tensor | None) -> list[Tensor | None]:
     """Contiguous: a gradient arrives expanded from a sum, a compiler may have chosen other strides."""
     return [None if x is None else x.contiguous() for x in tensors]
+
+
+def of_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which for what is so already takes longer than to look."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def even(x: Tensor, rows: int = 0) -> Tensor:

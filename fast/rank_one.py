@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fast.kernels import delta
 from fast.kernels import rank_one as kernels
-from fast.operators import differentiated, operator, packed, results
+from fast.operators import differentiated, of_dtype, operator, packed, results
 from reference.normal import Normal
 
 
@@ -115,7 +115,7 @@ def rank_one_gradients(
     want_g: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbeta, dg, da, db, dmemory); empty where there is no such input, dg unless wanted."""
-    do, dlast = packed(do.to(v.dtype), dlast)
+    do, dlast = packed(of_dtype(do, v.dtype), dlast)
     given = packed(q, k, v, beta, g, a, b, cu_seqlens)
     found = [inverse, mixed, reads, more_reads, totals]
     grads = kernels.backward(do, dlast, *given, news, states, moves, found, want_g)

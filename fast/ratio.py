@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fast import decay
 from fast.kernels import decay as kernels
-from fast.operators import even, operator, packed, results
+from fast.operators import even, of_dtype, operator, packed, results
 from reference import recurrence as words
 from reference.normal import Normal
 from reference.recurrence import Inputs, Row, over_count, with_one
@@ -109,7 +109,7 @@ def ratio_gradients(
     least: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dmemory, dcount)."""
-    given = packed(do.to(v.dtype), dlast, dtotal, q, k, v, memory, count, cu_seqlens)
+    given = packed(of_dtype(do, v.dtype), dlast, dtotal, q, k, v, memory, count, cu_seqlens)
     return kernels.ratio_gradients(*given, o, weights, states, counts, least)
 
 

@@ -12,17 +12,20 @@ float32. A family is two operators for torch (forward and gradient) with shape r
 whole graphs, and a third for one token; its kernels are in the file of its name in `fast/kernels/`.
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Parameter
 
 from fast import channel, decay, delta, features, rank_one, ratio, scan, slots
-from fast.kernels.decay import padded
+from fast.kernels import decay as kernels
 from fast.kernels.delta import FOLDED
 from fast.local import DTYPES, runnable
-from fast.operators import differentiated, even
+from fast.operators import differentiated, even, observed, of_dtype
 from reference import printed
 from reference import recurrence as words
 from reference import span as spans
@@ -48,16 +51,18 @@ def recurrence(
     wait for it): the kernels clamp them to the sequence.
     """
     constants = constants or {}
-    x, sequences = computable(row, tokens, constants, memory, cu_seqlens)
+    x, family, sequences = computable(row, tokens, constants, memory, cu_seqlens)
     wide = row.read is not words.inclusive  # something is still to be computed from o
     memory = None if memory is None else memory.float()
     if not isinstance(x, Normal):  # no products, whose rows must be even
-        return family_of(x).run(ready(row, x, constants, same), memory, cu_seqlens, sequences, wide)
+        return family.run(ready(row, x, constants, same), memory, cu_seqlens, sequences, wide)
     K, V = x.k.shape[-1], x.v.shape[-1]
     if memory is not None:
         memory = even(memory, -K % 16).contiguous()
-    o, last = family_of(x).run(ready(row, x, constants, even), memory, cu_seqlens, sequences, wide)
-    return x.finish(o[..., :V]).to(x.q.dtype), last[..., :K, :V]
+    o, last = family.run(ready(row, x, constants, even), memory, cu_seqlens, sequences, wide)
+    if o.shape[-1] != V or last.shape[-2] != K:  # a slice that is the whole would be one more step backwards
+        o, last = o[..., :V], last[..., :K, :V]
+    return of_dtype(x.finish(o), x.q.dtype), last
 
 
 def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None) -> tuple[Tensor, Memory]:
@@ -68,14 +73,14 @@ def step(row: Row, tokens: Inputs, constants: Inputs | None = None, memory=None)
     constants = constants or {}
     if differentiated(*tokens.values(), *constants.values(), memory):
         return recurrence(row, tokens, constants, memory)
-    x, _ = computable(row, tokens, constants, memory, None)
+    x, family, _ = computable(row, tokens, constants, memory, None)
     if x.v.shape[1] != 1:
         raise ValueError(f"{row.title}: step takes one token, got t = {x.v.shape[1]}; use recurrence")
     memory = empty(row, tokens, constants) if memory is None else memory.float().contiguous()
     one = ready(row, x, constants, same)
     if isinstance(x, Normal):
         one = one._replace(**{n: y[:, 0].contiguous() for n, y in tensors_of(one).items() if n != "u" and y.ndim > 2})
-    return x.finish(family_of(x).step(one, memory)[:, None]).to(x.v.dtype), memory
+    return x.finish(family.step(one, memory)[:, None]).to(x.v.dtype), memory
 
 
 def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=None) -> spans.Span:
@@ -85,16 +90,16 @@ def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=N
 
 def has_ends(row: Row, tokens: Inputs) -> bool:
     """Rows in normal form, of as many key channels as segments of a sequence may have."""
-    return is_plain(row) and row.read in PASSED_ON and padded(tokens["q"].shape[-1]) <= FOLDED
+    return is_plain(row) and row.read in PASSED_ON and kernels.padded(tokens["q"].shape[-1]) <= FOLDED
 
 
 def span_alone(row: Row, tokens: Inputs, constants: Inputs, cu_seqlens) -> tuple[spans.Span, list[Tensor]]:
     """`span` without outputs and without a gradient, and without a wait for borders: of several documents all are
     run, and the last one counts."""
-    x, sequences = computable(row, tokens, constants, None, cu_seqlens)
+    x, family, sequences = computable(row, tokens, constants, None, cu_seqlens)
     one = ready(row, x, constants, even)
     K, V, kind = tokens["q"].shape[-1], tokens["v"].shape[-1], spans.transition(row)
-    S, kept = family_of(one).span(one, cu_seqlens, sequences)
+    S, kept = family.span(one, cu_seqlens, sequences)
     if kind == "matrix":
         A, *kept = kept
         A = A[-1:, :, :K, :K] if cu_seqlens is not None else A[..., :K, :K]
@@ -109,10 +114,10 @@ def received(
     row: Row, tokens: Inputs, constants: Inputs, do: Tensor, cu_seqlens, kept: list[Tensor]
 ) -> Float[Tensor, "n h k v"]:
     """What the memory before these tokens receives from their outputs' cotangents; of each document."""
-    x, sequences = computable(row, tokens, constants, None, cu_seqlens)
+    x, family, sequences = computable(row, tokens, constants, None, cu_seqlens)
     one = ready(row, x, constants, even)
     K, V = tokens["q"].shape[-1], do.shape[-1]
-    G = family_of(one).received(one, even(do.to(one.v.dtype)), cu_seqlens, sequences, *kept)
+    G = family.received(one, even(do.to(one.v.dtype)), cu_seqlens, sequences, *kept)
     return G[..., :K, :V]
 
 
@@ -122,12 +127,47 @@ ends = spans.Ends(has_ends, span_alone, received)
 # ------------------------------------------------------------------------------------------- what can be computed
 
 
-def computable(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> tuple[Form, int]:
-    """The row's form, of inputs that are right and that kernels take, and how many sequences there are."""
-    checked(row, tokens, constants, memory, cu_seqlens)
-    x = form_of(row, {**tokens, **constants})
-    supported(row, x, memory)
-    return x, x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+class Found(NamedTuple):
+    """What has been found out about inputs that were right. The row is kept, so that its id stays its own."""
+
+    row: Row
+    form: Callable[[Row, Inputs], Form]
+    family: ModuleType
+
+
+FOUND: dict[tuple, Found] = {}  # by the outline of inputs
+MOST = 1000  # outlines that are remembered
+
+
+def computable(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> tuple[Form, ModuleType, int]:
+    """The row's form, of inputs that are right and that kernels take, the family whose kernels they are, and how many
+    sequences there are. Inputs that look as others did, which were right, are not looked at again."""
+    seen, given = outline(row, tokens, constants, memory, cu_seqlens), {**tokens, **constants}
+    found = None if seen is None else FOUND.get(seen)
+    if found is None:
+        checked(row, tokens, constants, memory, cu_seqlens)
+        x = form_of(row, given)
+        supported(row, x, memory)
+        found = Found(row, former_of(row), family_of(x))
+        if seen is not None:
+            if len(FOUND) >= MOST:
+                FOUND.clear()
+            FOUND[seen] = found
+    else:
+        x = found.form(row, given)
+    return x, found.family, x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def outline(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> tuple | None:
+    """All by which `checked`, `form_of` and `supported` tell inputs apart. None where they read numbers (borders on the
+    CPU), and where a compiler looks on, to whom what is remembered would be a constant."""
+    if observed() or (cu_seqlens is not None and not cu_seqlens.is_cuda):
+        return None
+    given = (*tokens.values(), *constants.values(), memory, cu_seqlens)
+    if not all(x is None or type(x) in (Tensor, Parameter) for x in given):
+        return None
+    looks = [None if x is None else (x.shape, x.dtype, x.device) for x in given]
+    return id(row), kernels.INTERPRETED, len(tokens), *tokens, *constants, *looks
 
 
 def checked(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> None:
@@ -151,16 +191,23 @@ def form_of(row: Row, x: Inputs) -> Form:
 
 
 def form_by_words(row: Row, x: Inputs) -> Form | None:
-    """A family's own; or the normal form, of rows without features whose columns do not fade."""
+    former = former_of(row)
+    return None if former is None else former(row, x)
+
+
+def former_of(row: Row) -> Callable[[Row, Inputs], Form] | None:
+    """What makes the row's form: a family's own, or the normal one."""
     for family in OWN:
         if family.has_form(row):
-            return family.form(row, x)
-    if not is_plain(row):
-        return None
+            return family.form
+    return plain_form if is_plain(row) else None
+
+
+def plain_form(row: Row, x: Inputs) -> Normal:
     form = normal(row, x)
     # vectors that are made of gates or write strengths are float32 as these are: the products want all alike
-    made = {n: y.to(form.q.dtype) for n in "kab" if (y := getattr(form, n)) is not None and y is not x.get(n)}
-    return form._replace(**made)
+    made = {n: of_dtype(y, form.q.dtype) for n in "kab" if (y := getattr(form, n)) is not None and y is not x.get(n)}
+    return form._replace(**made) if made else form
 
 
 def is_plain(row: Row) -> bool:
@@ -187,15 +234,16 @@ def rows() -> list[str]:
 def supported(row: Row, x: Form, memory) -> None:
     """One line for what no kernel computes, before any launch."""
     given = tensors_of(x) | ({} if memory is None else {"memory": memory})
-    dtypes = {name: y.dtype for name, y in given.items() if name in "qkv"}
-    if x.v.dtype not in DTYPES or len(set(dtypes.values())) > 1:
+    dtype, device = x.v.dtype, x.v.device
+    if dtype not in DTYPES or any(given[n].dtype != dtype for n in "qk" if n in given):
+        found = ", ".join(f"{n} {y.dtype}" for n, y in given.items() if n in "qkv")
         raise ValueError(
-            f"{row.title}: no fast kernel for {', '.join(f'{n} {d}' for n, d in dtypes.items())}; allowed: all "
-            "float32, all bfloat16 or all float16 (the backend 'reference' takes any)"
+            f"{row.title}: no fast kernel for {found}; allowed: all float32, all bfloat16 or all float16 (the backend "
+            "'reference' takes any)"
         )
-    devices = {str(y.device) for y in given.values()}
-    if len(devices) > 1:
-        raise ValueError(f"{row.title}: inputs on several devices: {', '.join(sorted(devices))}; put all on one")
+    if any(y.device != device for y in given.values()):
+        devices = sorted({str(y.device) for y in given.values()})
+        raise ValueError(f"{row.title}: inputs on several devices: {', '.join(devices)}; put all on one")
     runnable(row.title, x.v)
     if not isinstance(x, Normal):
         family_of(x).fits(row.title, x)
@@ -207,7 +255,7 @@ def supported(row: Row, x: Form, memory) -> None:
 
 
 def tensors_of(x: Form) -> dict[str, Tensor]:
-    return {name: y for name, y in x._asdict().items() if isinstance(y, Tensor)}
+    return {name: y for name, y in zip(x._fields, x, strict=True) if y is not None and isinstance(y, Tensor)}
 
 
 def ready(row: Row, x: Form, constants: Inputs, pad) -> Form:
@@ -217,10 +265,11 @@ def ready(row: Row, x: Form, constants: Inputs, pad) -> Form:
     """
     if row.decay is fixed and x.beta is None and x.b is None:
         x = x._replace(g=constants["g"])
-    made = {}
+    made, dtype = {}, x.v.dtype
     for name, y in tensors_of(x).items():
-        y = y.to(x.v.dtype) if name in ("q", "k", "v", "a", "b") else y.float()
-        made[name] = (pad(y) if name in ("q", "k", "v", "a", "b", "f", "u") or y.ndim == 4 else y).contiguous()
+        vectors = name in ("q", "k", "v", "a", "b")
+        y = of_dtype(y, dtype if vectors else torch.float32)
+        made[name] = (pad(y) if vectors or name in ("f", "u") or y.ndim == 4 else y).contiguous()
     return x._replace(**made)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fast.kernels import scan as kernels
-from fast.operators import differentiated, operator, packed
+from fast.operators import differentiated, of_dtype, operator, packed
 from reference import printed
 from reference import recurrence as words
 from reference.recurrence import Inputs, Row
@@ -165,7 +165,7 @@ def scan_gradients(
     marks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, drows, dcolumns, dfixed, dmemory), empty for what the kind does not have."""
-    do, dlast = packed(do.to(v.dtype), dlast)
+    do, dlast = packed(of_dtype(do, v.dtype), dlast)
     given = packed(q, k, v, rows, columns, fixed, memory, cu_seqlens)
     grads = kernels.backward(do, dlast, kind, *given, last, states, totals, marks)
     return tuple(last.new_empty(0) if y is None else y for y in grads)

@@ -10,11 +10,13 @@ import inspect
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -533,28 +535,44 @@ class Asked:
     arg_names = ("x", "n", "size")
 
     def __init__(self):
-        self.first, self.later = [], []
+        self.first, self.later, self.told = [], [], []
 
     def __getitem__(self, grid):
         def run(*args, **meta):
             self.first.append((grid, args, meta))
-            return Later(self.later, meta)
+            return Later(self, meta)
 
         return run
 
 
 class Later:
-    def __init__(self, seen, meta):
-        self.seen, self.meta = seen, meta
+    """`function` and `packed_metadata` are what Triton's own launcher wants, besides a stream and hooks."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, asked, meta):
+        self.asked, self.meta = asked, meta
 
     def __getitem__(self, grid):
-        return lambda *args: self.seen.append((grid, args, self.meta))
+        return lambda *args: self.asked.told.append((grid, args))
+
+    def run(self, x, y, z, stream, function, metadata, told, before, after, *args):
+        assert (stream, function, metadata) == (5, self.function, self.packed_metadata)
+        assert told is before is after is None
+        self.asked.later.append(((x, y, z), args, self.meta))
 
 
-def test_triton_is_asked_once_for_each_kind_of_arguments():
+@pytest.fixture
+def asked(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5 + device, raising=False)
+    monkeypatch.setattr(kernels, "KNOWN", {})
+    return Asked()
+
+
+def test_triton_is_asked_once_for_each_kind_of_arguments(asked):
     """The compiled kernel gets all arguments in order; others of an alignment, a dtype, a size or a number of their
     own. (Where tensors lie: 16 bytes off the start of a buffer that is aligned, and 4.)"""
-    asked, buffer = Asked(), torch.empty(64)
+    buffer = torch.empty(64)
     launch = functools.partial(kernels.launch_here, 0, asked)
     for x in (buffer, buffer[4:]):
         launch(7, (x, 5), {"size": 3, "num_warps": 4})
@@ -565,17 +583,43 @@ def test_triton_is_asked_once_for_each_kind_of_arguments():
         (buffer[1:], 5, {}),
         (buffer.half(), 5, {}),
         (buffer, 1, {}),
+        (buffer, 1.0, {}),
+        (buffer, True, {}),
         (buffer, 32, {}),
         (buffer, 2**31, {}),
         (None, 5, {}),
+        (buffer, None, {}),
         (buffer, 5, {"size": 4}),
         (buffer, 5, {"num_warps": 8}),
+        (buffer, 5, {"num_stages": 4}),
     ):
         before = len(asked.first)
         for _ in range(2):
             launch(7, (x, n), {"size": 3, "num_warps": 4} | meta)
         assert len(asked.first) == before + 1
         assert asked.later[-1][2] == asked.first[-1][2]
+
+
+def test_each_device_and_each_kernel_is_asked(asked):
+    other, x = Asked(), torch.empty(64)
+    for device, kernel in ((0, asked), (1, asked), (0, other)):
+        kernels.launch_here(device, kernel, 7, (x, 5), {"size": 3})
+    assert (len(asked.first), len(other.first)) == (2, 1) and not asked.later + other.later
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("chain", [True, False])
+def test_who_watches_launches_is_told(asked, hook, chain, monkeypatch):
+    """By Triton itself: a hook alone, or in a chain of hooks."""
+    launch = functools.partial(kernels.launch_here, 0, asked, 7, (torch.empty(64), 5), {"size": 3})
+    launch(), launch()
+    if chain:
+        monkeypatch.setattr(getattr(triton.knobs.runtime, hook), "calls", [print])
+    else:
+        monkeypatch.setattr(triton.knobs.runtime, hook, print)
+    launch()
+    assert [grid for grid, *_ in asked.told] == [(7, 1, 1)] and len(asked.later) == 1
+    assert asked.told[0][1] == asked.later[0][1]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -953,6 +997,116 @@ def test_errors(launched):
     if not CUDA:
         error(ValueError, "interpreter", change=cast(torch.bfloat16))
     assert not launched
+
+
+@pytest.mark.parametrize("k, v", [(20, 16), (16, 20), (16, 16)])
+def test_what_only_fills_tiles_is_not_handed_out(k, v):
+    """And where nothing does, nothing is cut: that would be one more step backwards for each result."""
+    row, tokens, constants = some("mamba2", t=2, h=1, k=k, v=v)
+    leaves(tokens)
+    o, last = quick.recurrence(row, tokens, constants)
+    assert (o.shape[-1], *last.shape[-2:]) == (v, k, v)
+    assert (o.grad_fn is last.grad_fn) == (k == v)
+
+
+def right():
+    """What `computable` is given, and finds right."""
+    row, tokens, constants = some("mamba2", t=3)
+    memory = torch.zeros(1, 2, 16, 16, device=DEVICE)
+    borders = torch.tensor([0, 3], dtype=torch.int32)
+    return {"row": row, "tokens": tokens, "constants": constants, "memory": memory, "cu_seqlens": borders}
+
+
+def changed(name, change):
+    def act(given):
+        given["tokens"][name] = change(given["tokens"][name])
+
+    return act
+
+
+WRONG = {  # each differs in one way from what is right
+    "no gate": lambda given: given["tokens"].pop("g"),
+    "a gate by another name": lambda given: given["tokens"].update(gate=given["tokens"].pop("g")),
+    "a gate that is a constant": lambda given: given["constants"].update(g=given["tokens"].pop("g")),
+    "a token fewer": changed("k", lambda x: x[:, :2]),
+    "a head fewer": changed("v", lambda x: x[:, :, :1]),
+    "channels fewer": changed("q", lambda x: x[..., :8]),
+    "an axis fewer": changed("g", lambda x: x[..., 0]),
+    "too many columns": changed("v", lambda x: x.repeat(1, 1, 1, 17)),
+    "another dtype": changed("q", torch.Tensor.half),
+    "no kernel's dtype": lambda given: given["tokens"].update({n: x.double() for n, x in given["tokens"].items()}),
+    "another device": changed("v", lambda x: x.to("meta")),
+    "a memory's device": lambda given: given.update(memory=given["memory"].to("meta")),
+    "a memory's size": lambda given: given.update(memory=given["memory"][..., :8]),
+    "two memories": lambda given: given.update(memory=given["memory"].repeat(2, 1, 1, 1)),
+    "borders that end early": lambda given: given.update(cu_seqlens=torch.tensor([0, 2], dtype=torch.int32)),
+    "long borders": lambda given: given.update(cu_seqlens=torch.tensor([0, 3])),
+    "another row": lambda given: given.update(row=LSM["gla"]),
+    "a row without kernels": lambda given: given.update(row=LSM["mesa"]),
+}
+
+
+@pytest.fixture
+def found(monkeypatch):
+    monkeypatch.setattr(quick, "FOUND", {})
+    return quick.FOUND
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_was_right_says_nothing_of_what_differs(packed, found):
+    """In whatever one way it does; borders that can be read are, every time."""
+
+    def given():
+        return right() if packed else right() | {"cu_seqlens": None}
+
+    quick.computable(**given())
+    for way, change in WRONG.items():
+        for _ in range(2):
+            wrong = given()
+            change(wrong)
+            with pytest.raises((ValueError, NotImplementedError)):
+                quick.computable(**wrong)
+                pytest.fail(way)
+    assert len(found) == (not packed)
+
+
+def test_what_was_right_is_not_looked_at_again(found, monkeypatch):
+    """But where a compiler, or another mode that sees every operator, looks on."""
+    given = right() | {"cu_seqlens": None}
+    x, family, sequences = quick.computable(**given)
+    looks = Counter()
+    for name in ("checked", "supported"):
+        monkeypatch.setattr(quick, name, lambda *_, name=name: looks.update([name]))
+    again = quick.computable(**given)
+    assert all(a is b for a, b in zip(again[0], x, strict=True) if isinstance(a, torch.Tensor))
+    assert again[1:] == (family, sequences) and not looks
+    with Made():
+        quick.computable(**given)
+    assert looks == {"checked": 1, "supported": 1} and len(found) == 1
+
+
+def test_a_compiler_sees_nothing_that_is_remembered(found):
+    """One graph, no warning of a cache, and inputs are looked at as if none had been right."""
+    rows = {name: some(name, t=1, h=1) for name in ("mamba2", "gla", "gated_delta_net", "kda")}
+
+    def outputs(rows):
+        return [quick.recurrence(*given)[0] for given in rows.values()]
+
+    want = outputs(rows)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Dynamo detected a call to a `functools.lru_cache`")
+        got = torch.compile(outputs, backend="eager", fullgraph=True)(rows)
+    assert all(map(torch.equal, got, want)) and len(found) == len(rows)
+
+
+def test_rows_that_were_right_are_kept_and_few(found, monkeypatch):
+    """A row is known by its id, which another may get once it is gone."""
+    monkeypatch.setattr(quick, "MOST", 3)
+    given = right() | {"cu_seqlens": None}
+    for i in range(5):
+        quick.computable(**given | {"row": given["row"]._replace(title=str(i))})
+        assert [seen.row.title for seen in found.values()] == [*"01234"][i // 3 * 3 : i + 1]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

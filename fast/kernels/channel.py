@@ -53,6 +53,8 @@ and fewer than of V: 16-bit tiles are never narrower than 64. The lines of CONFI
 times on an H100 (bench/LOG.md), the others by registers and shared memory.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -470,24 +472,27 @@ def line_of(size: int, width: int, cut: bool) -> tuple[int, int, int]:
 
 def shape_of(x: Tensor, z: Tensor, borders: Tensor | None, segments: int) -> dict:
     """The compile-time arguments of a sweep or span whose state is x's columns × z's columns."""
-    X, Z = x.shape[-1], z.shape[-1]
-    columns, warps, stages = line_of(padded(X), x.element_size(), segments > 1)
+    return shape_by_numbers(x.shape[-1], z.shape[-1], x.element_size(), borders is not None, segments > 1)
+
+
+@functools.cache
+def shape_by_numbers(X: int, Z: int, width: int, packed: bool, cut: bool) -> dict:
+    columns, warps, stages = line_of(padded(X), width, cut)
     columns = min(columns, padded(Z))
-    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns)}
-    kind = {"C": CHUNK[x.element_size()], "PACKED": borders is not None, "PRECISION": "ieee"}
-    return {**sizes, **kind, "num_warps": warps, "num_stages": stages}
+    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns), "C": CHUNK[width]}
+    return {**sizes, "PACKED": packed, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages}
 
 
 def pairs_of(q: Tensor, u: Tensor | None, borders: Tensor | None, line: tuple[int, int]) -> dict:
     """The compile-time arguments of a kernel that takes chunks one by one, some channels at a time."""
-    K, chunk, (channels, warps) = q.shape[-1], CHUNK[q.element_size()], line
+    return pairs_by_numbers(q.shape[-1], q.dtype, u is not None, borders is not None, *line)
+
+
+@functools.cache
+def pairs_by_numbers(K: int, dtype: torch.dtype, before: bool, packed: bool, channels: int, warps: int) -> dict:
+    chunk = CHUNK[dtype.itemsize]
     sizes = {"K": K, "BK": channels, "SLICES": cdiv(K, channels), "C": chunk, "LEVELS": chunk.bit_length() - 1}
-    kind = {
-        "BEFORE": u is not None,
-        "PACKED": borders is not None,
-        "EXACT": q.element_size() == 4,
-        "MILD": MILD[q.dtype],
-    }
+    kind = {"BEFORE": before, "PACKED": packed, "EXACT": dtype.itemsize == 4, "MILD": MILD[dtype]}
     return {**sizes, **kind, "num_warps": warps}
 
 

@@ -57,6 +57,8 @@ by element. 16-bit tensors with odd rows have been miscompiled: the caller pads 
 change from call to call are never specialised, so an argument of 1 builds no different program.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -738,37 +740,54 @@ def launch(kernel, programs: int, *args, **meta) -> None:
     """The one way into a kernel: a grid of `programs`, on the device of the first tensor."""
     if programs == 0:
         return
-    device = args[0].device
-    if device.type != "cuda":
+    if not args[0].is_cuda:
         kernel[(programs,)](*args, **meta)
-    elif device.index == torch.cuda.current_device():
-        launch_here(device.index, kernel, programs, args, meta)
+        return
+    device = args[0].get_device()
+    if device == torch.cuda.current_device():
+        launch_here(device, kernel, programs, args, meta)
     else:
         with torch.cuda.device(device):
-            launch_here(device.index, kernel, programs, args, meta)
+            launch_here(device, kernel, programs, args, meta)
 
 
 def launch_here(device: int, kernel, programs: int, args: tuple, meta: dict) -> None:
     """Triton finds out at every launch which compiled kernel it is, in Python, which for short sequences takes longer
     than the kernels. Here it is asked once for each kind of arguments: what it distinguishes (and more, such as numbers
-    that it was told not to look at) is the key."""
-    key = device, kernel, tuple(map(specialized, args)), tuple(meta.items())
+    that it was told not to look at) is the key. (A kernel's own hash takes a lock. Its id is its own while it is kept.)
+    """
+    key = (device, id(kernel), *specialized(args), *meta, *meta.values())
     known = KNOWN.get(key)
     if known is None:
         compiled = kernel[(programs,)](*args, **meta)
-        KNOWN[key] = compiled, tuple(meta[name] for name in kernel.arg_names[len(args) :])
-    else:
-        compiled, constants = known
+        KNOWN[key] = kernel, compiled, tuple(meta[name] for name in kernel.arg_names[len(args) :])
+        return
+    _, compiled, constants = known
+    if watched():
         compiled[programs, 1, 1](*args, *constants)
+    else:  # the same without what hooks would be told
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        named = stream, compiled.function, compiled.packed_metadata
+        compiled.run(programs, 1, 1, *named, None, None, None, *args, *constants)
 
 
-def specialized(x: Tensor | float | None) -> tuple:
-    """All of an argument that a compiled kernel may depend on."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):
-        return type(x), x == 1, x % 16 == 0, -(2**31) <= x < 2**31
-    return (type(x),)
+def watched() -> bool:
+    """Whether anybody, such as a profiler, is called at every launch: Triton has chains of hooks, or one, or None."""
+    before, after = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
+
+
+def specialized(args: tuple[Tensor | float | None, ...]) -> list:
+    """All of the arguments that a compiled kernel may depend on."""
+    return [
+        None if x is None else (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else kind_of_number(x)
+        for x in args
+    ]
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def kind_of_number(x: float) -> tuple:
+    return type(x), x == 1, x % 16 == 0, -(2**31) <= x < 2**31
 
 
 def gate(g: Tensor | None) -> int:
@@ -785,16 +804,22 @@ def next_power_of_2(n: int) -> int:
 
 
 def padded(size: int) -> int:
-    return max(16, next_power_of_2(size))
+    return 16 if size <= 16 else 1 << (size - 1).bit_length()
+
+
+COUNTED: dict[int | None, int] = {}  # multiprocessors of GPUs by number: to be told takes as long as a launch
 
 
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if device.index not in COUNTED:
+        cuda = device.type == "cuda"
+        COUNTED[device.index] = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
+    return COUNTED[device.index]
 
 
 def segments_for(q: Tensor, v: Tensor, g: Tensor | None, sequences: int) -> int:
     """In how many segments to cut each sequence: 64 columns a multiprocessor, and at least 512 tokens a segment."""
-    columns = tile_of(q, g)[0]
+    columns = tile_of(q.shape[-1], q.element_size(), gate(g))[0]
     programs = sequences * q.shape[2] * cdiv(v.shape[-1], columns)
     return long_enough(multiprocessors(q.device) * 64 // columns // max(programs, 1), q, sequences)
 
@@ -804,19 +829,23 @@ def long_enough(segments: int, x: Tensor, sequences: int) -> int:
     return max(1, min(segments, x.shape[0] * x.shape[1] // max(sequences, 1) // 512))
 
 
-def tile_of(x: Tensor, g: Tensor | None, pair: bool = False) -> tuple[int, int, int]:
-    key = padded(x.shape[-1]), x.element_size()
-    return PAIRED[key] if pair else GATED.get(key, CONFIG[key]) if gate(g) == TOKEN else CONFIG[key]
+def tile_of(size: int, width: int, kind: int, pair: bool = False) -> tuple[int, int, int]:
+    key = padded(size), width
+    return PAIRED[key] if pair else GATED.get(key, CONFIG[key]) if kind == TOKEN else CONFIG[key]
 
 
 def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, pair: bool = False) -> dict:
     """The compile-time arguments of a sweep or span whose state is x's columns × z's columns."""
-    X, Z = x.shape[-1], z.shape[-1]
-    columns, warps, stages = tile_of(x, g, pair)
+    return shape_by_numbers(x.shape[-1], z.shape[-1], x.element_size(), gate(g), borders is not None, pair)
+
+
+@functools.cache  # as everywhere in these files: what few numbers decide is worked out once, since every launch asks
+def shape_by_numbers(X: int, Z: int, width: int, kind: int, packed: bool, pair: bool) -> dict:
+    columns, warps, stages = tile_of(X, width, kind, pair)
     columns = min(columns, padded(Z))
-    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns)}
-    kind = {"GATE": gate(g), "PACKED": borders is not None, "EXACT": x.element_size() == 4, "PRECISION": "ieee"}
-    return {**sizes, **kind, "C": CHUNK[x.element_size()], "num_warps": warps, "num_stages": stages}
+    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns), "C": CHUNK[width]}
+    kinds = {"GATE": kind, "PACKED": packed, "EXACT": width == 4, "PRECISION": "ieee"}
+    return {**sizes, **kinds, "num_warps": warps, "num_stages": stages}
 
 
 def sequences_of(x: Tensor, borders: Tensor | None) -> int:
@@ -863,17 +892,15 @@ def sweep(
     `pair`: the x of a second sweep with y and z exchanged, whose output comes as a third result. `sides`: what the
     kernel has for SIDE.
     """
-    shape = shape_of(x, z, g, borders, pair is not None)
+    shape, (b, t, h, X) = shape_of(x, z, g, borders, pair is not None), x.shape
     out = torch.empty_like(z, dtype=torch.float32 if wide else z.dtype)
     second = None if pair is None else torch.empty_like(y)
-    part = None
-    if weight is not None:
-        part = z.new_empty(shape["SLICES"], z.shape[2], rows_of(z) // z.shape[2], dtype=torch.float32)
-    programs = shape["SLICES"] * segments * z.shape[2] * sequences_of(x, borders) * (1 if pair is None else 2)
-    SX, SZ = (1, x.shape[-1]) if swapped else (z.shape[-1], 1)
+    part = None if weight is None else z.new_empty(shape["SLICES"], h, b * t, dtype=torch.float32)
+    programs = shape["SLICES"] * segments * h * sequences_of(x, borders) * (1 if pair is None else 2)
+    SX, SZ = (1, X) if swapped else (shape["Z"], 1)
     launch(
         decay_sweep, programs, x, y, z, weight, g, sums, borders, entry, out, end, part, pair, second, *sides,
-        x.shape[1], x.shape[2], segments, slots, rows_of(x), least,
+        t, h, segments, slots, b * t * h, least,
         **shape, SX=SX, SZ=SZ, REVERSE=reverse, ENTRY=entry is not None, END=end is not None, PART=part is not None,
         PAIR=pair is not None, SIDE=side, SIDE_ENTRY=sides[1] is not None,
         SIDE_END=sides[2] is not None, LEAST=LITTLE.get(x.dtype, 0.0),

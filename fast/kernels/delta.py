@@ -61,6 +61,8 @@ Triton 3.7.1 at d = 128 in 16 bits none of them spills; `delta_chunks` takes 115
 program. With V = 256 it does not fit: columns beyond 128 are computed on their own (`fast/delta.py`).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -606,10 +608,15 @@ def kind_of(x: Tensor, g: Tensor | None, borders: Tensor | None) -> dict:
 
 def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, chunk: int) -> dict:
     """The compile-time arguments of a sweep whose state is x's columns × z's columns."""
-    X, Z, columns = x.shape[-1], z.shape[-1], columns_of(x, z)
-    _, warps, stages = CONFIG[padded(X), x.element_size()]
+    return {**sizes_of(x.shape[-1], z.shape[-1], x.element_size()), "C": chunk, **kind_of(x, g, borders)}
+
+
+@functools.cache
+def sizes_of(X: int, Z: int, width: int) -> dict:
+    columns, warps, stages = CONFIG[padded(X), width]
+    columns = min(columns, padded(Z))
     sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns)}
-    return {**sizes, "C": chunk, **kind_of(x, g, borders), "num_warps": warps, "num_stages": stages}
+    return {**sizes, "num_warps": warps, "num_stages": stages}
 
 
 def prepare(q, k, beta, g, sums, borders) -> tuple[Tensor, Tensor, Tensor]:

@@ -98,6 +98,8 @@ What a tile of memories is to several dots in a loop lies in shared memory as it
 `rank_one_gradients` has no loop.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -894,16 +896,20 @@ def slots_of(q: Tensor, borders: Tensor | None) -> int:
 
 def in_chunks(q: Tensor, borders: Tensor | None, kernel: str) -> tuple[dict, int]:
     """The sizes of a kernel that takes chunks in any order, a program each; the chunks of all sequences and heads."""
-    K, C = q.shape[-1], chunk_for(q)
-    columns, warps, registers = CHUNKS[q.element_size()][kernel]
+    chunk = chunk_for(q)
+    shape = in_chunks_by_numbers(q.shape[-1], chunk, q.element_size(), borders is not None, kernel)
+    return shape, chunks_of(q, borders, chunk) * q.shape[2]
+
+
+@functools.cache
+def in_chunks_by_numbers(K: int, chunk: int, width: int, packed: bool, kernel: str) -> dict:
+    columns, warps, registers = CHUNKS[width][kernel]
     block = min(columns, padded(K))
-    kind = {"PACKED": borders is not None, "EXACT": q.element_size() == 4, "PRECISION": "ieee"}
-    options = {"num_warps": warps, "num_stages": 1 if q.element_size() == 4 else 2}
+    kind = {"PACKED": packed, "EXACT": width == 4, "PRECISION": "ieee"}
+    options = {"num_warps": warps, "num_stages": 1 if width == 4 else 2}
     if registers is not None and not decay.INTERPRETED:
         options["maxnreg"] = registers
-    return {"K": K, "BK": block, "SLICES": cdiv(K, block), "C": C, **kind, **options}, chunks_of(
-        q, borders, C
-    ) * q.shape[2]
+    return {"K": K, "BK": block, "SLICES": cdiv(K, block), "C": chunk, **kind, **options}
 
 
 def levels_of(q: Tensor) -> int:
@@ -964,11 +970,17 @@ def reverse(q, k, beta, g, a, b, sums, borders, inverse, mixed) -> list:
 
 def shape_of(B: Tensor, z: Tensor, borders: Tensor | None, span: bool = False) -> dict:
     """The compile-time arguments of a sweep whose state is B's columns × z's columns."""
-    size, X, Z = (padded(B.shape[-1]), z.element_size()), B.shape[-1], z.shape[-1]
+    sizes = sizes_of(B.shape[-1], z.shape[-1], z.element_size(), span)
+    return {**sizes, "C": chunk_for(B), "PACKED": borders is not None}
+
+
+@functools.cache
+def sizes_of(X: int, Z: int, width: int, span: bool) -> dict:
+    size = padded(X), width
     columns, warps, stages = SPANS.get(size, CONFIG[size]) if span else CONFIG[size]
     columns = min(columns, padded(Z))
-    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns), "C": chunk_for(B)}
-    return {**sizes, "PACKED": borders is not None, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages}
+    sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns)}
+    return {**sizes, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages}
 
 
 def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
@@ -976,7 +988,8 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
     only where there are four or more: where not half of the GPU would be busy, and 512 tokens a segment."""
     if padded(q.shape[-1]) > FOLDED:
         return 1
-    programs = sequences * q.shape[2] * shape_of(q, v, None)["SLICES"]
+    columns = CONFIG[padded(q.shape[-1]), v.element_size()][0]
+    programs = sequences * q.shape[2] * cdiv(v.shape[-1], min(columns, padded(v.shape[-1])))
     wanted = decay.long_enough(2 * decay.multiprocessors(q.device) // max(1, programs), q, sequences)
     return wanted if wanted >= 4 else 1
 
