@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fast.kernels import decay
 from fast.kernels import experts as kernels
-from fast.local import DTYPES
+from fast.local import has_kernels
 from fast.operators import operator
 from reference import moe
 from reference.head import product_of
@@ -157,12 +156,6 @@ class Visited(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------ around the products, on Triton kernels
-
-
-def has_kernels(x: Tensor, other: torch.dtype | None = None) -> bool:
-    """Whether kernels run where x is, from its dtype to `other`. (Triton's interpreter gets bfloat16 wrong.)"""
-    dtypes = {x.dtype, other or x.dtype}
-    return dtypes <= set(DTYPES) and (x.is_cuda or (decay.INTERPRETED and torch.bfloat16 not in dtypes))
 
 
 def taken(

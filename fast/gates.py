@@ -1,7 +1,6 @@
 """Keys that are made of gates, as an op of one pass each way."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fast.kernels import gates as kernels
@@ -20,7 +19,7 @@ def _(g, dtype):
 
 
 @operator("complement_gradient")
-def complement_gradient(dk: Float[Tensor, "..."], g: Float[Tensor, "..."]) -> Tensor:
+def complement_gradient(dk: Tensor, g: Tensor) -> Tensor:
     return kernels.complement_gradient(dk.contiguous(), g.contiguous())
 
 

@@ -13,6 +13,12 @@ from reference.local import ACTIVATION
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def has_kernels(x: Tensor, other: torch.dtype | None = None) -> bool:
+    """Whether kernels run where x is, from its dtype to `other`. (Triton's interpreter gets bfloat16 wrong.)"""
+    dtypes = {x.dtype, other or x.dtype}
+    return dtypes <= set(DTYPES) and (x.is_cuda or (decay.INTERPRETED and torch.bfloat16 not in dtypes))
+
+
 def norm(
     x: Float[Tensor, "... d"],
     weight: Float[Tensor, " d"] | None,

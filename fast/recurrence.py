@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from fast import channel, decay, delta, features, rank_one, ratio, scan, slots
+from fast import channel, decay, delta, features, gates, rank_one, ratio, scan, slots
 from fast.kernels import decay as kernels
 from fast.kernels.delta import FOLDED
-from fast.local import DTYPES, runnable
+from fast.local import DTYPES, has_kernels, runnable
 from fast.operators import differentiated, even, observed, of_dtype
 from reference import printed
 from reference import recurrence as words
@@ -52,7 +52,7 @@ def recurrence(
     """
     constants = constants or {}
     x, family, sequences = computable(row, tokens, constants, memory, cu_seqlens)
-    wide = row.read is not words.inclusive  # something is still to be computed from o
+    wide = row.read not in PASSED_ON  # something is still to be computed from o
     memory = None if memory is None else memory.float()
     if not isinstance(x, Normal):  # no products, whose rows must be even
         return family.run(ready(row, x, constants, same), memory, cu_seqlens, sequences, wide)
@@ -204,6 +204,9 @@ def former_of(row: Row) -> Callable[[Row, Inputs], Form] | None:
 
 
 def plain_form(row: Row, x: Inputs) -> Normal:
+    """The normal form. Keys that are made of gates are made in one pass, where products round them anyhow."""
+    if row.update is words.tied and x["q"].element_size() == 2 and has_kernels(x["g"], x["q"].dtype):
+        row, x = row._replace(update=words.outer), {**x, "k": gates.complement(x["g"], x["q"].dtype)}
     form = normal(row, x)
     # vectors that are made of gates or write strengths are float32 as these are: the products want all alike
     made = {n: of_dtype(y, form.q.dtype) for n in "kab" if (y := getattr(form, n)) is not None and y is not x.get(n)}

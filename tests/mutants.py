@@ -1074,6 +1074,20 @@ MUTANTS = [
         "tests/test_fast.py -k gla",
     ),
     Mutant(
+        "a key that a gate leaves little room for has no digits",
+        "fast/kernels/gates.py",
+        "x > -0.0625",
+        "x > 1.0",
+        "tests/test_fast.py -k made_of_gates",
+    ),
+    Mutant(
+        "a gate's gradient from keys that are made of it has the other sign",
+        "fast/kernels/gates.py",
+        "-tl.exp(x) * tl.load(dk",
+        "tl.exp(x) * tl.load(dk",
+        "tests/test_fast.py -k made_of_gates",
+    ),
+    Mutant(
         "a mild chunk's fading is put back but not taken out before",
         "fast/kernels/decay.py",
         "power_of_2(-fading, EXACT)",

@@ -4,9 +4,9 @@ Without a GPU the kernels run in Triton's interpreter on CPU (float32 and float1
 the addresses, not the compiler. With one the same laws run on it, bfloat16 and larger shapes too.
 """
 
-import math
 import functools
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fast
 import reference
+from fast import gates as by_gates
 from fast import recurrence as quick
 from fast import scan as by_element
 from fast import slots as by_slots
@@ -392,6 +393,23 @@ def test_heads_that_fade_little_and_heads_that_fade_much(name, segments, dtype, 
 @pytest.mark.parametrize("gate", [0.0, -1e4, -torch.inf])
 def test_extreme_slopes(gate):
     compare("retention", t=FEW, change=lambda _, constants: constants["g"].fill_(gate))
+
+
+@given(st.integers(1, 300), st.integers(0, 2**32))
+def test_keys_that_are_made_of_gates(n, seed):
+    """1 - e^g rounded once, however near to nothing the gate is; and its gradient."""
+    rng = torch.Generator().manual_seed(seed)
+    g = -(10 ** (10 * torch.rand(n, generator=rng) - 7)).clamp(max=300).to(DEVICE)
+    g[::7] = 0.0
+    dk = torch.randn(n, generator=rng).half().to(DEVICE)
+    g.requires_grad_()
+    k = by_gates.complement(g, torch.float16)
+    exact_g = g.detach().double().requires_grad_()
+    want = -torch.expm1(exact_g)
+    error = (k.double() - want).abs()
+    assert (error <= want.abs() * 2**-10.9 + 2**-25).all()
+    (want_g,) = torch.autograd.grad(want, exact_g, dk.double())
+    torch.testing.assert_close(torch.autograd.grad(k, g, dk)[0].double(), want_g, rtol=1e-6, atol=1e-30)
 
 
 def test_a_gate_that_is_not_a_number_in_sixteen_bits_shows():

@@ -276,14 +276,14 @@ def fades_little(g, sums, line, h, first, stop, C: tl.constexpr, GATE: tl.conste
 
 @triton.jit
 def swept(
-    S, N, x, y, z, w, g, sums, out, part, side, start, first, stop, line, h, heads, count_rows, ix, iz, s, second, least,
+    S, N, x, y, z, w, g, sums, out, part, side,
+    start, first, stop, line, h, heads, count_rows, ix, iz, s, second, least,
     X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, PART: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, SIDE: tl.constexpr, MILD: tl.constexpr,
 ):  # fmt: skip
     """The chunks of `decay_sweep`, one after the other: S and N after the last. MILD: as the head of this file says."""
     ic = tl.arange(0, C)
     in_x, in_z = ix < X, iz < Z
-    WIDTH: tl.constexpr = X if SIDE == 1 else Z
     at_x = ic[:, None] * (heads * X) + ix[None, :]
     at_z = ic[:, None] * (heads * Z) + iz[None, :]
     chunks = tl.cdiv(stop - first, C)
@@ -408,7 +408,6 @@ def decay_sweep(
 
     ix = tl.arange(0, BX)
     iz = s * BZ + tl.arange(0, BZ)
-    ic = tl.arange(0, C)
     in_x, in_z = ix < X, iz < Z
     cell = ix[:, None] * SX + iz[None, :] * SZ
     if PAIR:
