@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fast.kernels import channel as kernels
-from fast.operators import of_dtype, operator, packed, results
+from fast.operators import differentiated, of_dtype, operator, packed, results
 from reference.normal import Normal
 
 
@@ -14,8 +14,8 @@ def takes(x: Normal) -> bool:
 
 def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
     segments = kernels.segments_for(x.q, x.v, sequences)
-    o, last, *_ = channel(x.q, x.k, x.v, x.g, x.u, memory, cu_seqlens, segments, wide)
-    return o, last
+    keep = differentiated(x.q, x.k, x.v, x.g, x.u, memory)
+    return channel(x.q, x.k, x.v, x.g, x.u, memory, cu_seqlens, segments, wide, keep)[:2]
 
 
 def step(x: Normal, memory: Tensor) -> Tensor:
@@ -60,15 +60,23 @@ def channel(
     cu_seqlens: Tensor | None,
     segments: int,
     wide: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, the last memory, the memories between segments, scores within chunks). `wide`: o in float32."""
-    return kernels.forward(*packed(q, k, v, g, u, memory, cu_seqlens), segments, wide)
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, and of chunks: scores, queries faded to the start and keys to the end, how memories fade,
+    the running sums of gates, the memory before each). `wide`: o in float32. `keep`: what the gradient needs is kept;
+    without it there is none."""
+    return kernels.forward(*packed(q, k, v, g, u, memory, cu_seqlens), segments, wide, keep)
 
 
 @channel.register_fake
-def _(q, k, v, g, u, memory, cu_seqlens, segments, wide):
-    o, last, states = results(q, v, cu_seqlens, segments, wide)
-    return o, last, states, q.new_empty(*q.shape[:3], kernels.CHUNK[q.element_size()])
+def _(q, k, v, g, u, memory, cu_seqlens, segments, wide, keep):
+    o, last, _ = results(q, v, cu_seqlens, 1, wide)
+    if not keep:
+        return o, last, *(q.new_empty(0) for _ in range(6))
+    places, h, K, V = kernels.memories(q, v, cu_seqlens)
+    scores = q.new_empty(*q.shape[:3], kernels.CHUNK[q.element_size()])
+    fades, sums = g.new_empty(places, h, K), torch.empty_like(g, dtype=kernels.sums_in(q))
+    return o, last, scores, torch.empty_like(q), torch.empty_like(k), fades, sums, q.new_empty(places, h, K, V)
 
 
 @operator("channel_gradients")
@@ -78,44 +86,50 @@ def channel_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
     u: Tensor | None,
-    memory: Tensor | None,
     cu_seqlens: Tensor | None,
-    last: Tensor,
-    states: Tensor,
     scores: Tensor,
+    asked: Tensor,
+    written: Tensor,
+    fades: Tensor,
+    sums: Tensor,
+    states: Tensor,
+    segments: int,
     want_g: bool,
     want_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, du, dmemory); dg and du are empty unless wanted."""
     do, dlast = packed(of_dtype(do, v.dtype), dlast)
-    q, k, v, g, u, memory, cu_seqlens = packed(q, k, v, g, u, memory, cu_seqlens)
-    given = (q, k, v, g, u, memory, cu_seqlens, last, states, scores)
-    dq, dk, dv, dg, du, dmemory = kernels.backward(do, dlast, *given, want_g, want_u)
-    dg, du = (last.new_empty(0) if y is None else y for y in (dg, du))
+    given = packed(q, k, v, u, cu_seqlens)
+    kept = (scores, asked, written, fades, sums, states)
+    dq, dk, dv, dg, du, dmemory = kernels.backward(do, dlast, *given, *kept, segments, want_g, want_u)
+    dg, du = (fades.new_empty(0) if y is None else y for y in (dg, du))
     return dq, dk, dv, dg, du, dmemory
 
 
 @channel_gradients.register_fake
-def _(do, dlast, q, k, v, g, u, memory, cu_seqlens, last, states, scores, want_g, want_u):
-    dg = torch.empty_like(g) if want_g else last.new_empty(0)
-    du = torch.empty_like(u) if want_u else last.new_empty(0)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, du, torch.empty_like(last)
+def _(do, dlast, q, k, v, u, cu_seqlens, scores, asked, written, fades, sums, states, segments, want_g, want_u):
+    dg = torch.empty_like(sums, dtype=torch.float32) if want_g else fades.new_empty(0)
+    du = torch.empty_like(u) if want_u else fades.new_empty(0)
+    _, dmemory, _ = results(q, v, cu_seqlens, 1, False)
+    return *(torch.empty_like(y) for y in (q, k, v)), dg, du, dmemory
 
 
 def channel_context(ctx, inputs, output) -> None:
+    q, k, v, _, u, _, cu_seqlens, ctx.segments, _, keep = inputs
+    if not keep:
+        raise RuntimeError("the gradient by channel needs what its forward pass kept: call it with keep = True")
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], *output[1:])
+    ctx.save_for_backward(q, k, v, u, cu_seqlens, *output[2:])
 
 
 def channel_backward(ctx, do, dlast, *_):
     given = ctx.saved_tensors  # once: a checkpoint refuses to make them twice
     do = torch.zeros_like(given[2]) if do is None else do
     want_g, want_u, want_memory = ctx.needs_input_grad[3:6]
-    *grads, dg, du, dmemory = channel_gradients(do, dlast, *given, want_g, want_u)
+    *grads, dg, du, dmemory = channel_gradients(do, dlast, *given, ctx.segments, want_g, want_u)
     asked = (dg if want_g else None, du if want_u else None, dmemory if want_memory else None)
-    return *grads, *asked, None, None, None
+    return *grads, *asked, None, None, None, None
 
 
 channel.register_autograd(channel_backward, setup_context=channel_context)

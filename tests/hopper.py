@@ -120,13 +120,12 @@ def channels(q, k, v) -> None:
     b, t, h, K = q.shape
     V = v.shape[-1]
     g, u, memory = torch.empty(b, t, h, K), torch.empty(h, K), torch.empty(1, h, K, V)
-    given = (q, k, v, g, u, memory, torch.tensor([0, t], dtype=torch.int32))
-    _, *kept = channel.forward(*given, 2, False)
-    channel.backward(v, memory, *given, *kept, True, True)
+    borders = torch.tensor([0, t], dtype=torch.int32)
+    _, _, *kept = channel.forward(q, k, v, g, u, memory, borders, 2, False, True)
+    channel.backward(v, memory, q, k, v, u, borders, *kept, 2, True, True)
     channel.step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], u, memory)
     beta = torch.empty(b, t, h)
     for given in ((beta, g, None, None), (beta, beta, q, None), (None, g, q, q)):  # as in KDA, Comba, RWKV7
-        borders = torch.tensor([0, t], dtype=torch.int32)
         _, _, news, states, moves, *found = rank_one.forward(q, k, v, *given, memory, borders, 2, False, True)
         rank_one.backward(v, memory, q, k, v, *given, borders, news, states, moves, found, True)
         rank_one.step(*(None if x is None else x[:, 0] for x in (q, k, v, *given)), memory)

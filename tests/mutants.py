@@ -516,8 +516,8 @@ MUTANTS = [
     Mutant(
         "a checkpoint is asked twice for what it makes once",
         "fast/channel.py",
-        "channel_gradients(do, dlast, *given, want_g, want_u)",
-        "channel_gradients(do, dlast, *ctx.saved_tensors, want_g, want_u)",
+        "channel_gradients(do, dlast, *given, ctx.segments, want_g, want_u)",
+        "channel_gradients(do, dlast, *ctx.saved_tensors, ctx.segments, want_g, want_u)",
         "tests/test_fast.py -k checkpointing",
     ),
     Mutant(
@@ -1107,6 +1107,13 @@ MUTANTS = [
         "tl.where(tl.load(sums + line + last) > LEAST, 0, 1)",
         "tl.where(tl.load(sums + line + last) <= LEAST, 1, 0)",
         "tests/test_fast.py -k 'sixteen_bits_shows'",
+    ),
+    Mutant(
+        "a gate's gradient lies where the kept sums of gates do",
+        "fast/kernels/channel.py",
+        "dg = torch.empty_like(sums, dtype=torch.float32) if want_g",
+        "dg = sums if want_g and sums.dtype == torch.float32 else torch.empty_like(sums).float() if want_g",
+        "tests/test_fast.py -k asked_twice",
     ),
     Mutant(
         "a delta rule's chunk is solved in blocks that never meet",

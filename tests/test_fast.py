@@ -676,13 +676,27 @@ def test_only_what_is_asked_is_computed(launched):
 
 @pytest.mark.parametrize("name", ["gla", "rwkv6"])
 def test_only_what_is_asked_is_computed_by_channel(name, launched):
-    """Sums of gates once each way, scores once; sweeps for o, for the memories again, for dv and their cotangents."""
+    """Of gates all is made once and kept; one sweep for o and the memories, one for dv and their cotangents."""
     row, tokens, constants = some(name)
+    form = quick.ready(row, quick.form_of(row, {**tokens, **constants}), constants, quick.same)
+    unasked = torch.ops.linear_moe.channel(form.q, form.k, form.v, form.g, form.u, None, None, 1, False, False)
+    assert [x.numel() for x in unasked[2:]] == [0] * 6
+    assert launched == {"channel_gates": 1, "channel_sweep": 1}
+    launched.clear()
     given = leaves(tokens, constants)
     o, _ = quick.recurrence(row, tokens, constants)
-    assert launched == {"channel_gates": 1, "channel_sweep": 1}
     torch.autograd.grad(o.sum(), given)
-    assert launched == {"channel_gates": 2, "channel_sweep": 3, "channel_gradients": 1}
+    assert launched == {"channel_gates": 1, "channel_sweep": 2, "channel_gradients": 1}
+
+
+@pytest.mark.parametrize("name", ["gla", "gated_delta_net"])
+def test_what_is_kept_for_the_gradient_may_be_asked_twice(name):
+    row, tokens, constants = some(name, t=70)
+    tokens = narrowed(tokens, torch.float16)
+    given = leaves(tokens, constants)
+    o, _ = quick.recurrence(row, tokens, constants)
+    first, second = (torch.autograd.grad(o.sum(), given, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("name", ["delta_net", "gated_delta_net"])
@@ -818,7 +832,7 @@ def test_the_operators_keep_torchs_rules(name, segments, wide):
         given.append(constants["u"].requires_grad_() if constants else None)
     operator = getattr(torch.ops.linear_moe, family_of(name)).default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    more = (True,) if family_of(name) == "delta" else ()
+    more = (True,) if family_of(name) in ("channel", "delta") else ()
     torch.library.opcheck(operator, (*given, None, None, segments, wide, *more), test_utils=checks)
 
 
@@ -1243,12 +1257,13 @@ def test_the_same_bits_every_time(name, b, t, h, dtype):
 @gpu
 @pytest.mark.parametrize(
     "name, forward, backward",
-    [("mamba2", 1.3, 5.8), ("gla", 6.3, 13.5), ("gated_delta_net", 5.6, 13.0), ("kda", 10.5, 20.0)],
+    [("mamba2", 1.3, 5.8), ("gla", 8.4, 16.9), ("gated_delta_net", 5.6, 13.0), ("kda", 10.5, 20.0)],
 )
 def test_extra_memory(name, forward, backward):
-    """Forward: the output and one memory; by channel scores, and memories for the gates' gradient; delta rules: news,
-    two tiles a chunk and the memories of chunks. Backward: o do dq dk dv, 2 memories, the gates' gradient (2 units by
-    channel, in float32) and what it needs; delta rules: two more tiles and the cotangents of the chunks' memories."""
+    """Forward: the output and one memory; by channel scores, queries and keys faded, the sums of gates (2 units, in
+    float32) and the memories of chunks; delta rules: news, two tiles a chunk and the memories of chunks. Backward: o
+    do dq dk dv, 2 memories, the gates' gradient (2 units by channel, in float32) and the cotangents of the chunks'
+    memories; delta rules: two more tiles."""
     torch.use_deterministic_algorithms(False)
     row, tokens, _ = some(name, b=8, t=1024, h=8, k=128, v=128)
     tokens = {n: x if n == "g" else x.bfloat16() for n, x in tokens.items()}

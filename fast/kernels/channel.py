@@ -16,8 +16,8 @@ it, and all products with e by row:
 
 with P = do vᵀ. `channel_gates` makes b, q', k', e^{b_C} and A of all chunks at once, so the chain of chunks
 (`channel_sweep`, one kernel for both directions) knows of gates only K numbers a chunk. A program of it owns a slice of
-V and streams through time, as in `decay.py`, whose segments are these, too. Backward, it keeps S and R of every chunk,
-in the tokens' dtype, and `channel_gradients` makes dq, dk and dg of all chunks at once.
+V and streams through time, as in `decay.py`, whose segments are these, too. With a gradient in sight it keeps S of
+every chunk, and backward R, in the tokens' dtype, and `channel_gradients` makes dq, dk and dg of all chunks at once.
 
 Pairs of tokens. No split q e^b · k e^{-b} is safe for any gate: under strong ones the second factor has no bound. So
 queries of the later half of a block meet keys of the earlier at its middle m, both decayed towards it, e^{r - b_m} and
@@ -39,9 +39,9 @@ e^{b_C} <S, R> and what the chunk's own keys find in R, which dk has. The produc
 rounded. A token's own pair P_tt comes in afterwards: dq += P_tt k, dk += P_tt q (times u), du = Σ_t P_tt q_t k_t.
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, gates (2 U) in float32: forward, gates read
-4 and write 4 1/2, the sweep reads 3 1/2 and writes 1: 13 U. Backward, gates again 8, the memories 4, dv 4 1/2 and 2 of
-cotangents, gradients read 10 and write 4: 33 U; both 46 where the floor is 17. Kept for the gradient: A (1/2 U) and
-what `decay.py` keeps; needed on the way: b, q' and k' (4 U), where dg, dq and dk will be, and S and R (4 U).
+4 and write 4 1/2, the sweep reads 3 1/2 and writes 1, and S where there will be a gradient: 13 or 15 U. Backward, the
+sweep reads 3 1/2 and writes dv and R, gradients read 10 and write 4: 20 1/2; both 35 1/2 where the floor is 17. Kept
+for the gradient: A, q', k', b and S (6 1/2 U; all made once), and not the gates (2 U); needed on the way: R, 2 U.
 Multiply-adds a chunk: a sweep 2·C·K·V and C·C·V, gates 2·C·C·K for b and C·C·K a level, gradients 2·C·K·V, 2·C·C·V a
 slice of channels and 2·C·C·K a level.
 
@@ -496,12 +496,17 @@ def pairs_by_numbers(K: int, dtype: torch.dtype, before: bool, packed: bool, cha
     return {**sizes, **kind, "num_warps": warps}
 
 
+def sums_in(q: Tensor) -> torch.dtype:
+    """The dtype of running sums of gates."""
+    return torch.float64 if q.element_size() == 4 else torch.float32
+
+
 def gates(q, k, g, u, borders, scores=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`channel_gates`: q e^r, k e^{b_C - b}, e^{b_C} and b; fills `scores`."""
     (_, t, h, K), width = q.shape, q.element_size()
     asked, written = torch.empty_like(q), torch.empty_like(k)
     fades = g.new_empty(places(q, borders, CHUNK[width]), h, K)
-    sums = torch.empty_like(g, dtype=torch.float64 if width == 4 else torch.float32)
+    sums = torch.empty_like(g, dtype=sums_in(q))
     decay.launch(
         channel_gates, chunks_of(q, borders, CHUNK[width]) * h,
         q, k, g, u, borders, asked, written, fades, sums, scores, t, h, sequences_of(q, borders),
@@ -549,54 +554,58 @@ def end(q, k, z, g, u, borders, segments: int, reverse: bool) -> Tensor:
     return between(asked if reverse else written, z, fades, borders, None, segments, reverse)[1]
 
 
-def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool) -> tuple[Tensor, ...]:
-    """(o, the last memory, the memories between segments: nothing when there is one, scores). `wide`: o in float32."""
+def memories(q: Tensor, v: Tensor, borders: Tensor | None) -> tuple[int, ...]:
+    """The shape of the memories of all chunks."""
+    return places(q, borders, CHUNK[q.element_size()]), q.shape[2], q.shape[3], v.shape[3]
+
+
+def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool, keep: bool) -> tuple[Tensor, ...]:
+    """(o, the last memory, A, q e^r, k e^{b_C - b}, e^{b_C}, b, the memory before every chunk). `wide`: o in float32.
+
+    `keep`: what the gradient needs is kept; else all but the first two are empty.
+    """
     scores = q.new_empty(*q.shape[:3], CHUNK[q.element_size()])
-    asked, written, fades, _ = gates(q, k, g, u, borders, scores)
+    asked, written, fades, sums = gates(q, k, g, u, borders, scores)
     last = q.new_empty(sequences_of(q, borders), *q.shape[2:], v.shape[-1], dtype=torch.float32)
-    states, run, start, end = last.new_empty(0), {}, memory, last
+    met = q.new_empty(memories(q, v, borders)) if keep else None
+    run, start, end = {}, memory, last
     if segments > 1:
         states, last = between(written, v, fades, borders, memory, segments)
         run, start, end = {"segments": segments, "slots": segments + 1}, states, None
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
-    sweep(asked, written, v, fades, scores, borders, start, out=o, end=end, **run)
-    return o, last, states, scores
+    sweep(asked, written, v, fades, scores, borders, start, out=o, end=end, kept=met, **run)
+    kept = scores, asked, written, fades, sums, met
+    return o, last, *(kept if keep else (q.new_empty(0) for _ in kept))
 
 
-def backward(do, dlast, q, k, v, g, u, memory, borders, last, states, scores, want_g: bool, want_u: bool):
+def backward(do, dlast, q, k, v, u, borders, scores, asked, written, fades, sums, met, segments, want_g, want_u):
     """(dq, dk, dv, dg, du, dmemory) from the cotangents of o and of the last memory (None: zeros); dg and du are None
-    unless wanted."""
-    cut = states.numel() > 0
-    segments = states.shape[2] - 1 if cut else 1
-    run = {"segments": segments, "slots": segments + 1 if cut else 1}
-    asked, written, fades, sums = gates(q, k, g, u, borders)
-    if cut:
+    unless wanted. Others may read what was kept again: nothing of it is overwritten."""
+    run, far = {"segments": segments}, dlast
+    if segments > 1:
         cotangents, dmemory = between(asked, do, fades, borders, dlast, segments, reverse=True)
-        start, far, stop = states, cotangents[:, :, 1:], None
+        run["slots"], far, stop = segments + 1, cotangents[:, :, 1:], None
     else:
-        dmemory = torch.empty_like(last)
-        start, far, stop = memory, dlast, dmemory
-    met = q.new_empty(2, places(q, borders, CHUNK[q.element_size()]), q.shape[2], q.shape[3], v.shape[3])
-    sweep(written, written, v, fades, None, borders, start, kept=met[0], **run)
-    dv = torch.empty_like(v)
-    sweep(written, asked, do, fades, scores, borders, far, out=dv, end=stop, kept=met[1], reverse=True, **run)
-    dq, dk, dg, du = gradients(do, q, k, v, u, sums, *met, borders, (asked, written), want_g, want_u)
+        dmemory = stop = fades.new_empty(sequences_of(q, borders), *q.shape[2:], v.shape[-1])
+    dv, cotangents = torch.empty_like(v), torch.empty_like(met)
+    sweep(written, asked, do, fades, scores, borders, far, out=dv, end=stop, kept=cotangents, reverse=True, **run)
+    dq, dk, dg, du = gradients(do, q, k, v, u, sums, met, cotangents, borders, want_g, want_u)
     return dq, dk, dv, dg, du, dmemory
 
 
-def gradients(do, q, k, v, u, sums, states, cotangents, borders, into, want_g: bool, want_u: bool):
-    """`channel_gradients`: (dq, dk, dg, du), the first two where `into` was."""
+def gradients(do, q, k, v, u, sums, states, cotangents, borders, want_g: bool, want_u: bool):
+    """`channel_gradients`: (dq, dk, dg, du)."""
     (_, t, h, K), V, width = q.shape, v.shape[-1], q.element_size()
     shape = pairs_of(q, u, borders, FINISHING[width])
-    same = sums.dtype == torch.float32
-    dg = None if not want_g else sums if same else torch.empty_like(sums, dtype=torch.float32)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dg = torch.empty_like(sums, dtype=torch.float32) if want_g else None
     du = sums.new_zeros(places(q, borders, shape["C"]), h, K, dtype=torch.float32) if want_u else None
     decay.launch(
         channel_gradients, chunks_of(q, borders, shape["C"]) * h * shape["SLICES"],
-        do, q, k, v, u, sums, states, cotangents, borders, *into, dg, du, t, h, sequences_of(q, borders),
+        do, q, k, v, u, sums, states, cotangents, borders, dq, dk, dg, du, t, h, sequences_of(q, borders),
         V=V, BV=max(shape["BK"], padded(V)), **shape, GATES=want_g, BONUS=want_u,
     )  # fmt: skip
-    return *into, dg, du if du is None else du.sum(0)
+    return dq, dk, dg, du if du is None else du.sum(0)
 
 
 def step(q, k, v, g, u, memory) -> Tensor:
