@@ -1109,6 +1109,20 @@ MUTANTS = [
         "tests/test_fast.py -k 'sixteen_bits_shows'",
     ),
     Mutant(
+        "what a memory gives does not fade on the way to the middle of a chunk of mild gates",
+        "fast/kernels/channel.py",
+        "queried *= tl.exp2(there).to(tl.float32)[None, :]",
+        "queried *= 1.0",
+        "tests/test_fast.py -k one_half",
+    ),
+    Mutant(
+        "a chunk whose later half has strong gates is taken for mild",
+        "fast/kernels/channel.py",
+        "tl.max(tl.maximum(-there, there - total)) < MILD",
+        "tl.max(-there) < MILD",
+        "tests/test_fast.py -k one_half",
+    ),
+    Mutant(
         "a gate's gradient lies where the kept sums of gates do",
         "fast/kernels/channel.py",
         "dg = torch.empty_like(sums, dtype=torch.float32) if want_g",

@@ -360,6 +360,21 @@ def test_extreme_gates(name, segments, monkeypatch):
     compare(name, t=MANY, change=extreme)
 
 
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, HALVES[0]])
+@pytest.mark.parametrize("name", ["gla", "rwkv6"])
+def test_strong_gates_in_one_half_of_a_chunk(name, dtype, half):
+    """Decays from its middle are out of range on that side alone. The next chunk's are in range on both."""
+    chunk = channels.CHUNK[4 if dtype == torch.float32 else 2]
+    strong = slice(chunk // 2, chunk) if half else slice(chunk // 2)
+
+    def change(tokens, _):
+        tokens["g"].mul_(0.02)
+        tokens["g"][:, strong, :, 0] = -30.0
+
+    compare(name, dtype, t=2 * chunk, change=change)
+
+
 @pytest.mark.parametrize("gate", [0.0, -1e-6, -20.0, -79.0, -150.0, -1e4, -torch.inf])
 @pytest.mark.parametrize("name", GATED)
 def test_the_same_gate_everywhere(name, gate):
@@ -407,7 +422,7 @@ def test_keys_that_are_made_of_gates(n, seed):
     exact_g = g.detach().double().requires_grad_()
     want = -torch.expm1(exact_g)
     error = (k.double() - want).abs()
-    assert (error <= want.abs() * 2**-10.9 + 2**-25).all()
+    assert (error <= want.abs() * 2**-10.9 + 2**-24.9).all()
     (want_g,) = torch.autograd.grad(want, exact_g, dk.double())
     torch.testing.assert_close(torch.autograd.grad(k, g, dk)[0].double(), want_g, rtol=1e-6, atol=1e-30)
 

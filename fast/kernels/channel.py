@@ -23,11 +23,13 @@ Pairs of tokens. No split q e^b · k e^{-b} is safe for any gate: under strong o
 queries of the later half of a block meet keys of the earlier at its middle m, both decayed towards it, e^{r - b_m} and
 e^{b_m - b}, at most 1, and the halves are the same problem again: six levels for 64 tokens (as in
 `reference/chunked.py`). But where the gates of half a block sum to no more than MILD, both factors are in range on
-either side of the middle, and one product is the whole block: a program looks at its gates, and stops at the first
-level that is mild. For gates as models have them that is mostly the first. An exponent is a difference of two sums b,
-the second read again from the cache. For float32 tokens they are float64; for 16-bit tokens products of ones with
-gates in two float16, right to 2^-22 of the largest gate, behind one of FLOOR to 1e-3. Any g in [-inf, 0] is right and
-finite: as in `decay.py` a gate is raised to FLOOR first.
+either side of the middle, and one product is the whole block. For gates as models have them that is mostly the whole
+chunk: a program looks at b there (`ends_of`), and has a way of its own for such a chunk, with two exponentials a
+number, since q', k' and what memories give are by row those from the middle times e^{b_m} or e^{b_C - b_m}. Else it
+stops at the first level that is mild. An exponent is a difference of two sums b, the second read again from the cache.
+For float32 tokens they are float64; for 16-bit tokens products of ones with gates in two float16, right to 2^-22 of the
+largest gate, behind one of FLOOR to 1e-3. Any g in [-inf, 0] is right and finite: as in `decay.py` a gate is raised to
+FLOOR first.
 
 The gate's gradient is dg_t = <e^{g_t} M_{t-1}, D_t> by row of the memory, D_t the cotangent of M_t. With those of a
 chunk's last token, and dq and dk without a token's own pair, which is in both and cancels,
@@ -46,7 +48,8 @@ Multiply-adds a chunk: a sweep 2·C·K·V and C·C·V, gates 2·C·C·K for b an
 slice of channels and 2·C·C·K a level.
 
 Compilers: what `decay.py` says, and no 16-bit line of CONFIG has one stage. A program has one chunk, so that levels are
-no loop within a loop (unrolled they take five times the code and are no faster). b is stored, awaited and loaded
+no loop within a loop (unrolled they take five times the code and are no faster). A program waits for memory most of the
+time: what it will need it asks for at once, and two programs fit a multiprocessor. b is stored, awaited and loaded
 again rather than used, since a dot's result must not be transposed into another dot. In `channel_gradients` on Hopper
 that compiler gives wrong rows from the 17th on, or an illegal access, where a program has fewer channels of K than 64
 and fewer than of V: 16-bit tiles are never narrower than 64. The lines of CONFIG for K = 128 in 16 bits are chosen by
@@ -74,6 +77,7 @@ from fast.kernels.decay import (
     part_of,
     place_of,
     places,
+    plus_product,
     run_of,
     sequences_of,
     summed,
@@ -87,7 +91,7 @@ CONFIG = {
     (16, 2): (16, 4, 2),
     (32, 2): (32, 4, 2),
     (64, 2): (32, 4, 2),
-    (128, 2): (32, 4, 2),
+    (128, 2): (64, 4, 3),
     (256, 2): (16, 4, 2),
     (16, 4): (16, 4, 1),
     (32, 4): (32, 4, 1),
@@ -127,6 +131,15 @@ def faded(sums, level, mild, count, heads, ik, C: tl.constexpr, K: tl.constexpr,
     return tl.exp2(asking).to(tl.float32), tl.exp2(writing).to(tl.float32)
 
 
+@triton.jit
+def ends_of(sums, count, heads, ik, C: tl.constexpr, K: tl.constexpr, MILD: tl.constexpr):
+    """b at the middle of a chunk and at its end, and whether decays from the middle to either end are in range."""
+    at, in_k = sums + ik, ik < K
+    there = tl.load(at + (tl.minimum(C // 2, count) - 1) * (heads * K), mask=in_k, other=0.0)
+    total = tl.load(at + (count - 1) * (heads * K), mask=in_k, other=0.0)
+    return there, total, tl.max(tl.maximum(-there, there - total)) < MILD
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def channel_gates(
     q, k, g, u, borders, asked, written, fades, sums, scores, tokens, heads, sequences,
@@ -146,6 +159,7 @@ def channel_gates(
     here, other = ic[:, None], ic[None, :]
     row = (start + begin) * heads + h
     inside = ic < count
+    kind = q.dtype.element_ty
     A = tl.zeros((C, C), tl.float32)
     own = tl.zeros((C,), tl.float32)
     for s in tl.static_range(SLICES):
@@ -154,20 +168,18 @@ def channel_gates(
         at = row * K + here * (heads * K) + ik[None, :]
         ok = inside[:, None] & in_k[None, :]
         gates = tl.maximum(tl.load(g + at, mask=ok, other=0.0), FLOOR, propagate_nan=tl.PropagateNan.ALL)
-        steepest = tl.min(gates) * LOG2_E
+        query = tl.load(q + at, mask=ok, other=0.0)
+        key = tl.load(k + at, mask=ok, other=0.0)
         if EXACT:
             b = tl.cumsum(gates.to(tl.float64) * LOG2_E, 0)
         else:
             b = summed(other <= here, gates * LOG2_E, tl.float16)
         tl.store(sums + at, b, mask=ok)
         tl.debug_barrier()
-        query = tl.load(q + at, mask=ok, other=0.0).to(tl.float32)
-        key = tl.load(k + at, mask=ok, other=0.0).to(tl.float32)
+        query, key = query.to(tl.float32), key.to(tl.float32)
         b = at_token(sums + row * K, ic, count, heads, ik, K)
         r = at_token(sums + row * K, ic - 1, count, heads, ik, K) if BEFORE else b
-        total = tl.load(sums + (row + (count - 1) * heads) * K + ik, mask=in_k, other=0.0)
-        tl.store(asked + at, query * tl.exp2(r).to(tl.float32), mask=ok)
-        tl.store(written + at, key * tl.exp2(total[None, :] - b).to(tl.float32), mask=ok)
+        there, total, mild = ends_of(sums + row * K, count, heads, ik, C, K, MILD)
         tl.store(fades + line + ik, tl.exp2(total).to(tl.float32), mask=in_k)
         if SCORES:
             if BEFORE:
@@ -175,17 +187,29 @@ def channel_gates(
                 own += tl.sum(query * weight[None, :] * key, 1)
             else:
                 own += tl.sum(query * key, 1)
-            level = LEVELS - 1
-            while level >= 0:
-                mild = steepest * (1 << level) > -MILD
-                asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
-                queries = (tl.load(q + at, mask=ok, other=0.0).to(tl.float32) * asking).to(q.dtype.element_ty)
-                keys = (tl.load(k + at, mask=ok, other=0.0).to(tl.float32) * writing).to(q.dtype.element_ty)
-                meet = ((here ^ other) >> level < 2) & (here > other)
-                A += tl.where(meet, tl.dot(queries, tl.trans(keys), input_precision="ieee"), 0.0)
-                level -= 1 + mild.to(tl.int32) * LEVELS
+        if mild:
+            queries = query * tl.exp2(r - there[None, :]).to(tl.float32)
+            keys = key * tl.exp2(there[None, :] - b).to(tl.float32)
+            tl.store(asked + at, queries * tl.exp2(there).to(tl.float32)[None, :], mask=ok)
+            tl.store(written + at, keys * tl.exp2(total - there).to(tl.float32)[None, :], mask=ok)
+            if SCORES:
+                A = plus_product(A, queries.to(kind), tl.trans(keys.to(kind)), inside[:, None], "ieee")
+        else:
+            tl.store(asked + at, query * tl.exp2(r).to(tl.float32), mask=ok)
+            tl.store(written + at, key * tl.exp2(total[None, :] - b).to(tl.float32), mask=ok)
+            if SCORES:
+                steepest = tl.min(tl.load(g + at, mask=ok, other=0.0)) * LOG2_E
+                level = LEVELS - 1
+                while level >= 0:
+                    mild = steepest * (1 << level) > -MILD
+                    asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
+                    queries = (tl.load(q + at, mask=ok, other=0.0).to(tl.float32) * asking).to(kind)
+                    keys = (tl.load(k + at, mask=ok, other=0.0).to(tl.float32) * writing).to(kind)
+                    meet = ((here ^ other) >> level < 2) & (here > other)
+                    A += tl.where(meet, tl.dot(queries, tl.trans(keys), input_precision="ieee"), 0.0)
+                    level -= 1 + mild.to(tl.int32) * LEVELS
     if SCORES:
-        A = tl.where(here == other, own[:, None], A)
+        A = tl.where(here > other, A, tl.where(here == other, own[:, None], 0.0))
         tl.store(scores + row * C + here * (heads * C) + other, A, mask=inside[:, None])
 
 
@@ -254,6 +278,109 @@ def channel_sweep(
         tl.store(end + nh * X * Z + cell, S, mask=in_cell)
 
 
+@triton.jit
+def gradients_of_chunk(
+    do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr,
+    EXACT: tl.constexpr, MILD: tl.constexpr, GATES: tl.constexpr, BONUS: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """`channel_gradients`, every pointer being at its chunk. ONE: of mild gates, all pairs in one product."""
+    in_k, in_v = ik < K, iv < V
+    here, other = ic[:, None], ic[None, :]
+    kind = q.dtype.element_ty
+    inside = ic < count
+    at_k = here * (heads * K) + ik[None, :]
+    at_v = here * (heads * V) + iv[None, :]
+    ok_k, ok_v = inside[:, None] & in_k[None, :], inside[:, None] & in_v[None, :]
+    cell = ik[:, None] * V + iv[None, :]
+    in_cell = in_k[:, None] & in_v[None, :]
+    answer = tl.load(do + at_v, mask=ok_v, other=0.0)
+    value = tl.load(v + at_v, mask=ok_v, other=0.0)
+    M = tl.load(states + cell, mask=in_cell, other=0.0)
+    D = tl.load(cotangents + cell, mask=in_cell, other=0.0)
+    if GATES:
+        end = tl.sum(M.to(tl.float32) * D.to(tl.float32), 1)
+    queried = tl.dot(answer, tl.trans(M), input_precision="ieee")
+    query = tl.load(q + at_k, mask=ok_k, other=0.0)
+    key = tl.load(k + at_k, mask=ok_k, other=0.0)
+    b = at_token(sums, ic, count, heads, ik, K)
+    r = b if not BEFORE else at_token(sums, ic - 1, count, heads, ik, K)
+    there, total, _ = ends_of(sums, count, heads, ik, C, K, MILD)
+    if ONE:
+        queried *= tl.exp2(there).to(tl.float32)[None, :]
+    P = tl.dot(answer, tl.trans(value), input_precision="ieee")
+    query, key = query.to(tl.float32), key.to(tl.float32)
+    if ONE:
+        if not EXACT:  # zeros that lie as products do: all that follows is found once, and there
+            nothing = tl.minimum(tl.abs(queried), 0.0)
+            b += nothing
+            r += nothing
+        asking, writing = tl.exp2(r - there[None, :]).to(tl.float32), tl.exp2(there[None, :] - b).to(tl.float32)
+        queries, keys = (query * asking).to(kind), (key * writing).to(kind)
+    own = tl.sum(tl.where(here == other, P, 0.0), 1)
+    P = tl.where(here > other, P, 0.0).to(kind)
+    if ONE:
+        queried = plus_product(queried, P, keys, inside[:, None], "ieee")
+        queried *= asking
+    else:
+        steepest = tl.min(b - at_token(sums, ic - 1, count, heads, ik, K))
+        queried *= tl.exp2(r).to(tl.float32)
+        level = LEVELS - 1
+        while level >= 0:
+            mild = steepest * (1 << level) > -MILD
+            asking, writing = faded(sums, level, mild, count, heads, ik, C, K, BEFORE)
+            keys = (tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * writing).to(kind)
+            met = tl.where((here ^ other) >> level < 2, P, 0.0).to(kind)
+            queried += asking * tl.dot(met, keys, input_precision="ieee")
+            level -= 1 + mild.to(tl.int32) * LEVELS
+    weight = tl.full((BK,), 1.0, tl.float32)
+    if BEFORE:
+        weight = tl.load(u + ik, mask=in_k, other=0.0)
+    change = query * queried
+    tl.store(dq + at_k, queried + own[:, None] * key * weight[None, :], mask=ok_k)
+    if BONUS:
+        tl.store(du + ik, tl.sum(own[:, None] * query * key, 0), mask=in_k)
+
+    there, total, _ = ends_of(sums, count, heads, ik, C, K, MILD)
+    keyed = tl.dot(value, tl.trans(D), input_precision="ieee")
+    turned = tl.dot(value, tl.trans(answer), input_precision="ieee")
+    turned = tl.where(here < other, turned, 0.0).to(kind)
+    if GATES:
+        end *= tl.exp2(total).to(tl.float32)
+    if ONE:
+        keyed *= writing * tl.exp2(total - there).to(tl.float32)[None, :]
+        if GATES:
+            end += tl.sum(key * keyed, 0)
+        keyed += writing * tl.dot(turned, queries, input_precision="ieee")
+    else:
+        keyed *= tl.exp2(total[None, :] - b).to(tl.float32)
+        if GATES:
+            end += tl.sum(key * keyed, 0)
+        level = LEVELS - 1
+        while level >= 0:
+            mild = steepest * (1 << level) > -MILD
+            asking, writing = faded(sums, level, mild, count, heads, ik, C, K, BEFORE)
+            queries = (tl.load(q + at_k, mask=ok_k, other=0.0).to(tl.float32) * asking).to(kind)
+            met = tl.where((here ^ other) >> level < 2, turned, 0.0).to(kind)
+            keyed += writing * tl.dot(met, queries, input_precision="ieee")
+            level -= 1 + mild.to(tl.int32) * LEVELS
+    tl.store(dk + at_k, keyed + own[:, None] * query * weight[None, :], mask=ok_k)
+    if GATES:
+        later = change - key * keyed
+        if EXACT:
+            since = tl.cumsum(later, 0, reverse=True)
+        else:
+            largest = tl.maximum(tl.max(tl.abs(later)), 1e-30)
+            since = summed(other >= here, later / largest, tl.float16) * largest
+        since += end[None, :]
+        if BEFORE:
+            since -= change
+        if not ONE:
+            b = at_token(sums, ic, count, heads, ik, K)
+            since = tl.where(b - at_token(sums, ic - 1, count, heads, ik, K) < NOTHING, 0.0, since)
+        tl.store(dg + at_k, since, mask=ok_k)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def channel_gradients(
     do, q, k, v, u, sums, states, cotangents, borders, dq, dk, dg, du, tokens, heads, sequences,
@@ -263,8 +390,8 @@ def channel_gradients(
 ):  # fmt: skip
     """dq, dk and dg of one chunk, a slice of channels; with BONUS du of the chunk, at its `place_of`.
 
-    Reads do, v and b, its slice of q, k, of the memory before the chunk and the cotangent of that after it. dg may lie
-    where b does. Multiply-adds: 2·C·C·V + 2·C·V·BK, and 2·C·C·BK for each level.
+    Reads do, v and b, its slice of q, k, of the memory before the chunk and the cotangent of that after it.
+    Multiply-adds: 2·C·C·V + 2·C·V·BK, and 2·C·C·BK for each level, mostly one.
     """
     s = tl.program_id(0) % SLICES
     h = tl.program_id(0) // SLICES % heads
@@ -273,83 +400,29 @@ def channel_gradients(
         return
     ic, iv = tl.arange(0, C), tl.arange(0, BV)
     ik = s * BK + tl.arange(0, BK)
-    in_k, in_v = ik < K, iv < V
-    here, other = ic[:, None], ic[None, :]
-    kind = q.dtype.element_ty
     row = (start + begin) * heads + h
-    inside = ic < count
     place = place_of(start, n, begin, C) * heads + h
-    at_k = row * K + here * (heads * K) + ik[None, :]
-    at_v = row * V + here * (heads * V) + iv[None, :]
-    ok_k, ok_v = inside[:, None] & in_k[None, :], inside[:, None] & in_v[None, :]
-    answer = tl.load(do + at_v, mask=ok_v, other=0.0)
-    value = tl.load(v + at_v, mask=ok_v, other=0.0)
-    cell = place.to(tl.int64) * K * V + ik[:, None] * V + iv[None, :]
-    in_cell = in_k[:, None] & in_v[None, :]
-    b = at_token(sums + row * K, ic, count, heads, ik, K)
-    before = at_token(sums + row * K, ic - 1, count, heads, ik, K)
-    steepest = tl.min(b - before)
-    weight = tl.full((BK,), 1.0, tl.float32)
-    if BEFORE:
-        weight = tl.load(u + h * K + ik, mask=in_k, other=0.0)
-
-    M = tl.load(states + cell, mask=in_cell, other=0.0)
-    queried = tl.dot(answer, tl.trans(M), input_precision="ieee")
-    queried *= tl.exp2(before if BEFORE else b).to(tl.float32)
-    P = tl.dot(answer, tl.trans(value), input_precision="ieee")
-    own = tl.sum(tl.where(here == other, P, 0.0), 1)
-    P = P.to(kind)
-    level = LEVELS - 1
-    while level >= 0:
-        mild = steepest * (1 << level) > -MILD
-        asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
-        keys = (tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * writing).to(kind)
-        asked = tl.where(((here ^ other) >> level < 2) & (here > other), P, 0.0).to(kind)
-        queried += asking * tl.dot(asked, keys, input_precision="ieee")
-        level -= 1 + mild.to(tl.int32) * LEVELS
-    query = tl.load(q + at_k, mask=ok_k, other=0.0).to(tl.float32)
-    key = tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32)
-    change = query * queried
-    tl.store(dq + at_k, queried + own[:, None] * key * weight[None, :], mask=ok_k)
+    sums += row * K
+    states += place.to(tl.int64) * K * V
+    cotangents += place.to(tl.int64) * K * V
+    q, k, dq, dk, do, v = q + row * K, k + row * K, dq + row * K, dk + row * K, do + row * V, v + row * V
+    if GATES:
+        dg += row * K
     if BONUS:
-        tl.store(du + place * K + ik, tl.sum(own[:, None] * query * key, 0), mask=in_k)
-    tl.debug_barrier()
-
-    D = tl.load(cotangents + cell, mask=in_cell, other=0.0)
-    total = tl.load(sums + (row + (count - 1) * heads) * K + ik, mask=in_k, other=0.0)
-    b = at_token(sums + row * K, ic, count, heads, ik, K)
-    keyed = tl.dot(value, tl.trans(D), input_precision="ieee") * tl.exp2(total[None, :] - b).to(tl.float32)
-    if GATES:
-        M = tl.load(states + cell, mask=in_cell, other=0.0)
-        end = tl.exp2(total).to(tl.float32) * tl.sum(M.to(tl.float32) * D.to(tl.float32), 1)
-        end += tl.sum(tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * keyed, 0)
-    turned = tl.dot(value, tl.trans(answer), input_precision="ieee").to(kind)
-    level = LEVELS - 1
-    while level >= 0:
-        mild = steepest * (1 << level) > -MILD
-        asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
-        queries = (tl.load(q + at_k, mask=ok_k, other=0.0).to(tl.float32) * asking).to(kind)
-        answered = tl.where(((here ^ other) >> level < 2) & (here < other), turned, 0.0).to(kind)
-        keyed += writing * tl.dot(answered, queries, input_precision="ieee")
-        level -= 1 + mild.to(tl.int32) * LEVELS
-    tl.debug_barrier()
-    if GATES:
-        later = change - tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * keyed
-        if EXACT:
-            since = tl.cumsum(later, 0, reverse=True)
-        else:
-            largest = tl.maximum(tl.max(tl.abs(later)), 1e-30)
-            since = summed(other >= here, later / largest, tl.float16) * largest
-        since += end[None, :]
-        if BEFORE:
-            since -= change
-        b = at_token(sums + row * K, ic, count, heads, ik, K)
-        before = at_token(sums + row * K, ic - 1, count, heads, ik, K)
-        since = tl.where(b - before < NOTHING, 0.0, since)
-        tl.debug_barrier()
-        tl.store(dg + at_k, since, mask=ok_k)
-    query = tl.load(q + at_k, mask=ok_k, other=0.0).to(tl.float32)
-    tl.store(dk + at_k, keyed + own[:, None] * query * weight[None, :], mask=ok_k)
+        du += place * K
+    if BEFORE:
+        u += h * K
+    _, _, mild = ends_of(sums, count, heads, ik, C, K, MILD)
+    if mild and (not BEFORE):  # whose sums and bonus would need more registers than there are
+        gradients_of_chunk(
+            do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads,
+            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, True,
+        )  # fmt: skip
+    else:
+        gradients_of_chunk(
+            do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads,
+            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, False,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments"])
@@ -463,7 +536,7 @@ def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
         programs = sequences * q.shape[2] * cdiv(v.shape[-1], columns)
         return 2 * decay.multiprocessors(q.device) // max(programs, 1)
 
-    return decay.long_enough(fit(cut=True) if fit(cut=False) > 1 else 1, q, sequences)
+    return decay.long_enough(fit(cut=True) if fit(cut=False) > 2 else 1, q, sequences)
 
 
 def line_of(size: int, width: int, cut: bool) -> tuple[int, int, int]:

@@ -204,16 +204,6 @@ def sums_of(
 
 
 @triton.jit
-def sums_at(
-    g, sums, line, h, begin, stop, ic, count_rows, C: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
-    """`sums_of` for the chunk from token `begin` on; of a sequence that has none there whatever stands at its end."""
-    count = tl.minimum(stop - begin, C)
-    last = tl.maximum(tl.minimum(begin + C, stop) - 1, 0)
-    return sums_of(g, sums, line, begin + ic, h, begin + ic < stop, ic, count, last, count_rows, C, GATE, EXACT)
-
-
-@triton.jit
 def decays_of(hi, lo, g, h, ic, GATE: tl.constexpr, EXACT: tl.constexpr, REVERSE: tl.constexpr):
     """e^{b_i - b_j} where j <= i, else 0; backwards e^{b_j - b_i} where j >= i."""
     if GATE == 1:
@@ -288,19 +278,11 @@ def swept(
     at_z = ic[:, None] * (heads * Z) + iz[None, :]
     chunks = tl.cdiv(stop - first, C)
     carried = 0.0  # half of what the chunk before faded
-    if GATE != 0:  # nothing of gates is pipelined: sums are asked for one chunk before they are used
-        begin = first + (chunks - 1) * C if REVERSE else first
-        hi, lo, after, total = sums_at(g, sums, line, h, begin, stop, ic, count_rows, C, GATE, EXACT)
     for i in range(0, chunks):
         begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
         t = begin + ic
         inside = t < stop
         row = (start + begin) * heads + h  # 64 bits for where a chunk begins, 32 within it
-        if GATE != 0:
-            then = begin - C if REVERSE else begin + C
-            next_hi, next_lo, next_after, next_total = sums_at(
-                g, sums, line, h, then, stop if i + 1 < chunks else 0, ic, count_rows, C, GATE, EXACT
-            )
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
         bx = tl.load(x + row * X + at_x, mask=in_rows_x, other=0.0)
@@ -309,6 +291,11 @@ def swept(
         # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
         if PART:
             bw = tl.load(w + row * Z + at_z, mask=in_rows_z & (not second), other=0.0)
+        if GATE != 0:
+            count = tl.minimum(stop - begin, C)
+            hi, lo, after, total = sums_of(
+                g, sums, line, t, h, inside, ic, count, begin + count - 1, count_rows, C, GATE, EXACT
+            )
 
         if SIDE > 1:
             more = tl.load(side + row + ic * heads, mask=inside, other=0.0)
@@ -364,8 +351,6 @@ def swept(
             if EXACT:
                 o += own[:, None] * bz.to(tl.float32)
         tl.store(out + row * Z + at_z, o, mask=in_rows_z)
-        if GATE != 0:
-            hi, lo, after, total = next_hi, next_lo, next_after, next_total
     if MILD:
         S = S * power_of_2(carried, EXACT)
     return S, N

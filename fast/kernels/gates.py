@@ -19,7 +19,7 @@ def complement_forward(g, k, count, N: tl.constexpr):
     """k = 1 - e^g. Near zero by its series, for the difference would have no digits left."""
     at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     x = tl.load(g + at, mask=at < count, other=0.0)
-    small = -x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0))))
+    small = -x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5)))))
     tl.store(k + at, tl.where(x > -0.0625, small, 1.0 - tl.exp(x)).to(k.dtype.element_ty), mask=at < count)
 
 
