@@ -1116,6 +1116,27 @@ MUTANTS = [
         "tests/test_fast.py -k 'comba and values'",
     ),
     Mutant(
+        "rank one steps: pairs are rounded before they cancel in a gate's gradient",
+        "fast/kernels/rank_one.py",
+        "later = tl.sum(later, 1) + tl.sum(A, 1)",
+        "later = tl.sum(later, 1) + tl.sum(A.to(bq.dtype).to(tl.float32), 1)",
+        "tests/test_fast.py -k nothing_to_decay",
+    ),
+    Mutant(
+        "rank one steps: what a token finds of its chunk is not what it was told, for a gate's gradient",
+        "fast/kernels/rank_one.py",
+        "- tl.sum(A + B, 0)",
+        "- tl.sum(A, 0)",
+        "tests/test_fast.py -k 'comba and values'",
+    ),
+    Mutant(
+        "rank one steps: pairs of what was added have no part in a gate's gradient",
+        "fast/kernels/rank_one.py",
+        "B += Bv * tl.dot(finders, tl.trans(keys), input_precision=PRECISION)",
+        "B += 0.0",
+        "tests/test_fast.py -k printed",
+    ),
+    Mutant(
         "what is added is not found by later tokens of its chunk",
         "fast/kernels/rank_one.py",
         "tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)",
