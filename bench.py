@@ -659,6 +659,11 @@ def neighbours() -> dict[str, tuple]:
 
         return rms_norm_gated(x, z, w, None)
 
+    def fla_unit(x):
+        from fla.modules.l2norm import l2norm
+
+        return l2norm(x)
+
     def fla_convolution(x, w):
         from fla.modules.causal_conv1d.ops import causal_conv1d
 
@@ -677,11 +682,13 @@ def neighbours() -> dict[str, tuple]:
     heads = (tokens * d // 128, 128)
     norms = sides(lambda f: f.norm, fla_norm)
     gated = sides(lambda f: lambda x, w, z: f.norm(x, w, 1e-5, z), fla_gated)
+    units = sides(lambda f: f.unit, fla_unit)
     taps = sides(lambda f: lambda x, w: f.short_convolution(x, w, None, "silu")[0], fla_convolution)
     shifts = sides(lambda f: lambda x: f.token_shift(x)[0], no_shift)
     return {
         "norm d 1024": ((tokens, d), (half(tokens, d), torch.randn(d)), norms, (2, 3)),
         "gated norm d 128": (heads, (half(*heads), torch.randn(128), half(*heads)), gated, (3, 5)),
+        "unit d 128": (heads, (half(*heads),), units, (2, 3)),
         "token shift d 1024": ((8, 2048, d), (half(8, 2048, d),), shifts, (2, 2)),
         "convolution w 4": ((8, 2048, d), (half(8, 2048, d), torch.randn(d, 4)), taps, (2, 3)),
     }

@@ -31,10 +31,25 @@ def norm(
     Raises ValueError, in one line and before any launch, for a dtype, a device or a width without kernels.
     """
     able("norm", x, gate, activation)
+    return in_rows("norm", x, weight, eps, gate, activation, 1.0)
+
+
+def unit(x: Float[Tensor, "... d"], eps: float = 1e-6, scale: float = 1.0) -> Float[Tensor, "... d"]:
+    """x / sqrt(sum(x²) + eps) · scale, as the reference's, in one pass: the norm with another ε, times scale / √d.
+
+    Raises ValueError, in one line and before any launch, for a dtype, a device or a width without kernels.
+    """
+    able("unit", x, None, None)
+    d = x.shape[-1]
+    return in_rows("unit", x, None, eps / d, None, None, scale * d**-0.5)
+
+
+def in_rows(name: str, x: Tensor, weight, eps: float, gate, activation, factor: float) -> Tensor:
+    """The norm's operator, which takes rows side by side."""
     if x.shape[-1] > kernels.WIDEST:
-        raise ValueError(f"norm: no fast kernel for rows of {x.shape[-1]}, at most {kernels.WIDEST}; use 'reference'")
+        raise ValueError(f"{name}: no fast kernel for rows of {x.shape[-1]}, at most {kernels.WIDEST}; use 'reference'")
     flat = (None if y is None else y.reshape(-1, x.shape[-1]).contiguous() for y in (x, gate))
-    return normed(next(flat), weight, eps, next(flat), activation).view(x.shape)
+    return normed(next(flat), weight, eps, next(flat), activation, factor).view(x.shape)
 
 
 def short_convolution(
@@ -119,40 +134,48 @@ def runnable(what: str, x: Tensor) -> None:
 
 
 @operator("norm")
-def normed(x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None, activation: str | None) -> Tensor:
-    return kernels.norm(x, weight, eps, gate, activation)
+def normed(
+    x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None, activation: str | None, factor: float
+) -> Tensor:
+    return kernels.norm(x, weight, eps, gate, activation, factor)
 
 
 @normed.register_fake
-def _(x, weight, eps, gate, activation):
+def _(x, weight, eps, gate, activation, factor):
     return torch.empty_like(x)
 
 
 @operator("norm_gradients")
 def norm_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None, activation: str | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+    activation: str | None,
+    factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dgate; empty for what is not there."""
-    dx, dw, dz = kernels.norm_gradients(dy.contiguous(), x, weight, eps, gate, activation)
+    dx, dw, dz = kernels.norm_gradients(dy.contiguous(), x, weight, eps, gate, activation, factor)
     nothing = x.new_empty(0)
     return dx, nothing if dw is None else dw.to(weight.dtype), nothing.clone() if dz is None else dz
 
 
 @norm_gradients.register_fake
-def _(dy, x, weight, eps, gate, activation):
+def _(dy, x, weight, eps, gate, activation, factor):
     like = [x.new_empty(0) if y is None else torch.empty_like(y) for y in (weight, gate)]
     return torch.empty_like(x), *like
 
 
 def norm_context(ctx, inputs, output) -> None:
-    x, weight, ctx.eps, gate, ctx.activation = inputs
+    x, weight, ctx.eps, gate, ctx.activation, ctx.factor = inputs
     ctx.save_for_backward(x, weight, gate)
 
 
 def norm_backward(ctx, dy):
     x, weight, gate = ctx.saved_tensors
-    dx, dw, dz = norm_gradients(dy, x, weight, ctx.eps, gate, ctx.activation)
-    return dx, None if weight is None else dw, None, None if gate is None else dz, None
+    dx, dw, dz = norm_gradients(dy, x, weight, ctx.eps, gate, ctx.activation, ctx.factor)
+    return dx, None if weight is None else dw, None, None if gate is None else dz, None, None
 
 
 normed.register_autograd(norm_backward, setup_context=norm_context)

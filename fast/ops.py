@@ -18,6 +18,7 @@ ops = reference.ops._replace(
     combined=experts.combined,
     linears=experts.linears,
     norm=local.norm,
+    unit=local.unit,
     kept=("running_sum", "attention", "token_losses", "total"),
     again=True,
     ends=recurrence.ends,

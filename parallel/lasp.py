@@ -560,6 +560,7 @@ WHOLE = (
     "combined",
     "linears",
     "norm",
+    "unit",
     "token_losses",
     "total",
     "kept",

@@ -138,9 +138,12 @@ def tracing(crossings: list[Crossing], fused: bool, causal: bool = True) -> Ops:
     def norm(x, weight=None, eps=1e-5, gate=None, *more, **how):
         return made_of(without_gradient(reference.norm)(x, weight, eps, gate, *more, **how), x, weight, gate)
 
+    def unit(x, *how, **more):
+        return made_of(without_gradient(reference.unit)(x, *how, **more), x)
+
     own = (recurrence, short_convolution, token_shift, running_sum, attention, experts, linears)
     own = {f.__name__: f for f in own}
-    made = reference._replace(name="tracing", cut=True, **own, **({"norm": norm} if fused else {}))
+    made = reference._replace(name="tracing", cut=True, **own, **({"norm": norm, "unit": unit} if fused else {}))
     if causal:
         return made
 

@@ -96,8 +96,8 @@ def norm(
     return y.to(x.dtype)
 
 
-def unit(x: Float[Tensor, "... d"], eps: float = 1e-6) -> Float[Tensor, "... d"]:
-    """x / sqrt(sum(x²) + eps), float32 inside: keys of length one keep a delta rule's step from growing."""
+def unit(x: Float[Tensor, "... d"], eps: float = 1e-6, scale: float = 1.0) -> Float[Tensor, "... d"]:
+    """x / sqrt(sum(x²) + eps) · scale, float32 inside: keys of length one keep a delta rule's step from growing."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(wide)
-    return (y * torch.rsqrt((y * y).sum(-1, keepdim=True) + eps)).to(x.dtype)
+    return (y * (torch.rsqrt((y * y).sum(-1, keepdim=True) + eps) * scale)).to(x.dtype)

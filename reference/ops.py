@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 from reference import chunked, recurrence, span
 from reference.attention import attention
 from reference.head import token_losses
-from reference.local import norm, running_sum, short_convolution, token_shift
+from reference.local import norm, running_sum, short_convolution, token_shift, unit
 from reference.moe import combined, experts, linears, taken
 
 
@@ -31,6 +31,7 @@ class Ops(NamedTuple):
     combined: Callable  # (rows : p d, place : n k, gate : n k, dtype) -> n d, the sum over k of gate_nk rows_{place_nk}
     linears: Callable  # (x : p i, groups, weights : o i each, biases) -> p o, each group's rows by its own map
     norm: Callable  # (x, weight, eps, gate, activation) -> RMS norm over the last axis
+    unit: Callable  # (x, eps, scale) -> the last axis made as long as scale
     token_losses: Callable  # (x : n d, head : vocabulary d, labels : n) -> cross entropy of each token, 0 where -100
     total: Callable  # (x) -> the sum of x over all ranks that share the batch
     kept: tuple[str, ...] = ()  # functions that this backend deliberately shares with `reference`
@@ -54,6 +55,7 @@ ops = Ops(
     combined=combined,
     linears=linears,
     norm=norm,
+    unit=unit,
     token_losses=token_losses,
     total=lambda x: x,
 )

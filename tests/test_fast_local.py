@@ -15,6 +15,7 @@ from reference import local
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+EPS = st.sampled_from([1e-6, 0.1])  # the latter would be seen in another place
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU: the interpreter shows no compiler and no allocations")
 
@@ -79,6 +80,20 @@ def test_norm(dtype, activation, n, d, weighed, gated, seed):
     u = dy * inputs.get("weight", 1) * (local.ACTIVATION[activation](inputs["gate"]) if gated else 1)
     r = (inputs["x"].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     compare(call(quick.norm), call(local.norm), inputs, [dy], dtype, (u * r).abs().max().item() if n else 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=st.lists(st.integers(0, 5), max_size=3), d=st.integers(1, 70), scale=st.sampled_from([1.0, 0.3]), eps=EPS)
+@settings(max_examples=8)
+def test_unit(dtype, shape, d, scale, eps):
+    """Whatever is in front of a row, and rows that are no power of two."""
+    x, dy = draw(*shape, d, seed=d), draw(*shape, d, seed=d + 1)
+    longest = (scale * dy * (x.square().sum(-1, keepdim=True) + eps).rsqrt()).abs().max().item() if x.numel() else 0.0
+    compare(lambda x: quick.unit(x, eps, scale), lambda x: local.unit(x, eps, scale), {"x": x}, [dy], dtype, longest)
+
+
+def test_rows_of_zeros_have_no_direction_and_a_gradient():
+    compare(quick.unit, local.unit, {"x": torch.zeros(3, 5)}, [draw(3, 5)], torch.float32)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e3])
@@ -179,6 +194,8 @@ def test_a_document_that_is_not_a_number_spoils_no_other():
     ("call", "message"),
     [
         (lambda x: quick.norm(x.double(), None), "norm: no fast kernel for torch.float64; allowed are float32"),
+        (lambda x: quick.unit(x.double()), "unit: no fast kernel for torch.float64; allowed are float32"),
+        (lambda x: quick.unit(x.new_zeros(1, 20000)), "unit: no fast kernel for rows of 20000, at most 16384"),
         (
             lambda x: quick.norm(x, None, gate=x, activation="tanh"),
             "unknown activation 'tanh'; expected one of None, silu",
@@ -206,7 +223,7 @@ def test_deterministic_to_the_bit():
     u, v = draw(2, 3000, 512).cuda().bfloat16().requires_grad_(), draw(512, 4).cuda().float().requires_grad_()
 
     def gradients():
-        y = quick.norm(x, w, 1e-5, z), quick.short_convolution(u, v, None, "silu")[0]
+        y = quick.norm(x, w, 1e-5, z), quick.unit(x), quick.short_convolution(u, v, None, "silu")[0]
         return torch.autograd.grad([(a * a).sum() for a in y], [x, z, w, u, v])
 
     first = gradients()
@@ -222,6 +239,7 @@ def test_compiled_whole(packed):
     borders = torch.tensor([0, 5, 65], dtype=torch.int32, device="cuda") if packed else None
 
     def f(x, w):
+        x = quick.unit(x.unflatten(-1, (3, 16)), scale=0.5).flatten(-2)
         return quick.norm(quick.short_convolution(x, w.float(), None, "silu", None, borders)[0], norm_weight)
 
     torch.testing.assert_close(torch.compile(f, fullgraph=True)(x, w), f(x, w))

@@ -206,10 +206,10 @@ def test_norms_of_half_precision_are_taken_in_float32(dtype, scale):
         assert ((got.double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
 
 
-@given(d=st.integers(1, 7), seed=st.integers(0, 99))
-def test_unit_is_its_formula(d, seed):
+@given(d=st.integers(1, 7), seed=st.integers(0, 99), scale=st.sampled_from([1.0, 0.3]))
+def test_unit_is_its_formula(d, seed, scale):
     x = draw(3, d, seed=seed)
-    for row, got in zip(x.tolist(), unit(x).tolist(), strict=True):
+    for row, got in zip(x.tolist(), unit(x, scale=scale).tolist(), strict=True):
         root = math.sqrt(sum(v * v for v in row) + 1e-6)
-        assert all(math.isclose(a, v / root, rel_tol=1e-12) for a, v in zip(got, row, strict=True))
+        assert all(math.isclose(a, scale * v / root, rel_tol=1e-12) for a, v in zip(got, row, strict=True))
     assert torch.equal(unit(torch.zeros(2, d)), torch.zeros(2, d))

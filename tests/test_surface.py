@@ -146,6 +146,12 @@ def test_the_reference_loads_no_kernels():
     assert not loaded & {"triton", "fla", "transformers", "fast", "parallel", "data", *PROGRAMS}
 
 
+def test_models_reach_what_depends_on_the_machine_through_the_seam():
+    functions = {f"{f.__module__}.{f.__name__}" for f in (getattr(reference.ops, name) for name in FUNCTIONS)}
+    for path in (*sources("reference/mixers"), ROOT / "reference/model.py"):
+        assert not imported(path) & functions, path
+
+
 # ------------------------------------------------------------------------------------------------ no second list
 
 

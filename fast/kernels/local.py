@@ -1,7 +1,9 @@
 """Triton kernels for what looks at a token and its nearest neighbours: RMS norm, short convolution, token shift.
 
-    norm          y = x r w · act(z),  r = 1 / sqrt(mean(x²) + eps)                       a row x : d, its gate z : d
-      backwards   u = dy w act(z),  dx = r (u - x r mean(u x r)),  dw = Σ dy act(z) x r,  dz = dy x r w act'(z)
+    norm          y = f x r w · act(z),  r = 1 / sqrt(mean(x²) + eps)                     a row x : d, its gate z : d
+      backwards   D = f dy,  u = D w act(z),  dx = r (u - x r mean(u x r)),  dw = Σ D act(z) x r,  dz = D x r w act'(z)
+
+    unit          x / sqrt(Σ x² + eps) · scale: the norm with eps / d for its eps and f = scale / √d; else f is 1
 
     convolution   y_t = act(s_t),  s_t = Σ_j w_j x_{t-j} + bias                    channel by channel, j = 0 ... W - 1
       backwards   ds = dy act'(s),  dx_t = Σ_j w_j ds_{t+j},  dw_j = Σ_t ds_t x_{t-j},  dbias = Σ_t ds_t
@@ -65,7 +67,7 @@ def slope(x, ACT: tl.constexpr):
 
 @triton.jit
 def norm_forward(
-    x, w, z, y, rows, d, eps,
+    x, w, z, y, rows, d, eps, factor,
     WEIGHT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * N + tl.arange(0, N)).to(tl.int64)[:, None]
@@ -73,7 +75,7 @@ def norm_forward(
     ok = (row < rows) & (column < d)
     at = row * d + column
     value = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / d + eps)
+    value = value * (tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / d + eps) * factor)
     if WEIGHT:
         value *= tl.load(w + column, mask=column < d, other=0.0).to(tl.float32)
     if GATED:
@@ -83,7 +85,7 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    x, dy, w, z, dx, dw, dz, rows, d, eps, programs,
+    x, dy, w, z, dx, dw, dz, rows, d, eps, factor, programs,
     WEIGHT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, D)[None, :]
@@ -97,7 +99,7 @@ def norm_backward(
         ok = (row < rows) & here
         at = row * d + column
         value = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
-        up = tl.load(dy + at, mask=ok, other=0.0).to(tl.float32)
+        up = tl.load(dy + at, mask=ok, other=0.0).to(tl.float32) * factor
         r = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / d + eps)
         value *= r
         if GATED:
@@ -118,22 +120,23 @@ def block_of(d: int) -> tuple[int, int, int]:
     return max(1, 2048 // D), D, 4 if D <= 4096 else 8
 
 
-def norm(x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation: str | None) -> Tensor:
-    """x, z : n d, contiguous; w : d."""
+def norm(x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation: str | None, factor: float) -> Tensor:
+    """x, z : n d, contiguous; w : d. `factor` multiplies the result."""
     (rows, d), (N, D, warps), y = x.shape, block_of(x.shape[1]), torch.empty_like(x)
     meta = {"WEIGHT": w is not None, "ACT": ACTIVATIONS[activation], "GATED": z is not None, "N": N, "D": D}
-    launch(norm_forward, cdiv(rows, N), x, w, z, y, rows, d, eps, **meta, num_warps=warps)
+    launch(norm_forward, cdiv(rows, N), x, w, z, y, rows, d, eps, factor, **meta, num_warps=warps)
     return y
 
 
-def norm_gradients(dy: Tensor, x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation: str | None):
+def norm_gradients(dy: Tensor, x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation, factor: float):
     """dx, dw (float32), dz; None for what is not there."""
     (rows, d), (N, D, warps) = x.shape, block_of(x.shape[1])
     programs = min(cdiv(rows, N), 4 * multiprocessors(x.device))
     dx, dz = torch.empty_like(x), None if z is None else torch.empty_like(z)
     dw = None if w is None else x.new_empty(programs, d, dtype=torch.float32)
     meta = {"WEIGHT": w is not None, "ACT": ACTIVATIONS[activation], "GATED": z is not None, "N": N, "D": D}
-    launch(norm_backward, programs, x, dy, w, z, dx, dw, dz, rows, d, eps, programs, **meta, num_warps=warps)
+    args = (x, dy, w, z, dx, dw, dz, rows, d, eps, factor, programs)
+    launch(norm_backward, programs, *args, **meta, num_warps=warps)
     return dx, None if dw is None else dw.sum(0), dz
 
 

@@ -45,11 +45,14 @@ through S or E and '' for what came from other tokens of the chunk (a token's ow
 
 by row of the memory (the last over s > t where e^c is without a token's own gate; with two writes k dk beside w dw).
 The pairs on both sides of t, or behind it, cancel; nothing is summed over more than a chunk, and no rounding error is.
+Where the gate is a number a token, pairs are summed for it before they are rounded: else one pair would be two numbers
+that hardly cancel. What y loses when it is rounded is the same on both sides; made good, as in `delta.py`, it gave
+nothing.
 
 Seven kernels. `rank_one_sums`: running sums of gates. `rank_one_prepare`: T, R and what the sweep forwards takes.
 `rank_one_sweep`: as in `delta.py` a program owns a slice of V and streams through time. `rank_one_reverse`: what the
-sweep backwards takes. `rank_one_gradients`: ' above, and the scores do rᵀ, y rᵀ. `rank_one_pairs`: '' above, added to
-it. `rank_one_step`: one token. All but the sweep take a chunk a program.
+sweep backwards takes. `rank_one_gradients`: ' above ('' of a gate a token, too), and the scores do rᵀ, y rᵀ.
+`rank_one_pairs`: '' above, added to it. `rank_one_step`: one token. All but the sweep take a chunk a program.
 
 Segments. As in `delta.py`: what a stretch of tokens does to a memory is M -> A M + M₀, and backwards E -> Aᵀ E + E₀, so
 the sweep goes through every segment once more without outputs (SPAN), forwards from the identity, too, z being zeros
@@ -84,8 +87,8 @@ forwards (4.25 with two writes) and 4.25 backwards, and of A and the states betw
 each are written and read (1/8 at n = 2048).
 Multiply-adds a token and head: prepare 2·C·d and 9·C², and for each level (one where gates are mild, else log C) 2·C·d
 (two writes: 4·C·d); the sweep 3·d² + 2·C·d (two writes: 4·d²); in segments spans 4·d² + 2·C·d forwards (two writes:
-6·d²), 3·d² + C·d backwards, folds d³/n; gradients 3·d² + 2·slices·C·d, pairs 2·C·d and for each level 4·C·d (two
-writes: 8·C·d).
+6·d²), 3·d² + C·d backwards, folds d³/n; gradients 3·d² + 2·slices·C·d (with a gate a token 2·C·d more, two writes
+4·C·d), pairs 2·C·d and for each level 4·C·d (two writes: 8·C·d).
 
 Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot; no 16-bit line has one
 stage. What goes into several dots is `pinned`. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128)
@@ -539,10 +542,10 @@ def rank_one_sweep(
 
 @triton.jit
 def sums_behind(later, erasing, ic, BEFORE: tl.constexpr):
-    """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing, summed over channels: C."""
+    """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing: C."""
     here, other = ic[:, None], ic[None, :]
     until = (other > here) if BEFORE else (other >= here)
-    return sums_where(other >= here, tl.sum(later, 1)) + sums_where(until, tl.sum(erasing, 1))
+    return sums_where(other >= here, later) + sums_where(until, erasing)
 
 
 @triton.jit
@@ -682,10 +685,23 @@ def rank_one_gradients(
         if GATE == 3:
             value = gate_sums(begun, later, kept, be * found, ic, BEFORE, EXACT)
             tl.store(dg + row * K + at, value, mask=ok)
-        else:
-            value = tl.sum(begun, 0) + sums_behind(later, be * found, ic, BEFORE)
+        else:  # '' too: pairs that cancel would not, had they been rounded on their way to `rank_one_pairs`
+            gates = gates_of(g, row + ic * heads, inside)
+            bq, keys = tl.load(q + row * K + at, mask=ok, other=0.0), tl.load(w + row * K + at, mask=ok, other=0.0)
+            A = A * strength[None, :] * tl.dot(bq, tl.trans(keys), input_precision=PRECISION)
+            finders = be.to(keys.dtype)
+            B = B * strength[None, :] * tl.dot(finders, tl.trans(keys), input_precision=PRECISION)
+            if TWO:
+                keys = tl.load(k + row * K + at, mask=ok, other=0.0)
+                A += Av * tl.dot(bq, tl.trans(keys), input_precision=PRECISION)
+                B += Bv * tl.dot(finders, tl.trans(keys), input_precision=PRECISION)
+            A = A * decays_between(gates, ic, False, False, EXACT)
+            B = -B * decays_between(gates, ic, BEFORE, False, EXACT)
+            later = tl.sum(later, 1) + tl.sum(A, 1) - tl.sum(A + B, 0)
+            value = tl.sum(begun, 0) + sums_behind(later, tl.sum(be * found, 1) + tl.sum(B, 1), ic, BEFORE)
             value += sums_where(other < here, tl.sum(kept, 1))
-            tl.store(dg + s.to(tl.int64) * count_rows + row + ic * heads, value, mask=inside)
+            to_gates = dg + s.to(tl.int64) * count_rows + row + ic * heads
+            tl.store(to_gates, tl.where(gates < NOTHING, 0.0, value), mask=inside)
 
 
 @triton.jit
@@ -705,7 +721,8 @@ def rank_one_pairs(
     LEVELS: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, BETA: tl.constexpr,
     GATES: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, MILD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to what `rank_one_gradients` left what comes from other tokens of the chunk, and from a token itself."""
+    """Adds to what `rank_one_gradients` left what comes from other tokens of the chunk, and from a token itself; with
+    GATES to a gate's gradient, too, of a number a channel."""
     pid = tl.program_id(0)
     s = pid % SLICES
     ik = s * BK + tl.arange(0, BK)
@@ -796,14 +813,9 @@ def rank_one_pairs(
         erasing = be.to(tl.float32) * found
         if TWO:
             later -= bk.to(tl.float32) * more
-        if GATE == 3:
-            value = sums_behind_of_channels(later, erasing, ic, BEFORE, EXACT)
-            value += tl.load(dg + row * K + at, mask=ok, other=0.0)
-            tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
-        else:
-            to_gates = dg + s.to(tl.int64) * count_rows + row + ic * heads
-            value = tl.load(to_gates, mask=inside, other=0.0) + sums_behind(later, erasing, ic, BEFORE)
-            tl.store(to_gates, tl.where(gates < NOTHING, 0.0, value), mask=inside)
+        value = sums_behind_of_channels(later, erasing, ic, BEFORE, EXACT)
+        value += tl.load(dg + row * K + at, mask=ok, other=0.0)
+        tl.store(dg + row * K + at, tl.where(gates < NOTHING, 0.0, value), mask=ok)
     asked += own * strong
     if TWO:
         own_v = tl.load(seen_v + row * C + ic * (heads * C + 1), mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -1111,7 +1123,7 @@ def gradients(do, answers, news, v, q, k, beta, g, a, b, sums, borders, states, 
         LEVELS=levels_of(q),
         MILD=MILD[q.dtype],
         **shape,
-        **kind,
+        **kind | {"GATES": want_g and kind["GATE"] == CHANNEL},
     )
     if want_g and kind["GATE"] == TOKEN:
         dg = dg.sum(0)

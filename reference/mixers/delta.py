@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from reference.local import unit
 from reference.mixers.parts import (
     Mixer,
     Taps,
@@ -46,7 +45,7 @@ class DeltaNet(Mixer):
 
     def addresses(self, q, k) -> dict[str, Tensor]:
         """Where in the memory is read and written."""
-        return {"q": unit(q) * self.key_size**-0.5, "k": unit(k)}
+        return {"q": self.ops.unit(q, scale=self.key_size**-0.5), "k": self.ops.unit(k)}
 
     def decay(self, x) -> dict[str, Tensor]:
         return {}
@@ -112,7 +111,7 @@ class Comba(GatedDeltaNet):
 
     def addresses(self, q, k):
         p = wide(self.c).sigmoid().to(k.dtype)[:, None] * k
-        return {**super().addresses(q - self.D.to(q.dtype)[:, None] * p, k), "a": unit(p)}
+        return {**super().addresses(q - self.D.to(q.dtype)[:, None] * p, k), "a": self.ops.unit(p)}
 
     def normed(self, o, x):
         return super().normed(o, x, "sigmoid")

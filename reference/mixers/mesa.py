@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from reference.local import unit
 from reference.mixers.parts import Mixer, Taps, constant, convolution, head_norm, linear, parameter, wide
 
 
@@ -29,7 +28,7 @@ class Mesa(Mixer):
     def forward(self, x, side, state: Taps | None = None):
         mixed = torch.cat([self.q(x), self.k(x)], -1)
         mixed, taps = self.ops.short_convolution(mixed, self.conv, None, "silu", state and state.taps, side.cu_seqlens)
-        q, k = (unit(self.split(y)) for y in mixed.split(self.keys, -1))
+        q, k = (self.ops.unit(self.split(y)) for y in mixed.split(self.keys, -1))
         g, beta = F.logsigmoid(wide(self.decay(x))), wide(self.beta(x)).sigmoid()
         tokens = {"q": q, "k": k, "v": self.split(self.v(x)), "g": g, "beta": beta}
         ridge = F.softplus(wide(self.ridge)) + 0.25

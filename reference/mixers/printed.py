@@ -5,7 +5,6 @@ import math
 import torch.nn.functional as F
 from torch import nn
 
-from reference.local import unit
 from reference.mixers.parts import Mixer, constant, head_norm, linear, normal, parameter, wide
 from reference.span import transition
 
@@ -44,9 +43,11 @@ class Printed(Mixer):
         raw = {n: p(x).unflatten(-1, self.shapes[n]) for n, p in self.project.items()}
         raw |= {n: p.to(x.dtype).expand(*x.shape[:2], *self.shapes[n]) for n, p in self.still.items()}
         tokens = {n: GATE[n](wide(y)) if n in GATE else y for n, y in raw.items()}
+        scale = self.key_size**-0.5
         if self.erases:
-            tokens |= {n: unit(tokens[n]) for n in ("q", "k")}
-        tokens["q"] = tokens["q"] * self.key_size**-0.5
+            tokens |= {"q": self.ops.unit(tokens["q"], scale=scale), "k": self.ops.unit(tokens["k"])}
+        else:
+            tokens["q"] = tokens["q"] * scale
         return tokens, {n: -wide(p).exp() for n, p in self.rates.items()}, ()
 
     def output(self, o, x):

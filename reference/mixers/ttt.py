@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reference.attention import rotate
-from reference.local import unit
 from reference.mixers.parts import Mixer, Only, constant, head_norm, linear, normal, parameter, wide
 
 
@@ -50,7 +49,7 @@ class TTT(Mixer):
 
     def tokens(self, x, place) -> dict[str, Tensor]:
         seen = self.views(x, place)
-        return seen | {name: unit(seen[name]) for name in "qk"}
+        return seen | {name: self.ops.unit(seen[name]) for name in "qk"}
 
     def constants(self) -> dict[str, Tensor]:
         return {}
