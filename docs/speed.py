@@ -22,7 +22,7 @@ LENGTHS = {AT: 2048, "B1 T16384 H8 D128": 16384}  # of the same 16,384 tokens
 PEERS = {"ours": "", "fla": " (FLA)", "torch SDPA": " attention (torch's flash kernel)"}
 LINES = {"ours": "-", "fla": "--", "torch SDPA": ":"}
 # kernels that are no longer these; or those of one row
-REWRITTEN = ("6479faec3c20", "57c554ce8586", "a34abf246e98", "14369835af4d")
+REWRITTEN = ("6479faec3c20", "57c554ce8586", "a34abf246e98", "14369835af4d", "mamba2 f1e78674b044")
 STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 DPI = 110
 

@@ -20,7 +20,7 @@ def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: 
     V = x.v.shape[-1]
 
     def some(v: Tensor, M: Tensor | None) -> tuple[Tensor, Tensor]:
-        return decay(x.q, x.k, v, x.g, M, cu_seqlens, kernels.segments_for(x.q, v, x.g, sequences), wide)[:2]
+        return decay(x.q, x.k, v, x.g, M, cu_seqlens, kernels.segments_for(x.q, v, sequences), wide)[:2]
 
     return by_columns(some, x.v, memory, [WHOLE, V - WHOLE] if WHOLE < V < 2 * WHOLE else [V])
 
@@ -31,12 +31,12 @@ def step(x: Normal, memory: Tensor) -> Tensor:
 
 def span(x: Normal, cu_seqlens: Tensor | None, sequences: int) -> tuple[Tensor, list[Tensor]]:
     """(what the tokens leave of an empty memory, what `received` needs besides)."""
-    return decay_end(x.k, x.v, x.g, cu_seqlens, kernels.segments_for(x.q, x.v, x.g, sequences), False), []
+    return decay_end(x.k, x.v, x.g, cu_seqlens, kernels.segments_for(x.q, x.v, sequences), False), []
 
 
 def received(x: Normal, do: Tensor, cu_seqlens: Tensor | None, sequences: int) -> Tensor:
     """What the memory before the tokens receives from the cotangents of their outputs."""
-    return decay_end(x.q, do, x.g, cu_seqlens, kernels.segments_for(x.q, x.v, x.g, sequences), True)
+    return decay_end(x.q, do, x.g, cu_seqlens, kernels.segments_for(x.q, x.v, sequences), True)
 
 
 # ------------------------------------------------------------------------------------- the operators, as torch sees

@@ -56,7 +56,7 @@ def run(x: Ratio, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: i
     if memory is not None:
         values = even(memory[..., :V], -K % 16).contiguous()
         count = even(memory[..., V]).contiguous()
-    segments = kernels.segments_for(x.q, x.v, None, sequences)
+    segments = kernels.segments_for(x.q, x.v, sequences)
     o, last, total, *_ = ratio(even(x.q), even(x.k), even(x.v), values, count, cu_seqlens, segments, x.least)
     return o[..., :V], torch.cat([last[..., :K, :V], total[..., :K, None]], -1)
 
