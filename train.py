@@ -468,7 +468,7 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
     load = Load(*map(sum, zip(*(s.load for s in sums), strict=True))) if sums[0].load is not None else None
     norm = shard.grad_norm(pipeline.once(model), apart=piped)
     mean = ops.total(loss) / everyone[0].clamp(min=1)
-    # The host waits here and nowhere else: while parameters move it is on its way to the next step.
+    # Of this function the host waits here alone: while parameters move it is on its way to the next step.
     mean, norm, stop = torch.stack([x.to(everyone) for x in (mean, norm, everyone[1])]).tolist()
     finite = math.isfinite(norm)
     if finite:

@@ -153,9 +153,15 @@ def computable(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) 
             if len(FOUND) >= MOST:
                 FOUND.clear()
             FOUND[seen] = found
-    else:
-        x = found.form(row, given)
+    x = found.form(*in_one_pass(row, given))
     return x, found.family, x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def in_one_pass(row: Row, x: Inputs) -> tuple[Row, Inputs]:
+    """The same, with keys that are made of gates made by a kernel, where products round them anyhow."""
+    if row.update is not words.tied or x["q"].element_size() > 2 or not has_kernels(x["q"]):
+        return row, x
+    return row._replace(update=words.outer), {**x, "k": gates.complement(x["g"].float(), x["q"].dtype)}
 
 
 def outline(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> tuple | None:
@@ -204,9 +210,6 @@ def former_of(row: Row) -> Callable[[Row, Inputs], Form] | None:
 
 
 def plain_form(row: Row, x: Inputs) -> Normal:
-    """The normal form. Keys that are made of gates are made in one pass, where products round them anyhow."""
-    if row.update is words.tied and x["q"].element_size() == 2 and has_kernels(x["g"], x["q"].dtype):
-        row, x = row._replace(update=words.outer), {**x, "k": gates.complement(x["g"], x["q"].dtype)}
     form = normal(row, x)
     # vectors that are made of gates or write strengths are float32 as these are: the products want all alike
     made = {n: of_dtype(y, form.q.dtype) for n in "kab" if (y := getattr(form, n)) is not None and y is not x.get(n)}

@@ -535,11 +535,18 @@ def logits(model: Model, run: Run) -> float:
 
 
 def travelling(asked: Asked, counted: Counted) -> float:
-    """What came of all ranks' spans and is kept for the backward pass: of all layers, or of one when recomputing."""
-    if asked.mesh.sequence == 1 or asked.mesh.states == "ring":
+    """What came of all ranks' spans and is kept for the backward pass: of all layers; of one when recomputing, but for
+    what is found once, by every micro-batch that is under way."""
+    mesh, times = asked.mesh, shape_of(asked, counted).times
+    if mesh.sequence == 1 or mesh.states == "ring":
         return 0.0
-    each = [asked.mesh.sequence * sum(c.A + c.S for c in k.crossings) for k in counted.kept]
-    return float(max(each) if asked.run.recompute else sum(each) / asked.mesh.pipeline)
+    once, again = (
+        [mesh.sequence * sum(c.A + c.S for c in k.crossings if c.once == kind) for k in counted.kept]
+        for kind in (True, False)
+    )
+    if not asked.run.recompute:
+        return float(sum(once + again) / mesh.pipeline)
+    return max(again) + sum(once) * min(mesh.pipeline, times) / mesh.pipeline
 
 
 # ----------------------------------------------------------------------------------------------------- communication
@@ -608,17 +615,18 @@ def replicating(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
 
 
 def sequencing(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
-    """Spans, halos and softmax layers; the forward ones again when recomputing."""
+    """Spans, halos and softmax layers; when recomputing the forward ones again, but for those found once."""
     mesh = asked.mesh
     if mesh.sequence == 1:
         return
-    ways = [crossed(c, mesh, shape.tokens) for kept in counted.kept for c in kept.crossings]
-    passes = 1 + asked.run.recompute
-    for name in dict.fromkeys(way.name for way in ways):
-        mine = [way for way in ways if way.name == name]
-        calls = sum(passes * way.calls[0] + way.calls[1] for way in mine) * shape.times // mesh.pipeline
-        size = sum(passes * way.forward + way.backward for way in mine) * shape.times / mesh.pipeline
-        yield Traffic("sequence", name, calls, size, mesh.sequence, mesh.tensor, mine[0].rounds, mine[0].hidden)
+    crossings = [c for kept in counted.kept for c in kept.crossings]
+    ways = [(crossed(c, mesh, shape.tokens), 1 + (asked.run.recompute and not c.once)) for c in crossings]
+    for name in dict.fromkeys(way.name for way, _ in ways):
+        mine = [(way, passes) for way, passes in ways if way.name == name]
+        calls = sum(passes * way.calls[0] + way.calls[1] for way, passes in mine) * shape.times // mesh.pipeline
+        size = sum(passes * way.forward + way.backward for way, passes in mine) * shape.times / mesh.pipeline
+        first = mine[0][0]
+        yield Traffic("sequence", name, calls, size, mesh.sequence, mesh.tensor, first.rounds, first.hidden)
 
 
 class Way(NamedTuple):

@@ -68,7 +68,12 @@ class _Run:
 
     def once(self, f: Callable):
         if self.again:
-            return next(self.known)
+            found = next(self.known, None)
+            if found is None:
+                raise RuntimeError(
+                    "a block that runs again asks for more than in its first run: is it a function of its inputs?"
+                )
+            return found
         self.found.append(f())
         return self.found[-1]
 

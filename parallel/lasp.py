@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from parallel import comm
 from parallel.attention import ATTENTION, refuse, ulysses
@@ -284,7 +285,8 @@ def runs(ops: Ops, group: Group, row, ways: list[tuple[dict, Tensor | None]], co
     do all rows where that is less work than the addition, which is plain PyTorch in float32 (`ops.again`: by kernels).
     """
     both, one = len(ways) > 1, lines(ways[0][1]) == 1
-    skips = ops.ends is not None and not torch.compiler.is_compiling()  # which sees registered ops, and no closures
+    # Whoever looks on, a compiler or a dispatch mode, sees registered ops, and no closures.
+    skips = ops.ends is not None and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
     if skips and one and not both and ops.ends.takes(row, ways[0][0]):
         return [by_ends(ops, group, row, *ways[0], constants)]
     inputs, late = [*ways[0][0].values(), *constants.values()], one and comes_late(row) and not ops.again
@@ -315,7 +317,7 @@ def by_ends(ops: Ops, group: Group, row, tokens: dict, cu_seqlens, constants: di
     def entering() -> tuple:
         span, kept = ops.ends.span(row, tokens, constants, cu_seqlens)
         how = *wire_of(span, [None]), span.kind, False, group.group_name
-        underway = _depart(span.A, span.S, *how)  # no compiler looks on: not by way of torch's operators
+        underway = _depart(span.A, span.S, *how)  # nobody looks on: not by way of torch's operators
         return span, kept, underway, for_first(_arrive(underway, span.A, span.S, *how), cu_seqlens)
 
     span, kept, underway, M = once(entering)

@@ -6,7 +6,7 @@ so no factor of any group's size is anywhere.
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -23,16 +23,20 @@ from reference.moe import MoE
 
 
 def checkpointing(blocks: Iterable[nn.Module]) -> None:
-    """Keep only each block's inputs, and run it again in the backward pass; before `shard`.
+    """Keep only each block's inputs and what it found `once`, and run it again in the backward pass; before `shard`.
 
     In place, and no parameter changes its name. A block must be a function of its inputs alone: the generator's state
     is not restored (dropout here is a function of the token's number). What a block communicates, it does twice, but
-    for what is found `once`.
+    for what is found once.
     """
     for block in blocks:
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=twice
-        )
+        block.forward = partial(recomputed, block.forward)
+
+
+def recomputed(forward: Callable, *inputs, **more):
+    """A compiler takes no contexts of ours; nor is there anything under one that is found once."""
+    contexts = {} if torch.compiler.is_compiling() else {"context_fn": twice}
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts, **more)
 
 
 Apart = dict[nn.Module, set[nn.Parameter]]  # layers, and their parameters of which ranks hold different parts

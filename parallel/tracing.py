@@ -23,9 +23,10 @@ from reference import moe
 from reference.bidirectional import both_ways, reverse
 from reference.documents import end_to_end
 from reference.model import LanguageModel
+from reference.normal import has_normal
 from reference.ops import Ops
 from reference.ops import ops as reference
-from reference.recurrence import prepare
+from reference.recurrence import bonus, inclusive, prepare
 from reference.span import TRANSITION, brief, transition
 
 CHUNK = 64  # tokens between two memories that a fused kernel keeps
@@ -47,6 +48,7 @@ class Crossing(NamedTuple):
     heads: tuple[int, int] = (0, 0)  # of queries and of keys
     window: int | None = None
     sides: int = 1  # of a token that it sees
+    once: bool = False  # a block that runs again knows what it found
     item: int = 4  # bytes of one of q, k, v
 
 
@@ -92,7 +94,8 @@ def tracing(crossings: list[Crossing], fused: bool, causal: bool = True) -> Ops:
     def recurrence(row, tokens, constants=None, memory=None, cu_seqlens=None):
         constants, v = constants or {}, tokens["v"]
         S = prepare(row, tokens, constants, None, end_to_end(cu_seqlens))[-1]
-        crossings.append(crossing_of(row, tokens, constants, S, lines(cu_seqlens)))
+        crossing = crossing_of(row, tokens, constants, S, lines(cu_seqlens))
+        crossings.append(crossing._replace(once=fused and causal and by_ends(row, crossing, lines(cu_seqlens))))
         memories = S.new_empty(v.shape[0], v.shape[1] // CHUNK, *S.shape[1:])
         # Zeros and no memory as it is: where there are numbers, a router behind this goes by them.
         return made_of(torch.zeros_like(v), *tokens.values(), *constants.values(), memories), S
@@ -173,6 +176,12 @@ def crossing_of(row, tokens, constants, S: Tensor, lines: int) -> Crossing:
         short = brief(row, tokens, constants)
         numbers = short[0].numel() if short else math.prod(sizes[n] for n in TRANSITION[kind].shape.split())
     return Crossing("recurrence", lines * numbers * 4, lines * h * k * v * 4, (lines * h, k, v), kind)
+
+
+def by_ends(row, crossing: Crossing, lines: int) -> bool:
+    """Whether kernels find spans without outputs (`fast.recurrence.has_ends`, which needs Triton to say so)."""
+    plain = has_normal(row) and not row.features and row.read in (inclusive, bonus)
+    return plain and lines == 1 and crossing.memory[1] <= 128
 
 
 def window(kind: str, x: Tensor, reach: int, lines: int) -> Crossing:

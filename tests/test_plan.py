@@ -682,6 +682,14 @@ def test_what_the_trainer_refuses_is_said(capsys):
     assert "the trainer refuses the preset as it is (router 'moe_mamba' has a capacity" in said
 
 
+def test_a_block_that_runs_again_by_kernels_does_not_gather_spans_again(capsys):
+    calls = []
+    for kernels in ("fused", "reference"):
+        said = run_program(capsys, f"a0.3b-2b --gpus 2 --mesh.sequence 2 --length 4096 --kernels {kernels}")
+        calls.append(int(re.search(r"gather spans +([\d,]+)", said)[1].replace(",", "")))
+    assert 3 * calls[0] == 2 * calls[1] > 0
+
+
 def test_every_assumption_is_printed_and_changes_under_its_name(capsys):
     said = run_program(capsys, "tiny --gpus 2 --mesh.data 2 --between 12.5 --host 1")
     for f in fields(Assumptions):

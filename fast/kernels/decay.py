@@ -86,11 +86,12 @@ CONFIG = {
     (128, 4): (32, 4, 1),
     (256, 4): (16, 4, 1),
 }
+# log 2 of what a chunk must leave to be mild: half of it either way is within the dtype's range. Not within float16's,
+# whose largest number is 2^16: there no chunk is
+LITTLE = {torch.bfloat16: -80.0}
 # where a gate's gradient is summed on the way, with gates of one number a token
 WITH_PART = {(64, 2): (32, 4, 2), (128, 2): (32, 4, 2)}
 # dk and dv in one launch, where K = V and the gate is one number a token: two programs must fit a multiprocessor
-# log 2 of what a chunk must leave to be mild: half of it either way is within the dtype's range, with digits to spare
-LITTLE = {torch.bfloat16: -80.0, torch.float16: -8.0}
 PAIRED = {(16, 4): (16, 4, 1), (32, 4): (32, 4, 1), (64, 2): (64, 4, 2), (128, 2): (64, 4, 2)}
 
 
@@ -418,7 +419,7 @@ def decay_sweep(
 
     if PART:
         part += s.to(tl.int64) * count_rows
-    if (GATE == 0) or EXACT or PART:
+    if (GATE == 0) or PART or (LEAST == 0):
         S, N = swept(
             S, N, x, y, z, w, g, sums, out, part, side,
             start, first, stop, line, h, heads, count_rows, ix, iz, s, second, least,
@@ -889,7 +890,7 @@ def sweep(
         t, h, segments, slots, b * t * h, least,
         **shape, SX=SX, SZ=SZ, REVERSE=reverse, ENTRY=entry is not None, END=end is not None, PART=part is not None,
         PAIR=pair is not None, SIDE=side, SIDE_ENTRY=sides[1] is not None,
-        SIDE_END=sides[2] is not None, LEAST=LITTLE.get(x.dtype, 0.0),
+        SIDE_END=sides[2] is not None, LEAST=LITTLE.get(x.dtype, 0),
     )  # fmt: skip
     return (out, part) if pair is None else (out, part, second)
 

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fast.kernels.decay import INTERPRETED, cdiv, launch
+from fast.kernels import decay
+from fast.kernels.decay import INTERPRETED, cdiv
 
 SIZE = 16384 if INTERPRETED else 2048  # numbers a program
 
@@ -20,7 +21,7 @@ def complement_forward(g, k, count, N: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     x = tl.load(g + at, mask=at < count, other=0.0)
     small = -x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5)))))
-    tl.store(k + at, tl.where(x > -0.0625, small, 1.0 - tl.exp(x)).to(k.dtype.element_ty), mask=at < count)
+    tl.store(k + at, tl.where(tl.abs(x) < 0.0625, small, 1.0 - tl.exp(x)).to(k.dtype.element_ty), mask=at < count)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -34,12 +35,12 @@ def complement_backward(g, dk, dg, count, N: tl.constexpr):
 def complement(g: Tensor, dtype: torch.dtype) -> Tensor:
     """1 - e^g as `dtype`, of float32 g, contiguous."""
     k = torch.empty_like(g, dtype=dtype)
-    launch(complement_forward, cdiv(g.numel(), SIZE), g, k, g.numel(), N=SIZE)
+    decay.launch(complement_forward, cdiv(g.numel(), SIZE), g, k, g.numel(), N=SIZE)
     return k
 
 
 def complement_gradient(dk: Tensor, g: Tensor) -> Tensor:
     """-e^g dk in float32."""
     dg = torch.empty_like(g)
-    launch(complement_backward, cdiv(g.numel(), SIZE), g, dk, dg, g.numel(), N=SIZE)
+    decay.launch(complement_backward, cdiv(g.numel(), SIZE), g, dk, dg, g.numel(), N=SIZE)
     return dg

@@ -85,10 +85,10 @@ gradient where it is 17. Two writes: 21.5 U of 8, and 94.5 of 23. Kept for the g
 the way back at most 12 U more. Chunks of 64 tokens would halve the states, 4 U each. In segments spans read 3.25 U
 forwards (4.25 with two writes) and 4.25 backwards, and of A and the states between, with n tokens a segment, 2·K/n U
 each are written and read (1/8 at n = 2048).
-Multiply-adds a token and head: prepare 2·C·d and 9·C², and for each level (one where gates are mild, else log C) 2·C·d
-(two writes: 4·C·d); the sweep 3·d² + 2·C·d (two writes: 4·d²); in segments spans 4·d² + 2·C·d forwards (two writes:
-6·d²), 3·d² + C·d backwards, folds d³/n; gradients 3·d² + 2·slices·C·d (with a gate a token 2·C·d more, two writes
-4·C·d), pairs 2·C·d and for each level 4·C·d (two writes: 8·C·d).
+Multiply-adds a token and head: prepare 2·C·d, 6·16² and 3·C², and for each level (one where gates are mild, else log
+C) 2·C·d (two writes: 4·C·d); the sweep 3·d² + 2·C·d (two writes: 4·d²); in segments spans 4·d² + 2·C·d forwards (two
+writes: 6·d²), 3·d² + C·d backwards, folds d³/n; gradients 3·d² + 2·slices·C·d (with a gate a token 2·C·d more, two
+writes 4·C·d), pairs 2·C·d and for each level 4·C·d (two writes: 8·C·d).
 
 Compilers: what `decay.py` says. No dot's result is transposed on its way into another dot; no 16-bit line has one
 stage. What goes into several dots is `pinned`. By the machine code for sm_90 of Triton 3.7.1 (16 bits, K = V = 128)
