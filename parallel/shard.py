@@ -6,7 +6,7 @@ so no factor of any group's size is anywhere.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import pairwise
 
@@ -42,7 +42,7 @@ def recomputed(forward: Callable, *inputs, **more):
 Apart = dict[nn.Module, set[nn.Parameter]]  # layers, and their parameters of which ranks hold different parts
 
 
-def shard(model: nn.Module, mesh: Mesh, blocks: Sequence[nn.Module], narrow: torch.dtype | None = None) -> None:
+def shard(model: nn.Module, mesh: Mesh, blocks: Collection[nn.Module], narrow: torch.dtype | None = None) -> None:
     """FSDP2, in place: each block, then the rest of the model. One process: nothing.
 
     Parameters are cut over all ranks of a replica and are the same in every replica. Those of experts, where these are
@@ -63,7 +63,7 @@ def share_out(model: nn.Module, mesh: Mesh) -> Apart:
 
 
 def cut(
-    model: nn.Module, mesh: Mesh, blocks: Sequence[nn.Module], apart: Apart, narrow: torch.dtype | None = None
+    model: nn.Module, mesh: Mesh, blocks: Collection[nn.Module], apart: Apart, narrow: torch.dtype | None = None
 ) -> None:
     """`shard`, of a model (or some blocks of one) whose experts and heads are shared out."""
     if mesh.shards is None:
@@ -87,7 +87,7 @@ def cut(
     gather_ahead(model, blocks, apart)
 
 
-def gather_ahead(model: FSDPModule, blocks: Sequence[FSDPModule], apart: Apart) -> None:
+def gather_ahead(model: FSDPModule, blocks: Collection[FSDPModule], apart: Apart) -> None:
     """What a block's layers hold is gathered from the block's beginning on, and the next block's own parameters too; on
     the way back all of the block before. Torch alone asks for parameters where they are used first: as long before
     they are needed as the host is ahead, and on the way back, with blocks that run again, at the last moment."""

@@ -1130,6 +1130,13 @@ MUTANTS = [
         "tests/test_fast.py -k 'fade_little and mamba2'",
     ),
     Mutant(
+        "a gate's gradient is summed where pairs are not rounded alike",
+        "fast/kernels/decay.py",
+        "if (GATE == 0) or PART or (LEAST == 0):",
+        "if (GATE == 0) or (LEAST == 0):",
+        "tests/test_fast.py -k 'nothing_to_decay and mamba2'",
+    ),
+    Mutant(
         "a gate that is no number passes for a mild one",
         "fast/kernels/decay.py",
         "tl.where(tl.load(sums + line + last) > LEAST, 0, 1)",
