@@ -74,12 +74,11 @@ from fast.kernels.decay import (
     chunks_of,
     next_power_of_2,
     padded,
-    part_of,
     place_of,
     places,
     plus_product,
-    run_of,
     sequences_of,
+    stretch_of,
     summed,
 )
 
@@ -226,12 +225,7 @@ def channel_sweep(
     is made. Reads x, y and A, its slice of z, K numbers a chunk. 2·C·X·BZ + C·C·BZ multiply-adds a chunk.
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
 
     ix = tl.arange(0, BX)
     iz = s * BZ + tl.arange(0, BZ)
@@ -436,12 +430,7 @@ def channel_span(
     S goes to the slot that `channel_fold` turns into the memory behind this segment; e^total: n h segments K.
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
 
     ix = tl.arange(0, BX)
     iz = s * BZ + tl.arange(0, BZ)

@@ -137,6 +137,20 @@ def part_of(length, segment, segments):
 
 
 @triton.jit
+def stretch_of(pid, borders, tokens, heads, segments, SLICES: tl.constexpr, PACKED: tl.constexpr):
+    """(s, segment, h, n, start, first, stop) of a program that takes one slice over one segment of one head: its
+    numbers, the sequence's first row, the segment's first token and that after its last. Slices of a head are
+    neighbours in the grid."""
+    s = pid % SLICES
+    segment = (pid // SLICES) % segments
+    h = (pid // SLICES // segments) % heads
+    n = pid // SLICES // segments // heads
+    start, length = run_of(borders, n, tokens, PACKED)
+    first, stop = part_of(length, segment, segments)
+    return s, segment, h, n, start, first, stop
+
+
+@triton.jit
 def place_of(start, n, begin, C: tl.constexpr):
     """Where the chunk that begins at token `begin` of sequence n has a place of its own (`places` is how many)."""
     return start // C + n + begin // C
@@ -386,12 +400,7 @@ def decay_sweep(
         if second:
             swap = y
             x, y, z, out = x2, z, swap, out2
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
     line = h.to(tl.int64) * (count_rows // heads) + start  # of sums and parts: h (b t)
 
     ix = tl.arange(0, BX)
@@ -458,12 +467,7 @@ def decay_span(
     S goes to the slot that `decay_fold` turns into the memory behind this segment.
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
     line = h.to(tl.int64) * (count_rows // heads) + start  # of sums and parts: h (b t)
 
     ix = tl.arange(0, BX)
@@ -542,12 +546,8 @@ def decay_counts(
 ):  # fmt: skip
     """Σ_t y_t over each segment, with WEIGHTED Σ_t weights_t y_t: what it does to N. Reads y (1 U)."""
     pid = tl.program_id(0)
-    ix = pid % SLICES * BX + tl.arange(0, BX)
-    segment = pid // SLICES % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
+    ix = s * BX + tl.arange(0, BX)
     ic = tl.arange(0, C)
     N = tl.zeros((BX,), tl.float32)
     for i in range(0, tl.cdiv(stop - first, C)):
@@ -591,11 +591,7 @@ def decay_dg(
     Where e^g is 0 the gradient is 0, and is set to it. Reads slices × 2 float32 a token and head, writes one.
     """
     pid = tl.program_id(0)
-    segment = pid % segments
-    h = (pid // segments) % heads
-    n = pid // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    _, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, 1, PACKED)
 
     nh = (n * heads + h).to(tl.int64)
     later = tl.zeros((), tl.float64)
@@ -638,12 +634,7 @@ def decay_slope(
     program; two states of K × BV, so half the columns of a sweep. Only for slopes that are learned.
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
 
     ik = tl.arange(0, BK)
     iv = s * BV + tl.arange(0, BV)

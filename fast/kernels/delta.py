@@ -75,12 +75,11 @@ from fast.kernels.decay import (
     chunks_of,
     decays_of,
     padded,
-    part_of,
     place_of,
     places,
     power_of_2,
-    run_of,
     sequences_of,
+    stretch_of,
     sums_of,
 )
 
@@ -203,12 +202,7 @@ def delta_values(
     memory that the segment makes of the identity without values. Products a chunk: 3·C·X·BZ + 2·C·C·BZ.
     """
     pid = tl.program_id(0)
-    s = pid % (SLICES + MOVES)
-    segment = (pid // (SLICES + MOVES)) % segments
-    h = (pid // (SLICES + MOVES) // segments) % heads
-    n = pid // (SLICES + MOVES) // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES + MOVES, PACKED)
     line = h.to(tl.int64) * (count_rows // heads) + start
 
     moving = s >= SLICES
@@ -298,12 +292,7 @@ def delta_answers(
     With LOST the slice's part of v times what dv loses when it is rounded: slices h (b t).
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
     line = h.to(tl.int64) * (count_rows // heads) + start
 
     ix = tl.arange(0, BX)

@@ -58,10 +58,9 @@ from fast.kernels.decay import (
     multiprocessors,
     next_power_of_2,
     padded,
-    part_of,
     rows_of,
-    run_of,
     sequences_of,
+    stretch_of,
 )
 
 SQUARES, TAYLOR = 0, 1  # the polynomials
@@ -179,12 +178,7 @@ def features_sweep(
     `segment + shift` of `ends`.
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
 
     ix = tl.arange(0, X)
     iz = s * BZ + tl.arange(0, BZ)
@@ -265,12 +259,7 @@ def features_gradients(
     gradient, and no state here. What comes from pairs within a chunk is added by `features_pairs`.
     """
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
 
     ix = tl.arange(0, X)
     iz = s * BZ + tl.arange(0, BZ)

@@ -118,13 +118,12 @@ from fast.kernels.decay import (
     chunk_of,
     chunks_of,
     padded,
-    part_of,
     place_of,
     places,
     plus_product,
     power_of_2,
-    run_of,
     sequences_of,
+    stretch_of,
     summed,
 )
 from fast.kernels.delta import FOLDED, SOLVING, fold, solved_by_halves
@@ -468,12 +467,7 @@ def rank_one_sweep(
     by MOVES more programs `moves`, the state that the segment makes of the identity without z.
     """
     pid = tl.program_id(0)
-    s = pid % (SLICES + MOVES)
-    segment = (pid // (SLICES + MOVES)) % segments
-    h = (pid // (SLICES + MOVES) // segments) % heads
-    n = pid // (SLICES + MOVES) // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES + MOVES, PACKED)
     ix = tl.arange(0, BX)
     iz = s * BZ + tl.arange(0, BZ)
     ic = tl.arange(0, C)

@@ -70,7 +70,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels import decay
-from fast.kernels.decay import LOG2_E, cdiv, next_power_of_2, padded, part_of, power_of_2, run_of, sequences_of
+from fast.kernels.decay import LOG2_E, cdiv, next_power_of_2, padded, power_of_2, sequences_of, stretch_of
 
 # what a_t is made of; RATE ... CROSS have a gate of columns, PACE and FULL none, ROTATE and SPIRAL are complex
 RATE, ERASE, COLUMN, CROSS, PACE, FULL, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(8))
@@ -251,12 +251,7 @@ def scan_forward(
     COMPLEX: tl.constexpr = KIND >= ROTATE
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
 
     ik = tl.arange(0, BK)
     iv = s * BV + tl.arange(0, BV)
@@ -356,12 +351,7 @@ def scan_backward(
     HELD: tl.constexpr = (KIND == RATE) | (KIND == PACE) | (KIND == FULL)
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
 
     ik = tl.arange(0, BK)
     iv = s * BV + tl.arange(0, BV)
@@ -523,12 +513,7 @@ def scan_span(
     COMPLEX: tl.constexpr = KIND >= ROTATE
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     pid = tl.program_id(0)
-    s = pid % SLICES
-    segment = (pid // SLICES) % segments
-    h = (pid // SLICES // segments) % heads
-    n = pid // SLICES // segments // heads
-    start, length = run_of(borders, n, tokens, PACKED)
-    first, stop = part_of(length, segment, segments)
+    s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
 
     ik = tl.arange(0, BK)
     iv = s * BV + tl.arange(0, BV)
