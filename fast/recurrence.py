@@ -26,17 +26,14 @@ from fast.kernels import decay as kernels
 from fast.kernels.delta import FOLDED
 from fast.local import DTYPES, has_kernels, runnable
 from fast.operators import differentiated, even, observed, of_dtype
-from reference import printed
 from reference import recurrence as words
 from reference import span as spans
 from reference.lsm import LSM
-from reference.normal import Normal, has_normal, normal
+from reference.normal import PASSED_ON, Normal, is_plain, normal, passes_on
 from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
 OWN = (ratio, scan, slots, features)  # families whose form is not the normal one
 FAMILIES = (*OWN, decay, channel, delta, rank_one)
-PLAIN = (words.keep, fixed, words.scalar, words.channel, printed.timed)  # decays of heads or of key channels
-PASSED_ON = (words.inclusive, words.bonus)  # reads that hand on what a memory gives, as it is
 LARGEST = 256  # K and V, the count column of a normalised row included
 Form = Normal | ratio.Ratio | scan.Elements | slots.Slots | features.Polynomial
 
@@ -90,7 +87,7 @@ def span(row: Row, tokens: Inputs, constants: Inputs | None = None, cu_seqlens=N
 
 def has_ends(row: Row, tokens: Inputs) -> bool:
     """Rows in normal form, of as many key channels as segments of a sequence may have."""
-    return is_plain(row) and row.read in PASSED_ON and kernels.padded(tokens["q"].shape[-1]) <= FOLDED
+    return passes_on(row) and kernels.padded(tokens["q"].shape[-1]) <= FOLDED
 
 
 def span_alone(row: Row, tokens: Inputs, constants: Inputs, cu_seqlens) -> tuple[spans.Span, list[Tensor]]:
@@ -143,7 +140,7 @@ def computable(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) 
     """The row's form, of inputs that are right and that kernels take, the family whose kernels they are, and how many
     sequences there are. Inputs that look as others did, which were right, are not looked at again."""
     seen, given = outline(row, tokens, constants, memory, cu_seqlens), {**tokens, **constants}
-    found = None if seen is None else FOUND.get(seen)
+    found, x = FOUND.get(seen), None  # None is nobody's outline
     if found is None:
         checked(row, tokens, constants, memory, cu_seqlens)
         x = form_of(row, given)
@@ -153,7 +150,8 @@ def computable(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) 
             if len(FOUND) >= MOST:
                 FOUND.clear()
             FOUND[seen] = found
-    x = found.form(*in_one_pass(row, given))
+    if x is None or row.update is words.tied:  # no kernel for keys before inputs are known to be right
+        x = found.form(*in_one_pass(row, given))
     return x, found.family, x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
@@ -214,11 +212,6 @@ def plain_form(row: Row, x: Inputs) -> Normal:
     # vectors that are made of gates or write strengths are float32 as these are: the products want all alike
     made = {n: of_dtype(y, form.q.dtype) for n in "kab" if (y := getattr(form, n)) is not None and y is not x.get(n)}
     return form._replace(**made) if made else form
-
-
-def is_plain(row: Row) -> bool:
-    """Whether the normal form of the row is one that kernels compute."""
-    return has_normal(row) and not row.features and row.decay in PLAIN
 
 
 def family_of(x: Form) -> ModuleType | None:

@@ -23,10 +23,10 @@ from reference import moe
 from reference.bidirectional import both_ways, reverse
 from reference.documents import end_to_end
 from reference.model import LanguageModel
-from reference.normal import has_normal
+from reference.normal import passes_on
 from reference.ops import Ops
 from reference.ops import ops as reference
-from reference.recurrence import bonus, inclusive, prepare
+from reference.recurrence import prepare
 from reference.span import TRANSITION, brief, transition
 
 CHUNK = 64  # tokens between two memories that a fused kernel keeps
@@ -180,8 +180,7 @@ def crossing_of(row, tokens, constants, S: Tensor, lines: int) -> Crossing:
 
 def by_ends(row, crossing: Crossing, lines: int) -> bool:
     """Whether kernels find spans without outputs (`fast.recurrence.has_ends`, which needs Triton to say so)."""
-    plain = has_normal(row) and not row.features and row.read in (inclusive, bonus)
-    return plain and lines == 1 and crossing.memory[1] <= 128
+    return passes_on(row) and lines == 1 and crossing.memory[1] <= 128
 
 
 def window(kind: str, x: Tensor, reach: int, lines: int) -> Crossing:

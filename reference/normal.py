@@ -73,6 +73,20 @@ def has_normal(row: Row) -> bool:
     return row.decay in FORGOTTEN and row.update in WRITTEN and row.read in ASKED
 
 
+PLAIN = (words.keep, words.fixed, words.scalar, words.channel, printed.timed)  # decays of heads or of key channels
+PASSED_ON = (words.inclusive, words.bonus)  # reads that hand on what a memory gives, as it is
+
+
+def is_plain(row: Row) -> bool:
+    """Whether the normal form of the row is one that kernels compute."""
+    return has_normal(row) and not row.features and row.decay in PLAIN
+
+
+def passes_on(row: Row) -> bool:
+    """Whether kernels find spans of the row, and what memories receive, without its outputs."""
+    return is_plain(row) and row.read in PASSED_ON
+
+
 def normal(row: Row, x: Inputs) -> Normal:
     """The row's tokens (and constants, all in x) in normal form."""
     x = featured(row, x)
