@@ -345,11 +345,15 @@ class Part(nn.Module):
         return Output(comm.total(losses, group), None, None, None)
 
 
+BY_PARTS = torch.__version__ >= "2.13"  # older ones add up gradients of an operation's outputs (pytorch/pytorch#170277)
+
+
 def at_once(stage: Stage) -> Callable | None:
     """For torch's stage, which counts gradients twice or fails (pytorch/pytorch#180952) if it is to make those of
-    scattered parameters by themselves: what is left to do after a backward pass that made all of them. Nothing."""
-    scattered = any(getattr(layer, "scattered", False) for layer in stage.modules())
-    return (lambda: lambda: None) if scattered else None
+    scattered parameters by themselves, and those of any in a torch that is not right about it: what is left to do after
+    a backward pass that made all of them. Nothing."""
+    whole = not BY_PARTS or any(getattr(layer, "scattered", False) for layer in stage.modules())
+    return (lambda: lambda: None) if whole else None
 
 
 class Seen(NamedTuple):

@@ -803,9 +803,16 @@ MUTANTS = [
     Mutant(
         "scattered parameters wait for the second part of a backward pass",
         "parallel/pipeline.py",
-        "(lambda: lambda: None) if scattered else None",
+        "(lambda: lambda: None) if whole else None",
         "None",
         "tests/test_pipeline.py -k 'scattered and (s4 or ttt)'",
+    ),
+    Mutant(
+        "gradients of weights by themselves of a torch that adds up those of an operation's outputs",
+        "parallel/pipeline.py",
+        "not BY_PARTS or any(",
+        "any(",
+        "tests/test_pipeline.py -k older_torch",
     ),
     Mutant(
         "values travel unplanned",

@@ -149,6 +149,7 @@ TWO += [("tied", "1f1b"), ("experts", "gpipe"), ("penalty", "interleaved"), ("pe
 TWO += [("inside", "1f1b"), ("inside", "zero-bubble-v"), ("recomputed", "1f1b"), ("recomputed", "interleaved")]
 TWO += [("masked", "interleaved")]
 TWO += [("slots", "zero-bubble"), ("chain", "zero-bubble")]
+AT_ONCE = [("bias", "zero-bubble"), ("hybrid", "zero-bubble-v")]  # as with a torch that cannot make them by parts
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +165,19 @@ def alone_in_parts(name) -> tuple:
 
 @pytest.fixture(scope="module")
 def two() -> list:
-    return testing.run(2, runs, {(n, s): config_of(degrees(s), **MODELS[n]) for n, s in TWO})
+    return testing.run(2, runs_at_once_too, {(n, s): config_of(degrees(s), **MODELS[n]) for n, s in TWO})
 
 
-@pytest.mark.parametrize(("name", "schedule"), TWO)
-def test_two_ranks_train_as_one(name, schedule, alone, two):
-    same([rank[name, schedule] for rank in two], alone[name])
+def runs_at_once_too(configs):
+    found = runs(configs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "BY_PARTS", False)
+        return found | {(*case, "at once"): run(configs[case]) for case in AT_ONCE}
+
+
+@pytest.mark.parametrize("case", [*TWO, *((*case, "at once") for case in AT_ONCE)], ids="-".join)
+def test_two_ranks_train_as_one(case, alone, two):
+    same([rank[case] for rank in two], alone[case[0]])
 
 
 @pytest.mark.parametrize(("name", "schedule"), TWO)
@@ -201,6 +209,15 @@ def test_values_go_from_the_first_layer_that_has_them_to_the_last_that_needs_the
     model = LanguageModel(Model(**SIZES | {"pattern": "NLLDNLN", "lsm": "rwkv7", "value_size": 3}), ops)
     assert pipeline.handed_on(model, pipeline.cut(6, 6), 2) == [0, 0, 3, 3, 3, 0]
     assert pipeline.handed_on(model, pipeline.cut(6, 2), 1) == [0, 6]
+
+
+def test_older_torch_makes_all_gradients_at_once(monkeypatch):
+    """Of `torch.split` and every other operation of several outputs it adds up what they receive."""
+    stage = pipeline.Part(LanguageModel(Model(**SIZES | {"lsm": "gla"}), ops), mesh.Mesh(pipeline_size=1)).stages[0]
+    monkeypatch.setattr(pipeline, "BY_PARTS", True)
+    assert pipeline.at_once(stage) is None
+    monkeypatch.setattr(pipeline, "BY_PARTS", False)
+    assert pipeline.at_once(stage)()() is None
 
 
 @pytest.mark.parametrize("name", LSM)
