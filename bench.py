@@ -15,7 +15,8 @@ would take longer, by the time of the length before, is skipped, and a line says
 float32 with the token loop in float64 over a long sequence: in all, and in its first, middle and last eighth.
 
 `kernels`: times are medians over many runs, with the 20th and 80th percentile, of random data; `eager` includes what
-the host needs to launch, `graph` replays a CUDA graph. The floor is each input read once and each output written once
+the host needs to launch (`eager_here` without handing the backward pass to a thread of its own, as autograd does and
+takes a third of a millisecond for), `graph` replays a CUDA graph. The floor is each input read once and each output written once
 at the copy bandwidth measured in the same run: forward q k v -> o (4 tensors), forward and backward 11 (the gradient
 reads q k v do and writes dq dk dv), and float32 gates and write strengths (read by both, and their gradients written).
 Where every element of the memory needs an exponential of its own (Mamba), one a token each way is a second floor, at 16
@@ -612,11 +613,12 @@ def clocked(run: Callable, dtype, floor: int, exps: int, ceiling: dict, times: i
     first, extra = clock(run, device), held(run, device).bytes / 2**20
     rate = ceiling["exponentials_g_s"]
     floors = floor / ceiling["copy_gb_s"] / 1e6, exps / rate / 1e6 if exps and rate else 0.0
-    eager, graph = ([x / times for x in median(f)] for f in (run, captured(run)))
+    eager, here, graph = ([x / times for x in median(f)] for f in (run, in_one_thread(run), captured(run)))
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "eager_ms": eager[0],
         "eager_spread_ms": eager[1:],
+        "eager_here_ms": here[0],
         "graph_ms": graph[0],
         "graph_spread_ms": graph[1:],
         "floor_bytes": floor,
@@ -735,6 +737,16 @@ def median(run: Callable) -> list[float]:
     from triton.testing import do_bench
 
     return [round(x, 5) for x in do_bench(run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8])]
+
+
+def in_one_thread(run: Callable) -> Callable:
+    """The backward pass in the caller's own thread."""
+
+    def alone():
+        with torch.autograd.set_multithreading_enabled(False):
+            return run()
+
+    return alone
 
 
 def captured(run: Callable) -> Callable:
