@@ -16,9 +16,10 @@ float32 with the token loop in float64 over a long sequence: in all, and in its 
 
 `kernels`: times are medians over many runs, with the 20th and 80th percentile, of random data; `eager` includes what
 the host needs to launch (`eager_here` without handing the backward pass to a thread of its own, as autograd does and
-takes a third of a millisecond for), `graph` replays a CUDA graph. The floor is each input read once and each output written once
-at the copy bandwidth measured in the same run: forward q k v -> o (4 tensors), forward and backward 11 (the gradient
-reads q k v do and writes dq dk dv), and float32 gates and write strengths (read by both, and their gradients written).
+takes a third of a millisecond for), `graph` replays a CUDA graph. The floor is each input read once and each output
+written once at the copy bandwidth measured in the same run: forward q k v -> o (4 tensors), forward and backward 11
+(the gradient reads q k v do and writes dq dk dv), and float32 gates and write strengths (read by both, and their
+gradients written).
 Where every element of the memory needs an exponential of its own (Mamba), one a token each way is a second floor, at 16
 a clock and multiprocessor; the larger counts. Rows of one head (Mamba, Longhorn, S4) take a shape's h·d as the width of
 their layer: at 8x2048x8x128 Mamba has 2048 channels of 16 keys.
