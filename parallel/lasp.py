@@ -9,9 +9,10 @@ transitions: any row of the table, packed documents, segments of any length. A s
 spans as well: their memory is the last inputs, of which a segment pushes its own in and as many old ones out. Softmax
 attention stands in `parallel.attention`.
 
-Cut documents: in a segment's `cu_seqlens` a leading empty document, [0, 0, ...], says that the first token begins a
-document. What comes in from earlier ranks belongs to document 0; all others start from zeros. Borders `l n1` are those
-of l lines, one behind the other, that are all cut here (the memories of a mixture): each has a document 0 of its own.
+Cut documents: in a segment's `cu_seqlens` a leading empty document, [0, 0, ...], says that the first token begins
+another document. What comes in from earlier ranks belongs to document 0; all others start from zeros. Borders `l n1`
+are those of l lines, one behind the other, that are all cut here (the memories of a mixture): each has a document 0 of
+its own.
 
     W ranks   r this rank   T_r its tokens, any number, 0 too   b h k v as in `reference.recurrence`
 """
@@ -57,14 +58,16 @@ def cut(batch: NamedTuple, ranks: int, rank: int, segment: tuple[int, int] | Non
 
 
 def cut_borders(cu_seqlens: Int[Tensor, " n1"], start: int, stop: int) -> Int[Tensor, " m1"]:
-    """The borders inside tokens [start, stop), counted from start: [0, 0, ...] if a document begins at start.
+    """The borders inside tokens [start, stop), counted from start: [0, 0, ...] if a document begins at start. (That the
+    sequence's first token does, nobody need say: nothing comes before it, and kernels share themselves out by how many
+    documents there are.)
 
     Empty documents have no token and are left out. A segment of no tokens has none to begin with either: [0, 0].
     """
     if not 0 <= start <= stop <= int(cu_seqlens[-1]):
         raise ValueError(f"segment [{start}, {stop}) does not lie in the {int(cu_seqlens[-1])} tokens of cu_seqlens")
     borders = cu_seqlens.unique()
-    inside = borders[(borders >= start) & (borders < stop)]
+    inside = borders[(borders >= max(start, 1)) & (borders < stop)]
     return torch.cat([cu_seqlens.new_tensor([start]), inside, cu_seqlens.new_tensor([stop])]) - start
 
 
@@ -125,7 +128,7 @@ def _arrive(underway, A, S, numbers, constants, name, kind, both, group):
         for spans, me in each_way(parts, comm.rank(comm.named(group)), both):
             before = [Span(*span, kind) for span in spans[:me]]
             memories.append(fold(before, torch.zeros_like(spans[me][1]))[-1])
-        return torch.cat(memories)
+        return torch.cat(memories) if both else memories[0]
 
 
 def _depart_back(G: Tensor, underway: Tensor, group: str) -> Tensor:
@@ -539,7 +542,7 @@ def lines(cu_seqlens) -> int:
 
 def for_first(state: Float[Tensor, "b ..."], cu_seqlens) -> Float[Tensor, "n ..."]:
     """The state that comes in is document 0's, line by line; the others start from zeros."""
-    if cu_seqlens is None:
+    if cu_seqlens is None or cu_seqlens.shape[-1] == 2:
         return state
     others = state.new_zeros(len(state), cu_seqlens.shape[-1] - 2, *state.shape[1:])
     return torch.cat([state[:, None], others], 1).flatten(0, 1)

@@ -621,7 +621,7 @@ MUTANTS = [
     Mutant(
         "a border at the cut is lost",
         "parallel/lasp.py",
-        "(borders >= start)",
+        "(borders >= max(start, 1))",
         "(borders > start)",
         "tests/test_lasp.py",
     ),
@@ -806,6 +806,13 @@ MUTANTS = [
         "(lambda: lambda: None) if whole else None",
         "None",
         "tests/test_pipeline.py -k 'scattered and (s4 or ttt)'",
+    ),
+    Mutant(
+        "the sequence's first token begins another document",
+        "parallel/lasp.py",
+        "max(start, 1)",
+        "start",
+        "tests/test_lasp.py -k begins_another",
     ),
     Mutant(
         "gradients of weights by themselves of a torch that adds up those of an operation's outputs",
