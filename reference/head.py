@@ -30,23 +30,28 @@ def token_losses(
     `joined` is for a head that has a part of the words: it makes the losses of the logarithm of each token's sum of
     exponentials and its label's logit, 0 where the label is -100.
     """
-    rows = max(held // max(len(head), 1), 1)
-    if len(x) <= rows:
-        logits = F.linear(x, head)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if joined is None:
-            return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
-        sums, own = logits.logsumexp(-1), own_logits(logits, labels)
-    else:
-        sums, own = PieceByPiece.apply(x, head, labels, rows, product_of(x))
+    rows = rows_of(len(head), held)
+    if len(x) > rows:
+        return losses_of(*PieceByPiece.apply(x, head, labels, rows, product_of(x)), labels, joined)
+    logits = F.linear(x, head)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if joined is None:
+        return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+    return losses_of(*sums_of(logits, labels), labels, joined)
+
+
+def rows_of(words: int, held: int) -> int:
+    """Tokens of a piece that has at most `held` logits."""
+    return max(held // max(words, 1), 1)
+
+
+def losses_of(
+    sums: Float[Tensor, " n"], own: Float[Tensor, " n"], labels: Int[Tensor, " n"], joined: Callable | None
+) -> Float[Tensor, " n"]:
+    """l - o, or what `joined` makes of them, but where nothing is to be predicted."""
     if joined is None:
         return (sums - own).where(labels != IGNORED, 0)
     return joined(sums, own.where(labels != IGNORED, 0))
-
-
-def own_logits(logits: Float[Tensor, "n vocabulary"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Of each token that of its label; where that is -100, any."""
-    return logits.gather(1, labels[:, None].clamp(min=0))[:, 0]
 
 
 def product_of(x: Tensor) -> torch.dtype:
@@ -67,14 +72,7 @@ class PieceByPiece(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, labels, rows: int, dtype: torch.dtype):
-        wide = torch.promote_types(dtype, torch.float32)
-        sums, own = x.new_empty(len(x), dtype=wide), x.new_empty(len(x), dtype=wide)
-        with torch.autocast(x.device.type, enabled=False):
-            narrow = head.to(dtype)
-            for piece in pieces(len(x), rows):
-                logits = F.linear(x[piece].to(dtype), narrow).to(wide)
-                sums[piece] = logits.logsumexp(-1)
-                own[piece] = own_logits(logits, labels[piece])
+        sums, own = sums_by_pieces(x, head.to(dtype), labels, rows, sums_of)
         ctx.save_for_backward(x, head, labels, sums)
         ctx.rows, ctx.dtype = rows, dtype
         return sums, own
@@ -83,16 +81,69 @@ class PieceByPiece(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dl: Float[Tensor, " n"], do: Float[Tensor, " n"]):
         x, head, labels, sums = ctx.saved_tensors
-        dx, dhead = torch.empty_like(x), torch.zeros_like(head, dtype=sums.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            narrow = head.to(ctx.dtype)
-            for piece in pieces(len(x), ctx.rows):
-                logits = F.linear(x[piece].to(ctx.dtype), narrow).to(sums.dtype)
-                E = logits.sub_(sums[piece, None]).exp_().mul_(dl[piece, None])
-                E = E.scatter_add_(1, labels[piece, None].clamp(min=0), do[piece, None]).to(ctx.dtype)
-                dx[piece] = (E @ narrow).to(x.dtype)
-                dhead += E.T @ x[piece].to(ctx.dtype)
+        dx, dhead = gradients_by_pieces(dl, do, x, head.to(ctx.dtype), labels, sums, ctx.rows, cotangents)
         return dx, dhead.to(head.dtype), None, None, None
+
+
+def sums_of(
+    logits: Float[Tensor, "p vocabulary"], labels: Int[Tensor, " p"]
+) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
+    """l and o of a piece, float32 at least; where a label is -100, o is any logit."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.logsumexp(-1), logits.gather(1, labels[:, None].clamp(min=0))[:, 0]
+
+
+def cotangents(
+    logits: Float[Tensor, "p vocabulary"],
+    labels: Int[Tensor, " p"],
+    sums: Float[Tensor, " p"],
+    dl: Float[Tensor, " p"],
+    do: Float[Tensor, " p"],
+) -> Float[Tensor, "p vocabulary"]:
+    """E of a piece in the logits' dtype, perhaps in their place."""
+    E = logits.to(sums.dtype).sub_(sums[:, None]).exp_().mul_(dl[:, None])
+    return E.scatter_add_(1, labels[:, None].clamp(min=0), do[:, None]).to(logits.dtype)
+
+
+def sums_by_pieces(
+    x: Float[Tensor, "n d"],
+    head: Float[Tensor, "vocabulary d"],
+    labels: Int[Tensor, " n"],
+    rows: int,
+    sums_of: Callable,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """l and o of all tokens; products are computed in the head's dtype."""
+    wide = torch.promote_types(head.dtype, torch.float32)
+    sums, own = x.new_empty(len(x), dtype=wide), x.new_empty(len(x), dtype=wide)
+    with torch.autocast(x.device.type, enabled=False):
+        for piece in pieces(len(x), rows):
+            sums[piece], own[piece] = sums_of(F.linear(x[piece].to(head.dtype), head), labels[piece])
+    return sums, own
+
+
+def gradients_by_pieces(
+    dl: Float[Tensor, " n"],
+    do: Float[Tensor, " n"],
+    x: Float[Tensor, "n d"],
+    head: Float[Tensor, "vocabulary d"],
+    labels: Int[Tensor, " n"],
+    sums: Float[Tensor, " n"],
+    rows: int,
+    cotangents: Callable,
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "vocabulary d"]]:
+    """dx, and dhead in the dtype of l. No piece's logits are there any more when the next one's are made."""
+    dx, dhead = torch.empty_like(x), torch.zeros_like(head, dtype=sums.dtype)
+
+    def add(piece: slice) -> None:
+        features = x[piece].to(head.dtype)
+        E = cotangents(F.linear(features, head), labels[piece], sums[piece], dl[piece], do[piece])
+        dx[piece] = E @ head
+        dhead.add_(E.T @ features)
+
+    with torch.autocast(x.device.type, enabled=False):
+        for piece in pieces(len(x), rows):
+            add(piece)
+    return dx, dhead
 
 
 def pieces(n: int, rows: int) -> list[slice]:
