@@ -29,8 +29,7 @@ def token_losses(
     dtype = product_of(x)
     if not has_kernels(x, dtype):
         return plain.token_losses(x, head, labels, held, joined)
-    rows = plain.rows_of(len(head) + -len(head) % kernels.EVEN, held)
-    return plain.losses_of(*summed(x, head, labels, rows, dtype), labels, joined)
+    return plain.losses_of(*summed(x, head, labels, held, dtype), labels, joined)
 
 
 def even(head: Float[Tensor, "vocabulary d"], dtype: torch.dtype) -> Float[Tensor, "wider d"]:
@@ -40,41 +39,41 @@ def even(head: Float[Tensor, "vocabulary d"], dtype: torch.dtype) -> Float[Tenso
 
 
 @operator("summed_logits")
-def summed(x: Tensor, head: Tensor, labels: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def summed(x: Tensor, head: Tensor, labels: Tensor, held: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """l and o of `reference.head.PieceByPiece`."""
     sums = partial(kernels.sums, words=len(head))
-    return plain.sums_by_pieces(x, even(head, dtype), labels.contiguous(), rows, sums)
+    return plain.sums_by_pieces(x, even(head, dtype), labels.contiguous(), held, sums)
 
 
 @summed.register_fake
-def _(x, head, labels, rows, dtype):
+def _(x, head, labels, held, dtype):
     return tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
 
 
 @operator("summed_logits_gradients")
 def summed_gradients(
-    dl: Tensor, do: Tensor, x: Tensor, head: Tensor, labels: Tensor, sums: Tensor, rows: int, dtype: torch.dtype
+    dl: Tensor, do: Tensor, x: Tensor, head: Tensor, labels: Tensor, sums: Tensor, held: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """dx and dhead."""
     cotangents = partial(kernels.cotangents, words=len(head))
     given = packed(dl, do, x, even(head, dtype), labels, sums)
-    dx, dhead = plain.gradients_by_pieces(*given, rows, cotangents)
+    dx, dhead = plain.gradients_by_pieces(*given, held, cotangents, kernels.EVEN)
     return dx, of_dtype(dhead[: len(head)], head.dtype)
 
 
 @summed_gradients.register_fake
-def _(dl, do, x, head, labels, sums, rows, dtype):
+def _(dl, do, x, head, labels, sums, held, dtype):
     return tuple(torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x, head))
 
 
 def summed_context(ctx, inputs, output) -> None:
-    x, head, labels, ctx.rows, ctx.dtype = inputs
+    x, head, labels, ctx.held, ctx.dtype = inputs
     ctx.save_for_backward(x, head, labels, output[0])
 
 
 def summed_backward(ctx, dl, do):
     x, head, labels, sums = ctx.saved_tensors
-    return *summed_gradients(dl, do, x, head, labels, sums, ctx.rows, ctx.dtype), None, None, None
+    return *summed_gradients(dl, do, x, head, labels, sums, ctx.held, ctx.dtype), None, None, None
 
 
 summed.register_autograd(summed_backward, setup_context=summed_context)

@@ -530,17 +530,18 @@ def saved(asked: Asked, counted: Counted, one: bool = True) -> float:
 
 
 def loss(asked: Asked, shape: Shape) -> dict[str, float]:
-    """Bytes of the logits that are there at once, and of the head's gradient by a piece of them.
+    """Bytes of the logits that are there at once, and of what they add to gradients.
 
     By kernels a logit is one number of a product, in whose place its gradient comes; else there are log-probabilities
-    and logits (or their gradient) in float32, and the gradient in bf16. The head's gradient is summed over the pieces
-    in float32, where it becomes the parameter's unless that has one.
+    and logits (or their gradient) in float32, and the gradient in bf16. Gradients of features and head are summed over
+    the pieces in float32; the head's becomes the parameter's unless that has one.
     """
     bf16, fused = asked.run.precision == "bf16", asked.given.kernels == "fused"
     words, product = asked.model.vocabulary / asked.mesh.tensor, 2.0 if bf16 else 4.0
+    added = product * min(shape.tokens, words) + 4 * shape.tokens + 4 * words * (shape.times > 1)
     return {
         "logits": (product if fused else 8.0 + 2.0 * bf16) * min(shape.tokens * words, HELD),
-        "the head's gradient by a piece": words * asked.model.width * (product + 4 * (shape.times > 1)),
+        "gradients by pieces of them": asked.model.width * added,
     }
 
 

@@ -168,7 +168,7 @@ def losses(q) -> None:
     logits = q.flatten(0, 2)
     labels, sums = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
     head.sums(logits, labels, logits.shape[1])
-    head.cotangents(logits, labels, sums, sums, sums, logits.shape[1])
+    head.cotangents(logits, labels, sums, sums, sums, 0, logits.shape[1])
 
 
 if __name__ == "__main__":

@@ -1909,8 +1909,8 @@ MUTANTS = [
     Mutant(
         "a loss by kernels makes all logits at once",
         "fast/head.py",
-        "plain.rows_of(len(head) + -len(head) % kernels.EVEN, held)",
-        "max(len(x), 1)",
+        "labels.contiguous(), held, sums",
+        "labels.contiguous(), plain.HELD, sums",
         "tests/test_fast_head.py -k as_many",
     ),
     Mutant(
@@ -1930,9 +1930,37 @@ MUTANTS = [
     Mutant(
         "a piece's logits stay while the next one's are made",
         "reference/head.py",
-        "dhead.add_(E.T @ features)",
-        "dhead.add_(E.T @ features)\n        add.kept = E",
+        "dhead[words].add_(E.T @ features)",
+        "dhead[words].add_(E.T @ features)\n        add.kept = E",
         "tests/test_fast_head.py -k one_pieces",
+    ),
+    Mutant(
+        "a loss's gradient by kernels makes all logits at once",
+        "fast/head.py",
+        "(*given, held, cotangents,",
+        "(*given, plain.HELD, cotangents,",
+        "tests/test_fast_head.py -k one_pieces",
+    ),
+    Mutant(
+        "every piece of words has the first one's labels, by kernels",
+        "fast/kernels/head.py",
+        "[:, None] - first",
+        "[:, None]",
+        "tests/test_fast_head.py -k losses_and_gradients",
+    ),
+    Mutant(
+        "every piece of words has the first one's labels",
+        "reference/head.py",
+        "label = labels - first",
+        "label = labels",
+        "tests/test_model.py -k piece_by_piece",
+    ),
+    Mutant(
+        "words behind a piece's last are counted from the first piece",
+        "fast/kernels/head.py",
+        "rows, words - first, width",
+        "rows, words, width",
+        "tests/test_fast_head.py -k of_any_size",
     ),
 ]
 

@@ -1,7 +1,7 @@
 """Triton kernels between a head's logits and the losses, for `reference.head`'s two steps of a piece.
 
     sums         l = log Σ_w exp(z_w),  o = z_label                                       a row of logits z : vocabulary
-    cotangents   E_w = dl exp(z_w - l) + do [w = label]
+    cotangents   E_w = dl exp(z_w - l) + do [w = label]                                    of a part of the words
 
 Bytes. Of a logit in 16 bits, sums read 2 and write none, and cotangents read 2 and write 2, in its own place; a token
 has two or four numbers more. PyTorch's own steps go over float32 copies: 4 read or written a dozen times.
@@ -22,13 +22,6 @@ from reference import head
 EVEN = 16  # widths of rows are multiples
 IGNORED = tl.constexpr(head.IGNORED)
 LEAST = tl.constexpr(-3.0e38)  # no logit has been seen: finite, since its distance to -inf is no number
-
-
-@triton.jit
-def label_of(labels, row, ok, words):
-    """Of each row its label, 0 where there is none as in the reference, and whether it is a word (or none)."""
-    label = tl.load(labels + row, mask=ok, other=0)
-    return tl.maximum(label, 0), ((label >= 0) & (label < words)) | (label == IGNORED)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -53,29 +46,31 @@ def sums_forward(
     top = tl.max(highest, 1)
     total = tl.sum(total * tl.exp(highest - top[:, None]), 1)
     tl.store(sums + row, top + tl.log(total), mask=ok)
-    label, known = label_of(labels, row, ok, words)
-    z = tl.load(logits + row * width + label, mask=ok & (label < words), other=0.0).to(tl.float32)
+    label = tl.load(labels + row, mask=ok, other=0)
+    known = (label >= 0) & (label < words)
+    z = tl.load(logits + row * width + label, mask=ok & known, other=0.0).to(tl.float32)
+    known = known | (label == IGNORED)
     tl.store(own + row, tl.where(known, z, float("nan")), mask=ok)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "first"])
 def cotangents_backward(
-    logits, labels, sums, dl, do, rows, words, width,
+    logits, labels, sums, dl, do, rows, words, width, first,
     N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """E takes the place of the logits."""
+    """E takes the place of the logits, which are those of words from `first` on."""
     slices = tl.cdiv(width, C)
     row = (tl.program_id(0) // slices).to(tl.int64) * N + tl.arange(0, N)
     column = (tl.program_id(0) % slices * C + tl.arange(0, C))[None, :]
     ok = row < rows
     at, here = (row * width)[:, None] + column, ok[:, None] & (column < width)
-    z = tl.load(logits + at, mask=here, other=0.0).to(tl.float32)
-    label, _ = label_of(labels, row, ok, words)
+    z = tl.load(logits + at, mask=here, other=float("-inf")).to(tl.float32)
+    label = tl.load(labels + row, mask=ok, other=0)[:, None] - first
     l = tl.load(sums + row, mask=ok, other=0.0)[:, None]  # noqa: E741
     up = tl.load(dl + row, mask=ok, other=0.0)[:, None]
     own = tl.load(do + row, mask=ok, other=0.0)[:, None]
     p = tl.exp(tl.where(column < words, z - l, float("-inf")))
-    E = up * p + tl.where(column == label[:, None], own, 0.0)
+    E = up * p + tl.where(column == label, own, 0.0)
     tl.store(logits + at, E.to(logits.dtype.element_ty), mask=here)
 
 
@@ -96,9 +91,12 @@ def sums(logits: Tensor, labels: Tensor, words: int) -> tuple[Tensor, Tensor]:
     return summed, own
 
 
-def cotangents(logits: Tensor, labels: Tensor, summed: Tensor, dl: Tensor, do: Tensor, words: int) -> Tensor:
-    """E, in the place of the logits; the others are contiguous, l, dl and do float32."""
+def cotangents(
+    logits: Tensor, labels: Tensor, summed: Tensor, dl: Tensor, do: Tensor, first: int, words: int
+) -> Tensor:
+    """E, in the place of the logits of words from `first` on, if less than `words`; the others are contiguous, l, dl
+    and do float32."""
     (rows, width), (N, R, C) = logits.shape, tile_of(logits.shape[1])
-    args = (logits, labels, summed, dl, do, rows, words, width)
+    args = (logits, labels, summed, dl, do, rows, words - first, width, first)
     launch(cotangents_backward, cdiv(rows, N) * cdiv(width, R * C), *args, N=N, C=R * C, num_warps=8)
     return logits
