@@ -35,7 +35,7 @@ from data.stream import Batch, Stream, evaluation
 from parallel import checkpoint, comm, lasp, pipeline, shard
 from parallel import mesh as meshes
 from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
-from reference.head import HELD, token_losses
+from reference.head import HELD
 from reference.lsm import row as lsm_row
 from reference.mixers.softmax import heads_of
 from reference.model import LanguageModel, decayed, experts_of, for_writing, initialize, starts
@@ -244,8 +244,8 @@ def ops_of(config: Train, device: torch.device):
 
 def ops_on(config: Train, mesh, device: torch.device):
     """The backend on this mesh, its losses made of as many logits at once as the configuration allows."""
-    losses = functools.partial(token_losses, held=config.held_logits)
-    ops = ops_of(config, device)._replace(token_losses=losses)
+    ops = ops_of(config, device)
+    ops = ops._replace(token_losses=functools.partial(ops.token_losses, held=config.held_logits))
     return meshes.over(objective(config.objective).ops(ops), mesh)
 
 

@@ -4,7 +4,7 @@ Where a function itself hands some dtypes, sizes or devices on to the reference,
 """
 
 import reference
-from fast import experts, local, recurrence
+from fast import experts, head, local, recurrence
 
 ops = reference.ops._replace(
     name="fast",
@@ -19,7 +19,8 @@ ops = reference.ops._replace(
     linears=experts.linears,
     norm=local.norm,
     unit=local.unit,
-    kept=("running_sum", "attention", "token_losses", "total"),
+    token_losses=head.token_losses,
+    kept=("running_sum", "attention", "total"),
     again=True,
     ends=recurrence.ends,
 )

@@ -137,7 +137,7 @@ class Assumptions:
     gathered: Literal["float32", "bf16"] = "float32"
     """in which parameters travel, but for experts beside products in bf16 (the trainer: float32)"""
     kernels: Literal["fused", "reference"] = "fused"
-    """whether norms, convolutions and attention keep their inputs alone"""
+    """whether norms, convolutions, attention and losses keep their inputs alone"""
 
 
 class Asked(NamedTuple):
@@ -504,8 +504,8 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
             "gradients": gradients if several else 4 * root.here * (not cut),
             "bf16 copies of parameters": casts(root if run.recompute else everything),
             "saved activations": saved(asked, counted, one=False),
-            "logits": logits(asked.model, run) * min(shape.tokens / mesh.tensor, HELD // asked.model.vocabulary),
-        },
+        }
+        | loss(asked, shape),
         "backward": lasting
         | rest
         | {
@@ -529,9 +529,20 @@ def saved(asked: Asked, counted: Counted, one: bool = True) -> float:
     return a_token * shape.tokens * min(asked.mesh.pipeline, shape.times)
 
 
-def logits(model: Model, run: Run) -> float:
-    """Bytes a token: log-probabilities and logits (or their gradient), float32, and the gradient in bf16."""
-    return model.vocabulary * (10.0 if run.precision == "bf16" else 8.0)
+def loss(asked: Asked, shape: Shape) -> dict[str, float]:
+    """Bytes of the logits that are there at once, and of what they add to gradients.
+
+    By kernels a logit is one number of a product, in whose place its gradient comes; else there are log-probabilities
+    and logits (or their gradient) in float32, and the gradient in bf16. Gradients of features and head are summed over
+    the pieces in float32; the head's becomes the parameter's unless that has one.
+    """
+    bf16, fused = asked.run.precision == "bf16", asked.given.kernels == "fused"
+    words, product = asked.model.vocabulary / asked.mesh.tensor, 2.0 if bf16 else 4.0
+    added = product * min(shape.tokens, words) + 4 * shape.tokens + 4 * words * (shape.times > 1)
+    return {
+        "logits": (product if fused else 8.0 + 2.0 * bf16) * min(shape.tokens * words, HELD),
+        "gradients by pieces of them": asked.model.width * added,
+    }
 
 
 def travelling(asked: Asked, counted: Counted) -> float:

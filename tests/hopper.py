@@ -1,10 +1,11 @@
-"""Compile what a forward and backward pass would launch, as a whole, by channel, rank one, element or features, for a
-Hopper GPU without one.
+"""Compile what a forward and backward pass would launch, as a whole, by channel, rank one, element or features, and of
+a loss, for a Hopper GPU without one.
 
     python tests/hopper.py 128 128 bfloat16                    by channel and by rank one
     python tests/hopper.py 128 128 bfloat16 whole              decays as a whole, and delta rules with one
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
     python tests/hopper.py 16 64 bfloat16 features             polynomials of queries and keys
+    python tests/hopper.py 151936 64 bfloat16 words            the loss over so many words
 
 Each line: the kernel, its shared memory, and the registers and bytes of stack of a thread (a stack means spills).
 
@@ -24,7 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fast.kernels import channel, decay, delta, features, rank_one, scan
+from fast.kernels import channel, decay, delta, features, head, rank_one, scan
 from fast.operators import even
 
 TYPES = {
@@ -33,6 +34,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 SHARED = 232448  # bytes of shared memory that a program may have
 
@@ -41,12 +43,13 @@ def compiled(kernel, programs, *args, **meta):
     """In place of `decay.launch`: tensors may lie anywhere, and are never read."""
     options = {name: meta.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in meta}
     names, signature, constants, attributes = kernel.arg_names, {}, {}, {}
+    unseen = {parameter.num for parameter in kernel.params if parameter.do_not_specialize}
     for i, (name, x) in enumerate(zip(names, args, strict=False)):
         other = {type(None): "constexpr", float: "fp32"}
         signature[name] = TYPES[x.dtype] if isinstance(x, torch.Tensor) else other.get(type(x), "i32")
         if x is None:
             constants[(i,)] = None
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0 and i not in unseen):
             attributes[(i,)] = [["tt.divisibility", 16]]
     for name, value in meta.items():
         signature[name], constants[(names.index(name),)] = "constexpr", value
@@ -87,7 +90,8 @@ def thread(code: bytes) -> str:
 
 
 def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> None:
-    decay.launch, decay.multiprocessors = compiled, lambda _: 132
+    decay.launch = head.launch = compiled
+    decay.multiprocessors = lambda _: 132
     b, t, h, K, V = 1, 600, 2, int(K), int(V)
     q, k, v = (torch.empty(b, t, h, n, dtype=getattr(torch, dtype)) for n in (K, K, V))
     for kind in kinds:
@@ -95,6 +99,8 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
             whole(q, k, v)
         elif kind == "features":
             products(q, k, v)
+        elif kind == "words":
+            losses(q)
         else:
             scans(getattr(scan, kind.upper()).value, q, k, v)
     if not kinds:
@@ -156,6 +162,13 @@ def products(q, k, v) -> None:
         given = (q, k, v, memory, borders)
         _, _, states = features.forward(*given, size, kind, segments, True)
         features.backward(v, memory, *given, states, size, kind)
+
+
+def losses(q) -> None:
+    logits = q.flatten(0, 2)
+    labels, sums = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    head.sums(logits, labels, logits.shape[1])
+    head.cotangents(logits, labels, sums, sums, sums, 0, logits.shape[1])
 
 
 if __name__ == "__main__":
