@@ -1144,10 +1144,10 @@ MUTANTS = [
         "tests/test_fast.py -k 'fade_little and mamba2'",
     ),
     Mutant(
-        "a gate's gradient is summed where pairs are not rounded alike",
+        "in mild chunks pairs are not rounded alike in both sums of a gate's gradient",
         "fast/kernels/decay.py",
-        "if (GATE == 0) or PART or (LEAST == 0):",
-        "if (GATE == 0) or (LEAST == 0):",
+        "weight = (weight * fade).to(bz.dtype).to(tl.float32)",
+        "weight = weight * fade",
         "tests/test_fast.py -k 'nothing_to_decay and mamba2'",
     ),
     Mutant(
@@ -1156,6 +1156,20 @@ MUTANTS = [
         "tl.where(tl.load(sums + line + last) > LEAST, 0, 1)",
         "tl.where(tl.load(sums + line + last) <= LEAST, 1, 0)",
         "tests/test_fast.py -k 'sixteen_bits_shows'",
+    ),
+    Mutant(
+        "without a gradient in sight strong gates are nowhere summed",
+        "fast/kernels/channel.py",
+        "                if not KEPT:\n",
+        "                if KEPT:\n",
+        "tests/test_fast.py -k without_a_gradient_in_sight",
+    ),
+    Mutant(
+        "a bonus reads a memory that its own token's gate has faded",
+        "fast/kernels/channel.py",
+        "r = b - gates if BEFORE else b",
+        "r = b",
+        "tests/test_fast.py -k 'values_and_gradients and rwkv6'",
     ),
     Mutant(
         "what a memory gives does not fade on the way to the middle of a chunk of mild gates",

@@ -30,14 +30,24 @@ fades is put on rows instead of pairs: with m = b_C / 2, r_i = e^{b_i - m} and z
     forwards     out = r_i (x (e^m S) + tril(x yᵀ) z')       S <- e^m (e^m S + yᵀ z')        (backwards: 1 / r, triu)
 
 so that no pair of tokens needs an exponential, one z' serves both products, and what is left of a slice in instructions
-are 0.6 of those with pairs. But not where a gate's gradient is summed (PART): there pairs cancel, and do so exactly
-only if all that is rounded is the pair's own number, the same in both sums. With rounded z' dg had up to 1.7 of the
-error budget over 2048 tokens.
+are 0.6 of those with pairs.
 
 The gate's gradient needs no memory: with D_t as above, dg_t = <e^{g_t} M_{t-1}, D_t> obeys
 dg_t = dg_{t+1} + q_t·dq_t - k_t·dk_t, and dg_{T+1} = <M_T, dM_T>. The products are taken in float32, before dq and dk
 are rounded. The token's own term q_t·k_t v_t·do_t is in both and cancels: with EXACT it is left out of both, so that
 what remains is as small as dg is. One number a head has a kernel of its own (`decay_slope`).
+
+A pair of tokens i > j >= t is in q_i·dq_i as in k_j·dk_j and must cancel with all that was rounded on the way, or dg_t
+has the errors of all later pairs (1.7 of the error budget over 2048 tokens). With [x] for x in 16 bits and P = do vᵀ,
+
+    by pairs        q_i·dq_i  has  [P_ij e^{b_i - b_j}] k_j·q_i            k_j·dk_j  has  [P_ij e^{b_i - b_j}] q_i·k_j
+    mild chunks     q_i·dq_i  has  [P_ij] [k_j / r_j]·(q_i r_i)            k_j·dk_j  has  [P_ij] [q_i r_i]·(k_j / r_j)
+
+of which the latter two are not the same: one rounds the key, one the query. So what is summed is out before it fades,
+weighed by w' = [q r] or [k / r], the z' of the other sweep: both have [P_ij] [k_j / r_j]·[q_i r_i]. For this both must
+have the same r (they read the same sums, and the exponent of the one is minus that of the other), and both be mild or
+neither (`fades_little` looks at the same sums). A pair over two chunks differs by the rounding of S and D as they are
+read, as it does by pairs; these are made of the same [k / r] and [q r].
 
 A weighted mean, o_t = q_t M_t / q_t N_t with N_t = k_1 + ... + k_t (no gates), is the same sweeps with a column of ones
 beside v, which none of them needs to read: with w_i = q_i N_i, x = do / w and d_i = -x_i·o_i (`decay_quotient`), the
@@ -89,8 +99,6 @@ CONFIG = {
 # log 2 of what a chunk must leave to be mild: half of it either way is within the dtype's range. Not within float16's,
 # whose largest number is 2^16: there no chunk is
 LITTLE = {torch.bfloat16: -80.0}
-# where a gate's gradient is summed on the way, with gates of one number a token
-WITH_PART = {(64, 2): (32, 4, 2), (128, 2): (32, 4, 2)}
 # dk and dv in one launch, where K = V and the gate is one number a token: two programs must fit a multiprocessor
 PAIRED = {(16, 4): (16, 4, 1), (32, 4): (32, 4, 1), (64, 2): (64, 4, 2), (128, 2): (64, 4, 2)}
 
@@ -352,21 +360,22 @@ def swept(
             scores = tl.where(diagonal, 0.0, scores)
         o = tl.dot(scores.to(bz.dtype), written if MILD else bz, seen, input_precision=PRECISION)
         if MILD:
-            o = o * power_of_2(fading, EXACT)[:, None]
+            fade = power_of_2(fading, EXACT)[:, None]
+        if PART:
+            weight = bw.to(tl.float32)
+            if MILD:  # w', which is `written` in the other sweep
+                weight = (weight * fade).to(bz.dtype).to(tl.float32)
+            tl.store(part + line + t, tl.sum(o * weight, 1), mask=inside & (not second))
+            if EXACT:
+                o += own[:, None] * bz.to(tl.float32)
+        if MILD:
+            o = o * fade
         S = tl.dot(tl.trans(by), written, S, input_precision=PRECISION)
         if SIDE == 1:
             weights = tl.sum(scores, 1) + tl.sum(bx.to(tl.float32) * N[None, :], 1)
             N += tl.sum(by.to(tl.float32), 0)
             tl.store(side + row + ic * heads, weights, mask=inside & (s == 0))
             o = o / (weights + least)[:, None]
-        if PART:
-            tl.store(
-                part + line + t,
-                tl.sum(o * bw.to(tl.float32), 1),
-                mask=inside & (not second),
-            )
-            if EXACT:
-                o += own[:, None] * bz.to(tl.float32)
         tl.store(out + row * Z + at_z, o, mask=in_rows_z)
     if MILD:
         S = S * power_of_2(carried, EXACT)
@@ -428,7 +437,7 @@ def decay_sweep(
 
     if PART:
         part += s.to(tl.int64) * count_rows
-    if (GATE == 0) or PART or (LEAST == 0):
+    if (GATE == 0) or (LEAST == 0):
         S, N = swept(
             S, N, x, y, z, w, g, sums, out, part, side,
             start, first, stop, line, h, heads, count_rows, ix, iz, s, second, least,
@@ -807,19 +816,19 @@ def long_enough(segments: int, x: Tensor, sequences: int) -> int:
     return max(1, min(segments, x.shape[0] * x.shape[1] // max(sequences, 1) // 512))
 
 
-def tile_of(size: int, width: int, part: bool = False, pair: bool = False) -> tuple[int, int, int]:
+def tile_of(size: int, width: int, pair: bool = False) -> tuple[int, int, int]:
     key = padded(size), width
-    return PAIRED[key] if pair else WITH_PART.get(key, CONFIG[key]) if part else CONFIG[key]
+    return PAIRED[key] if pair else CONFIG[key]
 
 
-def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, part=False, pair=False) -> dict:
+def shape_of(x: Tensor, z: Tensor, g: Tensor | None, borders: Tensor | None, pair: bool = False) -> dict:
     """The compile-time arguments of a sweep or span whose state is x's columns × z's columns."""
-    return shape_by_numbers(x.shape[-1], z.shape[-1], x.element_size(), gate(g), borders is not None, part, pair)
+    return shape_by_numbers(x.shape[-1], z.shape[-1], x.element_size(), gate(g), borders is not None, pair)
 
 
 @functools.cache  # as everywhere in these files: what few numbers decide is worked out once, since every launch asks
-def shape_by_numbers(X: int, Z: int, width: int, kind: int, packed: bool, part: bool, pair: bool) -> dict:
-    columns, warps, stages = tile_of(X, width, part, pair)
+def shape_by_numbers(X: int, Z: int, width: int, kind: int, packed: bool, pair: bool) -> dict:
+    columns, warps, stages = tile_of(X, width, pair)
     columns = min(columns, padded(Z))
     sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns), "C": CHUNK[width]}
     kinds = {"GATE": kind, "PACKED": packed, "EXACT": width == 4, "PRECISION": "ieee"}
@@ -870,7 +879,7 @@ def sweep(
     `pair`: the x of a second sweep with y and z exchanged, whose output comes as a third result. `sides`: what the
     kernel has for SIDE.
     """
-    shape, (b, t, h, X) = shape_of(x, z, g, borders, weight is not None, pair is not None), x.shape
+    shape, (b, t, h, X) = shape_of(x, z, g, borders, pair is not None), x.shape
     out = torch.empty_like(z, dtype=torch.float32 if wide else z.dtype)
     second = None if pair is None else torch.empty_like(y)
     part = None if weight is None else z.new_empty(shape["SLICES"], h, b * t, dtype=torch.float32)
