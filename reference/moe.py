@@ -21,6 +21,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from reference.documents import Documents, numbered
 from reference.mixers.parts import alone, constant, orthogonal
 from reference.noise import noise
 from reference.routers import (
@@ -30,13 +31,12 @@ from reference.routers import (
     Routing,
     capacity_of,
     check,
-    counted,
     hashed,
     load,
-    ranked,
     rooms,
     route,
     row,
+    tally,
     wanted,
 )
 
@@ -485,10 +485,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], side: Any) -> tuple[Float[Tensor, "b t d"], Load]:
         """The layer's output, in x's dtype, and what its router did. Tokens compete for room within their document:
-        `side.documents` (b t, int64), or None where each row of the batch is one. It is a training step where
-        `side.key` is given, with `side.index` (b t), the tokens' numbers in the run."""
+        `side.documents`, in numbers that are counted already or (b t, int64) in any; None where each row of the batch
+        is one. It is a training step where `side.key` is given, with `side.index` (b t), the tokens' numbers in the
+        run."""
         tokens = rearrange(x, "b t d -> (b t) d")
-        documents = numbered(side.documents, x)
+        documents = apart(side.documents, x)
         y, stats = (self.mixed if self.scale is not None else self.routed)(tokens, documents, side)
         y = y.view_as(x)
         return y if self.shared is None else y + self.always(x), stats
@@ -502,7 +503,7 @@ class MoE(nn.Module):
         routed = sum(p.numel() for p in self.own().values())
         return routed - routed * self.config.top_k // self.config.experts
 
-    def routed(self, tokens: Float[Tensor, "n d"], documents: Int[Tensor, " n"], side) -> tuple[Tensor, Load]:
+    def routed(self, tokens: Float[Tensor, "n d"], documents: Documents, side) -> tuple[Tensor, Load]:
         """Each token at its own experts."""
         c, training = self.config, side.key is not None
         logits = self.logits(self.jittered(tokens, side))
@@ -522,9 +523,9 @@ class MoE(nn.Module):
             y = y + (routing.gate * (routing.index >= c.experts)).sum(-1, keepdim=True).to(y.dtype) * tokens
         return y, load(self.router, logits, routing, **limits)
 
-    def mixed(self, tokens: Float[Tensor, "n d"], documents: Int[Tensor, " n"], side) -> tuple[Tensor, Load]:
+    def mixed(self, tokens: Float[Tensor, "n d"], documents: Documents, side) -> tuple[Tensor, Load]:
         """Each expert's slots a mixture of the tokens, each token a mixture of the slots (Soft MoE)."""
-        dispatch, gather, logits = softly(tokens, self.gate, self.scale, documents)
+        dispatch, gather, logits = softly(tokens, self.gate, self.scale, documents.number)
         e, slots = self.config.experts, (dispatch.to(tokens.dtype) @ self.seen(tokens)).flatten(0, 1)
         own = torch.arange(e, device=tokens.device).repeat_interleave(self.config.slots)
         index = own.repeat(len(dispatch))[:, None]
@@ -560,7 +561,7 @@ class MoE(nn.Module):
         kept = routing.kept & (routing.index < self.config.experts)
         return Routing(routing.index.masked_fill(~kept, -1), routing.gate, kept)
 
-    def more(self, side, documents: Int[Tensor, " n"], slots: bool = False) -> dict[str, Any]:
+    def more(self, side, documents: Documents, slots: bool = False) -> dict[str, Any]:
         """What the experts need besides tokens, gates and matrices."""
         c = self.config
         more = {"b13": self.b13, "b2": self.b2, "inner": self.kind.inner, "gate_at": self.router.gate_at}
@@ -568,9 +569,9 @@ class MoE(nn.Module):
             more["drop"] = Drop(c.dropout, self.key(side, 1), side.index.flatten())
         if c.pad:
             factor = capacity_of(self.router, c.capacity_factor, training=side.key is not None)
-            size = counted(documents, documents[:, None]).bincount()
+            size = tally(*documents)
             room = rooms(self.router, factor, c.top_k, c.columns, size)
-            more["room"] = int(room.sum())
+            more["room"] = int(room[size > 0].sum())
         return more
 
     def logits(self, tokens: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
@@ -620,9 +621,13 @@ def started(how: str, *shape: int) -> nn.Parameter:
     return weight
 
 
-def numbered(documents: Int[Tensor, "b t"] | None, x: Float[Tensor, "b t d"]) -> Int[Tensor, " n"]:
-    """A number for each token's document, different in each row of the batch."""
-    batch = torch.arange(x.shape[0], device=x.device)[:, None]
+def apart(documents: Documents | Int[Tensor, "b t"] | None, x: Float[Tensor, "b t d"]) -> Documents:
+    """The document of each token, which differs between rows of the batch."""
+    if isinstance(documents, Documents):
+        return documents
+    b, t = x.shape[:2]
+    batch = torch.arange(b, device=x.device)[:, None]
     if documents is None:
-        return batch.expand(x.shape[:2]).flatten()
-    return (batch * documents.numel() + ranked(documents.flatten()).view_as(documents)).flatten()
+        return Documents(batch.expand(b, t).flatten(), b)
+    number, many = numbered(documents.flatten())
+    return Documents((batch * many + number.view(b, t)).flatten(), b * many)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reference.assignment import assigned, transported
+from reference.documents import Documents, numbered
 from reference.noise import noise
 
 
@@ -68,7 +69,7 @@ class Asked(NamedTuple):
     bias: Float[Tensor, " e"] | None = None  # of balance, for the routers that have one
     groups: int = 1  # of experts
     groups_kept: int = 1  # of them open to a token
-    documents: Int[Tensor, " n"] | None = None  # tokens of different documents know nothing of each other; None: one
+    documents: Documents | Int[Tensor, " n"] | None = None  # who know nothing of each other, in any numbers; None: one
     spread: Float[Tensor, "n e"] | None = None  # standard deviation of the noise on each logit
     listed: Int[Tensor, "n k"] | None = None  # each token's experts in a table of the vocabulary
     draw: Callable[[int], Float[Tensor, "n e"]] | None = None  # the s-th even numbers in (0, 1) of this step;
@@ -283,8 +284,9 @@ def shared_out(rule: Callable[[Tensor], Tensor], x: Asked) -> Tensor:
     logits = x.logits.detach()
     if x.documents is None:
         return rule(logits)
-    order = x.documents.sort(stable=True).indices
-    sizes = x.documents.unique(return_counts=True)[1].tolist()
+    number = counted(x.documents, logits).number
+    order = number.sort(stable=True).indices
+    sizes = number.unique(return_counts=True)[1].tolist()
     parts = [rule(part) for part in logits[order].split(sizes)]
     return torch.cat([*parts, rule(logits[:0])])[order.argsort()]
 
@@ -344,16 +346,11 @@ def rooms(router: Router, factor: float, k: int, experts: int, size: Int[Tensor,
     return router.room(factor * k * size.double() / experts)
 
 
-def counted(documents: Int[Tensor, " n"] | None, like: Tensor) -> Int[Tensor, " n"]:
-    """Each token's document as a number 0, 1, ..., none of them without tokens."""
-    return torch.zeros_like(like[:, 0], dtype=torch.int64) if documents is None else ranked(documents)
-
-
-def ranked(names: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Each name's number 0, 1, ... among those that there are, in order. (`unique` tells the host how many there are,
-    which would wait for the GPU.)"""
-    ordered, order = names.sort(stable=True)
-    return torch.empty_like(order).scatter_(0, order, ordered.diff(prepend=ordered[:1]).ne(0).cumsum(0))
+def counted(documents: Documents | Int[Tensor, " n"] | None, like: Tensor) -> Documents:
+    """Documents by numbers that may be counted; those that are so already as they are."""
+    if documents is None:
+        return Documents(like.new_zeros(len(like), dtype=torch.int64), 1)
+    return documents if isinstance(documents, Documents) else numbered(documents)
 
 
 def tally(index: Int[Tensor, "..."], many: int, which: Bool[Tensor, "..."] | None = None) -> Int[Tensor, " many"]:
@@ -419,8 +416,8 @@ def route(
     factor = capacity_of(router, capacity, training=x.draw is not None)
     kept = index >= 0
     if factor < math.inf:
-        number = counted(x.documents, index)
-        room = rooms(router, factor, k, experts, tally(number, len(number))[number])
+        number, many = counted(x.documents, index)
+        room = rooms(router, factor, k, experts, tally(number, many))[number]
         kept = within_capacity(index, (queue or router.queue)(gate.detach()), room, experts, number)
         index = index.masked_fill(~kept, -1) if router.offered else index
     routing = Routing(index, gate.masked_fill(~kept, 0), kept)
@@ -491,14 +488,13 @@ def chance(x: Asked, routing: Routing) -> Float[Tensor, " e"]:
 
 def by_document(router: Router, x: Asked, p: Float[Tensor, "n e"], routing: Routing) -> Float[Tensor, ""]:
     """sum over documents of n_d sum_e f_e P_e = sum_ne p_ne c_de e / (k n_d), with c of the k largest p."""
-    n, e = p.shape
+    e = p.shape[1]
     plain = router.choose is None and x.bias is None and x.groups == x.groups_kept
     index = routing.index if plain else top(p.detach(), x.k)
-    document = counted(x.documents, index)
-    # Counts of as many documents as there are tokens, which is never too few.
-    counts = tally(document[:, None] * e + index, n * e).view(n, e)
-    weight = counts[document].to(p) * e / (x.k * tally(document, n)[document, None].to(p))
-    return (p * weight).sum()
+    number, many = counted(x.documents, index)
+    counts = tally(number[:, None] * e + index, many * e).view(many, e)  # of a document k n_d (0 / 0 is no token's)
+    weight = counts.to(p) * e / counts.sum(-1, keepdim=True).to(p)
+    return (p * weight.index_select(0, number)).sum()
 
 
 def hashed(words: Int[Tensor, " n"], experts: int, k: int, key: int) -> Int[Tensor, "n k"]:

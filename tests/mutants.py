@@ -257,9 +257,23 @@ MUTANTS = [
     Mutant(
         "the sequence loss pools documents",
         "reference/routers.py",
-        "tally(document[:, None] * e + index, n * e)",
-        "tally(0 * document[:, None] + index, n * e)",
+        "tally(number[:, None] * e + index, many * e)",
+        "tally(0 * number[:, None] + index, many * e)",
         "tests/test_balance.py tests/test_routers.py -k 'sequence or additive'",
+    ),
+    Mutant(
+        "a document that has no token has room",
+        "reference/moe.py",
+        "room[size > 0].sum()",
+        "room.sum()",
+        "tests/test_moe.py -k packed_documents",
+    ),
+    Mutant(
+        "a document's number is not counted",
+        "reference/documents.py",
+        "Documents(document_of(cu_seqlens, t), len(cu_seqlens) - 1)",
+        "Documents(document_of(cu_seqlens, t).clamp(max=1), 2)",
+        "tests/test_model.py -k 'packed_documents_equal and (switch or jitter)'",
     ),
     Mutant(
         "the load of noise forgets its own threshold",

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from reference.moe import EXPERT, Dense, Experts, MoE, experts, feed_forward
+from reference.documents import Documents
+from reference.moe import EXPERT, Dense, Experts, MoE, apart, experts, feed_forward
 from reference.routers import ROUTER, Routing, dense, second_by_chance
 
 OPS = SimpleNamespace(experts=experts)  # all that the layer asks of a backend
@@ -505,6 +506,15 @@ def test_packed_documents_do_not_see_each_other(name):
         torch.testing.assert_close(packed[row], torch.cat(parts))
     assert not torch.allclose(packed, moe(x, at(x))[0])  # and it matters here
     assert stats.dropped.sum() > 0 or ROUTER[name].offered or ROUTER[name].weights == "slots"
+    # In numbers that are counted already, some of them nobody's: the same, and as much room where it is filled up.
+    counted = Documents(torch.tensor([4] * 3 + [3] * 7 + [0] * 6 + [8] * 2 + [6] * 2), 10)
+    for got, wanted in zip(moe(x, at(x, documents=counted))[1], stats, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(moe(x, at(x, documents=counted))[0], packed, rtol=1e-12, atol=1e-12)
+    if moe.config.capacity < math.inf:
+        moe = layer(config(name, pad=True, **TIGHT[name]))
+        rooms = [moe.more(at(x), apart(given, x))["room"] for given in (counted, documents)]
+        assert rooms[0] == rooms[1]
 
 
 @every
