@@ -413,7 +413,8 @@ class Switched(nn.Module):
         routing = route(switch, logits, 1, capacity=math.inf)
         y = self.maps(flat[:, None], routing)
         y = (routing.gate[..., None] * y).sum(1).to(y.dtype)
-        return y.unflatten(0, x.shape[:2]), Inside(1, load(switch, logits, routing))
+        stats = load(switch, logits, routing, all_kept=switch.keeps_all(math.inf))
+        return y.unflatten(0, x.shape[:2]), Inside(1, stats)
 
 
 def through(
@@ -516,11 +517,13 @@ class MoE(nn.Module):
             "listed": None if self.table is None else self.table[side.tokens.flatten()],
             "draw": self.draws(side, c.columns) if training else None,
         }
+        limits["scores"] = self.router.score(logits)
         routing = route(self.router, logits, c.top_k, **limits, capacity=c.capacity_factor, queue=c.queue)
         y = self.ops.experts(self.seen(tokens), self.within(routing), self.w13, self.w2, **self.more(side, documents))
         y = y if self.up is None else F.linear(y, self.up)
         if c.identity:
             y = y + (routing.gate * (routing.index >= c.experts)).sum(-1, keepdim=True).to(y.dtype) * tokens
+        limits["all_kept"] = self.router.keeps_all(c.capacity_factor, training)
         return y, load(self.router, logits, routing, **limits)
 
     def mixed(self, tokens: Float[Tensor, "n d"], documents: Documents, side) -> tuple[Tensor, Load]:

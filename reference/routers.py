@@ -74,6 +74,7 @@ class Asked(NamedTuple):
     listed: Int[Tensor, "n k"] | None = None  # each token's experts in a table of the vocabulary
     draw: Callable[[int], Float[Tensor, "n e"]] | None = None  # the s-th even numbers in (0, 1) of this step;
     # None: no training step, hence no noise
+    scores: Float[Tensor, "n e"] | None = None  # score(l), where somebody has it already
 
 
 Chosen = tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]  # experts and gates of each token
@@ -187,6 +188,10 @@ class Router(NamedTuple):
         decoding agrees with the whole. An expert's capacity grows with the text, hence not under a capacity."""
         return self.pooled != "always" and (self.capacity if capacity is None else capacity) == math.inf
 
+    def keeps_all(self, capacity: float | None = None, training: bool = True) -> bool:
+        """Whether no slot is ever empty and no pair dropped: the host knows, and need not compute who is."""
+        return self.choose in (None, noisy_choice) and capacity_of(self, capacity, training) == math.inf
+
 
 def top(values: Float[Tensor, "n e"], k: int) -> Int[Tensor, "n k"]:
     """The k largest of each row, largest first; among equals the lowest index, which `torch.topk` does not promise."""
@@ -201,12 +206,17 @@ def token_choice(router: Router, x: Asked) -> Chosen:
 
     The bias b changes the choice, never the gate, and gets no gradient.
     """
-    scores = x.logits if router.post else router.score(x.logits)
+    scores = x.logits if router.post else scored(router, x)
     choice = scores.detach() if x.bias is None else scores.detach() + x.bias.detach().to(scores)
     index = top(within_best_groups(choice, router.group_best, x.groups, x.groups_kept), x.k)
     gate = scores.gather(-1, index)
     gate = router.score(gate) if router.post else gate
-    return index, router.scale * router.renormalize(gate, router.eps)
+    gate = router.renormalize(gate, router.eps)
+    return index, gate if router.scale == 1 else router.scale * gate
+
+
+def scored(router: Router, x: Asked) -> Float[Tensor, "n e"]:
+    return router.score(x.logits) if x.scores is None else x.scores
 
 
 def within_best_groups(choice: Float[Tensor, "n e"], best: int, groups: int, kept: int) -> Float[Tensor, "n e"]:
@@ -227,7 +237,7 @@ def noisy_choice(router: Router, x: Asked) -> Chosen:
 
     Noisy top-k gating (1701.06538, equations 3 to 5).
     """
-    return token_choice(router, x._replace(logits=noisy(x)))
+    return token_choice(router, x._replace(logits=noisy(x), scores=None))
 
 
 def noisy(x: Asked) -> Float[Tensor, "n e"]:
@@ -253,13 +263,13 @@ def second_by_chance(router: Router, x: Asked) -> Chosen:
 def every_expert(router: Router, x: Asked) -> Chosen:
     """Each token offers itself to all experts; their capacity then takes the best of them (expert choice, 2202.09368):
     C = k n / e tokens an expert, so k experts a token on average."""
-    scores = router.score(x.logits)
+    scores = scored(router, x)
     return torch.arange(scores.shape[1], device=scores.device).expand(scores.shape), scores
 
 
 def positive(router: Router, x: Asked) -> Chosen:
     """Each token visits the experts whose score is above 0, any number of them (ReMoE, 2412.14711)."""
-    scores = router.score(x.logits)
+    scores = scored(router, x)
     index = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
     return index.masked_fill(scores <= 0, -1), scores
 
@@ -268,7 +278,7 @@ def by_assignment(router: Router, x: Asked) -> Chosen:
     """In training: each document's tokens are shared out evenly, at most ceil(n/e) an expert, so that the sum of
     their logits is largest; else the largest logit. gate = score(l_i) (BASE layers, 2103.16716)."""
     index = shared_out(assigned, x) if x.draw is not None else top(x.logits.detach(), x.k)
-    return index, router.score(x.logits).gather(-1, index)
+    return index, scored(router, x).gather(-1, index)
 
 
 def by_transport(router: Router, x: Asked) -> Chosen:
@@ -296,7 +306,7 @@ def by_table(router: Router, x: Asked) -> Chosen:
     scale * renormalize(score(l_i)) where the router has weights besides."""
     if router.weights == "table":
         return x.listed, torch.ones_like(x.listed, dtype=x.logits.dtype)
-    gate = router.score(x.logits).gather(-1, x.listed)
+    gate = scored(router, x).gather(-1, x.listed)
     return x.listed, router.scale * router.renormalize(gate, router.eps)
 
 
@@ -413,7 +423,10 @@ def route(
     if x.bias is not None and not router.bias:
         raise ValueError(f"router {router.title} has no balancing bias, got one")
     index, gate = (router.choose or token_choice)(router, x)
-    factor = capacity_of(router, capacity, training=x.draw is not None)
+    training = x.draw is not None
+    if router.keeps_all(capacity, training):
+        return Routing(index, gate, torch.ones_like(index, dtype=torch.bool))
+    factor = capacity_of(router, capacity, training)
     kept = index >= 0
     if factor < math.inf:
         number, many = counted(x.documents, index)
@@ -445,31 +458,38 @@ def capacity_of(router: Router, factor: float | None, training: bool) -> float:
 
 def dense(routing: Routing, experts: int) -> Float[Tensor, "n e"]:
     """The gate matrix G itself, in which the laws are stated; zero where a token does not visit an expert."""
-    gate = routing.gate.masked_fill(~routing.kept, 0)
-    return gate.new_zeros(len(gate), experts).scatter_add(-1, routing.index.clamp(min=0), gate)
+    return laid_out(routing.index.clamp(min=0), routing.gate.masked_fill(~routing.kept, 0), experts)
 
 
-def load(router: Router, logits: Float[Tensor, "n e"], routing: Routing, *limits, **more) -> Load:
+def laid_out(index: Int[Tensor, "n k"], gate: Float[Tensor, "n k"], experts: int) -> Float[Tensor, "n e"]:
+    return gate.new_zeros(len(gate), experts).scatter_add_(-1, index, gate)
+
+
+def load(
+    router: Router, logits: Float[Tensor, "n e"], routing: Routing, *limits, all_kept: bool = False, **more
+) -> Load:
     """What the layer reports of n tokens; limits and more as in `route`.
 
     p = s / (sum_e s + 1e-20) with s = score(l): for softmax, p = s. In `sequence`, f and P are a document's share of
-    pairs and of p, f without bias and groups: sum_e f P is 1 at balance.
+    pairs and of p, f without bias and groups: sum_e f P is 1 at balance. Where the caller knows that `all_kept` are
+    (`Router.keeps_all`), nobody looks for those that are not.
     """
     x = asked(logits, routing.index.shape[1], *limits, **more)
     n, e = x.logits.shape
-    scores = router.score(x.logits)
-    p = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    slots = routing.index.masked_fill(routing.index < 0, e)  # e: empty
-    counts = tally(slots, e + 1)[:e]
+    scores = scored(router, x)
+    p = scores if router.score is softmax else scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    own, probability = by_document(router, x, p, routing), p.sum(0)
+    slots = routing.index if all_kept else routing.index.masked_fill(routing.index < 0, e)  # e: empty
+    counts = own.counts.sum(0) if own.of_pairs else tally(slots, e + 1)[:e]
     return Load(
         counts=counts,
-        dropped=tally(slots, e + 1, ~routing.kept)[:e],
+        dropped=torch.zeros_like(counts) if all_kept else tally(slots, e + 1, ~routing.kept)[:e],
         first=tally(slots[:, 0], e + 1)[:e],
-        probability=p.sum(0),
-        mass=scores.sum(0),
-        importance=dense(routing, e).sum(0),
+        probability=probability,
+        mass=probability if p is scores else scores.sum(0),
+        importance=(laid_out(slots, routing.gate, e) if all_kept else dense(routing, e)).sum(0),
         chance=counts.to(p) if x.draw is None or x.spread is None or x.k == e else chance(x, routing),
-        sequence=by_document(router, x, p, routing),
+        sequence=own.sequence,
         z=x.logits.logsumexp(-1).square().sum(),
         entropy=torch.special.entr(p.detach()).sum(),
         tokens=torch.full((), n, device=logits.device),  # a number that is not copied from the host
@@ -486,15 +506,24 @@ def chance(x: Asked, routing: Routing) -> Float[Tensor, " e"]:
     return torch.special.ndtr((x.logits - threshold) / x.spread).sum(0)
 
 
-def by_document(router: Router, x: Asked, p: Float[Tensor, "n e"], routing: Routing) -> Float[Tensor, ""]:
+class OfDocuments(NamedTuple):
+    """What is known of each document by itself."""
+
+    counts: Int[Tensor, "m e"]  # how often each expert is among a token's k largest p
+    of_pairs: bool  # whether those are the experts that it visits
+    sequence: Float[Tensor, ""]  # of `Load`
+
+
+def by_document(router: Router, x: Asked, p: Float[Tensor, "n e"], routing: Routing) -> OfDocuments:
     """sum over documents of n_d sum_e f_e P_e = sum_ne p_ne c_de e / (k n_d), with c of the k largest p."""
     e = p.shape[1]
     plain = router.choose is None and x.bias is None and x.groups == x.groups_kept
     index = routing.index if plain else top(p.detach(), x.k)
     number, many = counted(x.documents, index)
-    counts = tally(number[:, None] * e + index, many * e).view(many, e)  # of a document k n_d (0 / 0 is no token's)
-    weight = counts.to(p) * e / counts.sum(-1, keepdim=True).to(p)
-    return (p * weight.index_select(0, number)).sum()
+    counts = tally(torch.add(index, number[:, None], alpha=e), many * e).view(many, e)
+    # A document has k n_d of them. (0 / 0 of one without tokens is not looked at.)
+    weight = counts.to(p) * e / counts.sum(-1, keepdim=True)
+    return OfDocuments(counts, plain, (p * weight.index_select(0, number)).sum())
 
 
 def hashed(words: Int[Tensor, " n"], experts: int, k: int, key: int) -> Int[Tensor, "n k"]:

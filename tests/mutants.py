@@ -257,9 +257,23 @@ MUTANTS = [
     Mutant(
         "the sequence loss pools documents",
         "reference/routers.py",
-        "tally(number[:, None] * e + index, many * e)",
-        "tally(0 * number[:, None] + index, many * e)",
+        "torch.add(index, number[:, None], alpha=e)",
+        "torch.add(index, 0 * number[:, None], alpha=e)",
         "tests/test_balance.py tests/test_routers.py -k 'sequence or additive'",
+    ),
+    Mutant(
+        "pairs that may be dropped count as kept",
+        "reference/routers.py",
+        "in (None, noisy_choice) and capacity_of(self, capacity, training) == math.inf",
+        "in (None, noisy_choice)",
+        "tests/test_routers.py -k capacity",
+    ),
+    Mutant(
+        "noise on scores that are known already",
+        "reference/routers.py",
+        "x._replace(logits=noisy(x), scores=None)",
+        "x._replace(logits=noisy(x))",
+        "tests/test_routers.py -k known",
     ),
     Mutant(
         "a document that has no token has room",
@@ -1055,8 +1069,8 @@ MUTANTS = [
     Mutant(
         "a router's load asks the GPU",
         "reference/routers.py",
-        "counts = tally(slots, e + 1)[:e]",
-        "counts = slots.flatten().bincount(minlength=e + 1)[:e]",
+        "else tally(slots, e + 1)[:e]\n    return",
+        "else slots.flatten().bincount(minlength=e + 1)[:e]\n    return",
         "tests/test_fast_experts.py -k asks_nothing",
     ),
     Mutant(
