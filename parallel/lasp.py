@@ -557,6 +557,8 @@ WHOLE = (
     "name",
     "span",
     "step",
+    "top",
+    "by_expert",
     "experts",
     "taken",
     "combined",

@@ -121,8 +121,9 @@ def experts(
     every expert gets that many rows, filled up with zeros: one batched product, of a shape that no routing changes.
     `pairs` is how many are kept, for backends whose host does not count them.
     """
-    order, (*lengths, _) = by_expert(routing, len(w13))
-    kept, place = sum(lengths), places(order, routing.kept)
+    place, ends, _, order = by_expert(routing.index, routing.kept, len(w13))
+    lengths = Groups(ends).lengths
+    kept = sum(lengths)
     rows = taken(x, place, kept, routing.gate if gate_at == "input" else None)
     mask = None if drop is None else spared(drop, routing, order[:kept], len(w13), w2.shape[-1])
     weights = (w13, w2, b13, b2)
@@ -130,10 +131,23 @@ def experts(
     return combined(y, place, routing.gate if gate_at == "output" else None, x.dtype)
 
 
-def places(order: Int[Tensor, " nk"], kept: Bool[Tensor, "n k"]) -> Int[Tensor, "n k"]:
-    """Where each pair's row stands in that order of all pairs; n k, behind them all, for pairs that are not kept."""
+class Sorted(NamedTuple):
+    """Pairs sorted by expert, tokens in order inside each; last those that are not kept, which no expert has."""
+
+    place: Int[Tensor, "n k"]  # int64; where each pair's row stands; n k, behind them all, of pairs that are not kept
+    ends: Int[Tensor, " e"]  # int32; where the rows of each expert end
+    visited: Bool[Tensor, " e"]  # whether it has any
+    order: Int[Tensor, " nk"]  # int64; which pair stands where
+
+
+def by_expert(index: Int[Tensor, "n k"], kept: Bool[Tensor, "n k"], experts: int) -> Sorted:
+    """The pairs sorted by expert, which index_nk is where kept_nk."""
+    expert, order = index.masked_fill(~kept, experts).flatten().int().sort(stable=True)
+    names = torch.arange(experts, dtype=torch.int32, device=index.device)
+    ends = torch.searchsorted(expert, names, right=True, out_int32=True)
     place = order.scatter(0, order, torch.arange(len(order), device=order.device))
-    return place.view(kept.shape).masked_fill(~kept, len(order))
+    place = place.view(kept.shape).masked_fill(~kept, len(order))
+    return Sorted(place, ends, ends.diff(prepend=ends.new_zeros(1)) > 0, order)
 
 
 def taken(
@@ -215,12 +229,6 @@ def spared(drop: Drop, routing: Routing, order: Tensor, experts: int, width: int
     1 / (1 - share)."""
     number = (drop.index[:, None] * experts + routing.index).flatten()[order]
     return (noise(drop.key, number, width) >= drop.share).float() / (1 - drop.share)
-
-
-def by_expert(routing: Routing, experts: int) -> tuple[Int[Tensor, " nk"], list[int]]:
-    """The pairs sorted by expert, tokens in order inside each, and how many each has; last those that are not kept."""
-    expert = routing.index.masked_fill(~routing.kept, experts).flatten()
-    return expert.sort(stable=True).indices, expert.bincount(minlength=experts + 1).tolist()
 
 
 def combine(y: Float[Tensor, "nk d"], gate: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
@@ -386,8 +394,9 @@ class Linears(nn.Module):
 
     def forward(self, x: Float[Tensor, "n k i"], routing: Routing) -> Float[Tensor, "n k o"]:
         """Of each slot of a token its own x, through the map of its expert; 0 where the pair is not kept."""
-        order, lengths = by_expert(routing, len(self.weight))
-        *mine, dropped = x.flatten(0, 1).index_select(0, order).split(lengths)
+        _, ends, _, order = by_expert(routing.index, routing.kept, len(self.weight))
+        lengths = Groups(ends).lengths
+        *mine, dropped = x.flatten(0, 1).index_select(0, order).split([*lengths, len(order) - sum(lengths)])
         y = [F.linear(own, W) for own, W in zip(mine, self.weight.unbind(), strict=True)]
         y = torch.cat([*y, y[0].new_zeros(len(dropped), self.weight.shape[1])])
         return y.index_select(0, order.argsort()).unflatten(0, routing.index.shape)
@@ -516,8 +525,9 @@ class MoE(nn.Module):
             "spread": None if self.spread is None else F.softplus(wanted(tokens, self.spread)) + 0.01,
             "listed": None if self.table is None else self.table[side.tokens.flatten()],
             "draw": self.draws(side, c.columns) if training else None,
+            "scores": self.router.score(logits),
+            "top": self.ops.top,
         }
-        limits["scores"] = self.router.score(logits)
         routing = route(self.router, logits, c.top_k, **limits, capacity=c.capacity_factor, queue=c.queue)
         y = self.ops.experts(self.seen(tokens), self.within(routing), self.w13, self.w2, **self.more(side, documents))
         y = y if self.up is None else F.linear(y, self.up)

@@ -61,6 +61,11 @@ class Inside(NamedTuple):
     load: Load
 
 
+def top(values: Float[Tensor, "n e"], k: int) -> Int[Tensor, "n k"]:
+    """The k largest of each row, largest first; among equals the lowest index, which `torch.topk` does not promise."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
 class Asked(NamedTuple):
     """What a router may look at: what n tokens want, and under which limits."""
 
@@ -75,6 +80,7 @@ class Asked(NamedTuple):
     draw: Callable[[int], Float[Tensor, "n e"]] | None = None  # the s-th even numbers in (0, 1) of this step;
     # None: no training step, hence no noise
     scores: Float[Tensor, "n e"] | None = None  # score(l), where somebody has it already
+    top: Callable[[Tensor, int], Tensor] = top  # the backend's
 
 
 Chosen = tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]  # experts and gates of each token
@@ -193,11 +199,6 @@ class Router(NamedTuple):
         return self.choose in (None, noisy_choice) and capacity_of(self, capacity, training) == math.inf
 
 
-def top(values: Float[Tensor, "n e"], k: int) -> Int[Tensor, "n k"]:
-    """The k largest of each row, largest first; among equals the lowest index, which `torch.topk` does not promise."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-
-
 def token_choice(router: Router, x: Asked) -> Chosen:
     """Each token chooses k experts: indices and gates.
 
@@ -208,7 +209,7 @@ def token_choice(router: Router, x: Asked) -> Chosen:
     """
     scores = x.logits if router.post else scored(router, x)
     choice = scores.detach() if x.bias is None else scores.detach() + x.bias.detach().to(scores)
-    index = top(within_best_groups(choice, router.group_best, x.groups, x.groups_kept), x.k)
+    index = x.top(within_best_groups(choice, router.group_best, x), x.k)
     gate = scores.gather(-1, index)
     gate = router.score(gate) if router.post else gate
     gate = router.renormalize(gate, router.eps)
@@ -219,12 +220,12 @@ def scored(router: Router, x: Asked) -> Float[Tensor, "n e"]:
     return router.score(x.logits) if x.scores is None else x.scores
 
 
-def within_best_groups(choice: Float[Tensor, "n e"], best: int, groups: int, kept: int) -> Float[Tensor, "n e"]:
-    """-inf outside the `kept` groups whose `best` largest values have the largest sum (2412.19437, section 2.1.2)."""
-    if kept == groups:
+def within_best_groups(choice: Float[Tensor, "n e"], best: int, x: Asked) -> Float[Tensor, "n e"]:
+    """-inf outside the groups whose `best` largest values have the largest sum (2412.19437, section 2.1.2)."""
+    if x.groups_kept == x.groups:
         return choice
-    grouped = rearrange(choice, "n (m e) -> n m e", m=groups)
-    winners = top(grouped.topk(best, dim=-1).values.sum(-1), kept)
+    grouped = rearrange(choice, "n (m e) -> n m e", m=x.groups)
+    winners = x.top(grouped.topk(best, dim=-1).values.sum(-1), x.groups_kept)
     outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, winners, False)
     return grouped.masked_fill(outside[..., None], -torch.inf).flatten(1)
 
@@ -277,7 +278,7 @@ def positive(router: Router, x: Asked) -> Chosen:
 def by_assignment(router: Router, x: Asked) -> Chosen:
     """In training: each document's tokens are shared out evenly, at most ceil(n/e) an expert, so that the sum of
     their logits is largest; else the largest logit. gate = score(l_i) (BASE layers, 2103.16716)."""
-    index = shared_out(assigned, x) if x.draw is not None else top(x.logits.detach(), x.k)
+    index = shared_out(assigned, x) if x.draw is not None else x.top(x.logits.detach(), x.k)
     return index, scored(router, x).gather(-1, index)
 
 
@@ -285,7 +286,7 @@ def by_transport(router: Router, x: Asked) -> Chosen:
     """In training: the k largest entries of the transport plan from tokens to experts (Sinkhorn routing, 2202.01169),
     else the k largest logits. gate = sigmoid(l_i) if k = 1, else softmax(l)_i."""
     plan = shared_out(transported, x) if x.draw is not None else x.logits.detach()
-    index = top(plan, x.k)
+    index = x.top(plan, x.k)
     return index, (sigmoid if x.k == 1 else softmax)(x.logits).gather(-1, index)
 
 
@@ -320,11 +321,11 @@ def one_by_one(router: Router, x: Asked) -> Chosen:
     """
     left, index, gates = x.logits, [], []
     for slot in range(x.k):
-        best = top(left.detach(), 1)
+        best = x.top(left.detach(), 1)
         largest = left.gather(-1, best).detach()
         far = (largest - left) / torch.maximum(x.logits.abs(), largest) > router.threshold
         near = left.masked_fill(far, -torch.inf)
-        chosen = best if x.draw is None else top(near.detach() - (-x.draw(2 * slot).to(left).log()).log(), 1)
+        chosen = best if x.draw is None else x.top(near.detach() - (-x.draw(2 * slot).to(left).log()).log(), 1)
         gate = near.softmax(-1).gather(-1, chosen)
         if x.draw is not None:
             whole = (chosen == best) | (x.draw(2 * slot + 1)[:, :1] < 0.25)
@@ -500,7 +501,7 @@ def chance(x: Asked, routing: Routing) -> Float[Tensor, " e"]:
     """sum_n P(token n would visit e if its noise there were drawn anew) (1701.06538, equation 9): Phi((l - t) / spread)
     with t the k-th largest noisy logit of the other experts. (Without noise, or if all are visited: the counts.)"""
     h = noisy(x)
-    ranked = h.gather(-1, top(h.detach(), x.k + 1))
+    ranked = h.gather(-1, x.top(h.detach(), x.k + 1))
     inside = torch.zeros_like(h, dtype=torch.bool).scatter(-1, routing.index, True)
     threshold = torch.where(inside, ranked[:, x.k :], ranked[:, x.k - 1 : x.k])
     return torch.special.ndtr((x.logits - threshold) / x.spread).sum(0)
@@ -518,7 +519,7 @@ def by_document(router: Router, x: Asked, p: Float[Tensor, "n e"], routing: Rout
     """sum over documents of n_d sum_e f_e P_e = sum_ne p_ne c_de e / (k n_d), with c of the k largest p."""
     e = p.shape[1]
     plain = router.choose is None and x.bias is None and x.groups == x.groups_kept
-    index = routing.index if plain else top(p.detach(), x.k)
+    index = routing.index if plain else x.top(p.detach(), x.k)
     number, many = counted(x.documents, index)
     counts = tally(torch.add(index, number[:, None], alpha=e), many * e).view(many, e)
     # A document has k n_d of them. (0 / 0 of one without tokens is not looked at.)

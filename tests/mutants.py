@@ -698,8 +698,8 @@ MUTANTS = [
     Mutant(
         "rows that come back go to the wrong token",
         "parallel/experts.py",
-        "return Plan(places(order, place < own * ranks),",
-        "return Plan(order.view_as(place),",
+        "return Plan(rows, send,",
+        "return Plan(rows.roll(1, 0), send,",
         "tests/test_experts.py -k experts_over_ranks",
     ),
     Mutant(
@@ -990,6 +990,41 @@ MUTANTS = [
         "tests/test_killing.py -k network",
     ),
     Mutant(
+        "a pair's rank forgets the tiles before its own",
+        "fast/kernels/routers.py",
+        "next_one = end - total + before",
+        "next_one = end - total",
+        "tests/test_fast_experts.py -k are_sorted",
+    ),
+    Mutant(
+        "an expert's last token comes first",
+        "fast/kernels/routers.py",
+        "tl.cumsum(own, 0) - 1",
+        "tl.cumsum(own, 0, reverse=True) - 1",
+        "tests/test_fast_experts.py -k are_sorted",
+    ),
+    Mutant(
+        "pairs that nobody computes are the first expert's",
+        "fast/kernels/routers.py",
+        "mask=there, other=0).to(tl.int32), e)",
+        "mask=there, other=0).to(tl.int32), 0)",
+        "tests/test_fast_experts.py -k are_sorted",
+    ),
+    Mutant(
+        "zero is more than minus zero",
+        "fast/kernels/routers.py",
+        "value = tl.where(value == 0.0, 0.0, value)",
+        "value = tl.where(value == 0.0, value, value)",
+        "tests/test_fast_experts.py -k largest",
+    ),
+    Mutant(
+        "the largest negative number is the least",
+        "fast/kernels/routers.py",
+        "tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
+        "bits",
+        "tests/test_fast_experts.py -k largest",
+    ),
+    Mutant(
         "a pair that nobody computes has a row",
         "reference/moe.py",
         "masked_fill(~kept, len(order))",
@@ -1062,7 +1097,7 @@ MUTANTS = [
     Mutant(
         "the gradient of an expert that nobody visits keeps what memory held",
         "fast/experts.py",
-        "D.masked_fill(~visited.view(-1, *[1] * (D.ndim - 1)), 0)",
+        "torch.where(visited.view(-1, *[1] * (D.ndim - 1)), D, 0)",
         "D",
         "tests/test_fast_experts.py -k exactly_zero",
     ),

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from reference.documents import Documents
 from reference.moe import EXPERT, Dense, Experts, MoE, apart, experts, feed_forward
-from reference.routers import ROUTER, Routing, dense, second_by_chance
+from reference.routers import ROUTER, Routing, dense, second_by_chance, top
 
-OPS = SimpleNamespace(experts=experts)  # all that the layer asks of a backend
+OPS = SimpleNamespace(experts=experts, top=top)  # all that the layer asks of a backend
 NOWHERE = SimpleNamespace(documents=None, key=None, index=None, tokens=None)
 every = pytest.mark.parametrize("name", ROUTER)
 matrix = pytest.mark.parametrize("name", [name for name in ROUTER if ROUTER[name].weights != "slots"])
@@ -229,7 +229,7 @@ def spied(moe):
         seen.append(routing)
         return experts(tokens, routing, *weights, **more)
 
-    moe.ops = SimpleNamespace(experts=spy)
+    moe.ops = SimpleNamespace(experts=spy, top=top)
     return seen
 
 
@@ -334,7 +334,7 @@ def test_no_router_jitters_its_experts_input():
     assert ratio.min() < 0.75 and ratio.max() > 1.25 and ((ratio >= 0.7) & (ratio <= 1.3)).all()
     assert torch.equal(moe.jittered(x[0], at(x)), x[0])  # not out of training
     seen = []
-    moe.ops = SimpleNamespace(experts=lambda tokens, *_, **__: seen.append(tokens) or tokens)
+    moe.ops = SimpleNamespace(experts=lambda tokens, *_, **__: seen.append(tokens) or tokens, top=top)
     moe(x, at(x, key=1))
     assert torch.equal(seen[0], x[0])
     assert torch.equal(moe.jittered(x[0, 20:], at(x[:, 20:], key=1, index=torch.arange(20, 40))), shaken[20:])
