@@ -5,6 +5,7 @@ Hopper GPU without one.
     python tests/hopper.py 128 128 bfloat16 whole              decays as a whole, and delta rules with one
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
     python tests/hopper.py 16 64 bfloat16 features             polynomials of queries and keys
+    python tests/hopper.py 16 64 bfloat16 routers              the choice of 8 of 64 experts, and the order of pairs
 
 Each line: the kernel, its shared memory, and the registers and bytes of stack of a thread (a stack means spills).
 
@@ -24,7 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fast.kernels import channel, decay, delta, features, rank_one, scan
+from fast.kernels import channel, decay, delta, features, rank_one, routers, scan
 from fast.operators import even
 
 TYPES = {
@@ -33,6 +34,8 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 SHARED = 232448  # bytes of shared memory that a program may have
 
@@ -87,7 +90,8 @@ def thread(code: bytes) -> str:
 
 
 def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> None:
-    decay.launch, decay.multiprocessors = compiled, lambda _: 132
+    decay.launch = routers.launch = compiled
+    decay.multiprocessors = lambda _: 132
     b, t, h, K, V = 1, 600, 2, int(K), int(V)
     q, k, v = (torch.empty(b, t, h, n, dtype=getattr(torch, dtype)) for n in (K, K, V))
     for kind in kinds:
@@ -95,10 +99,17 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
             whole(q, k, v)
         elif kind == "features":
             products(q, k, v)
+        elif kind == "routers":
+            chosen()
         else:
             scans(getattr(scan, kind.upper()).value, q, k, v)
     if not kinds:
         channels(q, k, v)
+
+
+def chosen() -> None:
+    index = routers.top(torch.empty(4096, 64), 8)
+    routers.by_expert(index, torch.empty(index.shape, dtype=torch.bool), 64)
 
 
 def scans(kind: int, q, k, v) -> None:

@@ -1029,7 +1029,7 @@ MUTANTS = [
         "reference/moe.py",
         "masked_fill(~kept, len(order))",
         "masked_fill(~kept, len(order) - 1)",
-        "tests/test_fast_experts.py -k exactly_zero",
+        "tests/test_fast_experts.py -k are_sorted",
     ),
     Mutant(
         "the last row is nobody's",

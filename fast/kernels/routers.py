@@ -113,7 +113,7 @@ def by_expert(index: Tensor, kept: Tensor, e: int) -> tuple[Tensor, Tensor, Tens
     """(place : n k, int64; ends : e, int32; visited : e, bool; order : nk, int64). index : n k, int64, and kept : n k,
     bool, contiguous; e below WIDEST, so that pairs of no expert have a column beside theirs."""
     pairs, E = index.numel(), next_power_of_2(e + 1)
-    S = max(16, 8192 // E)  # the matrix is 8192 numbers, or 16 rows
+    S = min(256, max(16, 8192 // E))  # rows of the matrix, which mostly is 8192 numbers
     tile = S * cdiv(cdiv(pairs, TILES), S)
     tiles = cdiv(pairs, tile) if pairs else 1
     place, order, table = torch.empty_like(index), index.new_empty(pairs), index.new_empty(tiles, E, dtype=torch.int32)
