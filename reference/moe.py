@@ -643,4 +643,4 @@ def apart(documents: Documents | Int[Tensor, "b t"] | None, x: Float[Tensor, "b 
     if documents is None:
         return Documents(batch.expand(b, t).flatten(), b)
     number, many = numbered(documents.flatten())
-    return Documents((batch * many + number.view(b, t)).flatten(), b * many)
+    return numbered((batch * many + number.view(b, t)).flatten())  # again, so that there are no more than tokens
