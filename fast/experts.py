@@ -21,9 +21,10 @@ from torch import Tensor
 from fast.kernels import experts as kernels
 from fast.local import has_kernels
 from fast.operators import operator
+from fast.routers import by_expert
 from reference import moe
 from reference.head import product_of
-from reference.moe import Drop, Groups, each, places, spared, thinned
+from reference.moe import Drop, Groups, each, spared, thinned
 from reference.routers import Routing
 
 
@@ -77,13 +78,10 @@ def grouped(
     Kept for a gradient are the rows, both sides of `inner`, and y where a gate follows it.
     """
     e, dtype, pairs = len(w13), product_of(w13), routing.index.numel() if pairs is None else pairs
-    # Short keys: a GPU sorts 8 bits at a time.
-    expert, order = routing.index.masked_fill(~routing.kept, e).flatten().short().sort(stable=True)
-    experts = torch.arange(e, dtype=torch.int16, device=x.device)
-    ends, place = torch.searchsorted(expert, experts, right=True, out_int32=True), places(order, routing.kept)
+    place, ends, visited, order = by_expert(routing.index, routing.kept, e)
     rows = taken(x, place, pairs, routing.gate if gate_at == "input" else None, dtype)
     mask = None if drop is None else spared(drop, routing, order[:pairs], e, w2.shape[-1])
-    y = together(rows, ends, (w13, w2, b13, b2), swiglu if inner is moe.swiglu else inner, mask, dtype)
+    y = together(rows, ends, visited, (w13, w2, b13, b2), swiglu if inner is moe.swiglu else inner, mask, dtype)
     return combined(y, place, routing.gate if gate_at == "output" else None, x.dtype)
 
 
@@ -113,7 +111,13 @@ def grouped_linears(
 
 
 def together(
-    rows: Float[Tensor, "p d"], ends: Int[Tensor, " e"], weights, inner: Callable, mask, dtype: torch.dtype
+    rows: Float[Tensor, "p d"],
+    ends: Int[Tensor, " e"],
+    visited: Bool[Tensor, " e"],
+    weights,
+    inner: Callable,
+    mask,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "p d"]:
     """All experts over their rows at once. `reference.moe.each`.
 
@@ -123,7 +127,6 @@ def together(
     """
     if not len(rows):  # which the host knows, and grouped products have no gradient of
         return each(rows, [0] * len(ends), weights, inner, mask)
-    visited = ends.diff(prepend=ends.new_zeros(1)) > 0
     w13, w2, b13, b2 = (None if w is None else Visited.apply(w.to(dtype), visited) for w in weights)
     h = product(rows, w13, b13, ends)
     a = inner(h) if mask is None else thinned(inner, mask)(h)
@@ -152,7 +155,7 @@ class Visited(torch.autograd.Function):
     @staticmethod
     def backward(ctx, D: Float[Tensor, "e ..."]):
         (visited,) = ctx.saved_tensors
-        return D.masked_fill(~visited.view(-1, *[1] * (D.ndim - 1)), 0), None
+        return torch.where(visited.view(-1, *[1] * (D.ndim - 1)), D, 0), None
 
 
 # ------------------------------------------------------------------------------ around the products, on Triton kernels

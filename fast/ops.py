@@ -4,7 +4,7 @@ Where a function itself hands some dtypes, sizes or devices on to the reference,
 """
 
 import reference
-from fast import experts, head, local, recurrence
+from fast import experts, head, local, recurrence, routers
 
 ops = reference.ops._replace(
     name="fast",
@@ -13,6 +13,8 @@ ops = reference.ops._replace(
     step=recurrence.step,
     short_convolution=local.short_convolution,
     token_shift=local.token_shift,
+    top=routers.top,
+    by_expert=routers.by_expert,
     experts=experts.experts,
     taken=experts.taken,
     combined=experts.combined,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -26,7 +26,7 @@ from parallel import comm
 from parallel.comm import Group
 from parallel.graph import exchange
 from reference.head import product_of
-from reference.moe import MoE, places
+from reference.moe import MoE
 from reference.ops import Ops
 
 
@@ -52,7 +52,7 @@ def by_pair(ops: Ops, group: Group) -> Callable:
     def run(x, routing, w13, w2, b13=None, b2=None, *, gate_at="output", drop=None, room=None, **how):
         weights = [mine(w, group) for w in (w13, w2, b13, b2)]
         own = len(weights[0])
-        plan = planned(routing.index.masked_fill(~routing.kept, own * comm.size(group)), own, group, room or 0)
+        plan = planned(routing.index, routing.kept, own, ops, group, room or 0)
         rows = sent(x, plan, ops, group, routing.gate if gate_at == "input" else None, product_of(x))
         # Here each row is a token that visits one expert of mine, with weight 1. They come rank by rank, by expert.
         names = torch.arange(own, device=x.device).repeat(comm.size(group))
@@ -81,8 +81,8 @@ def by_rank(ops: Ops, group: Group) -> Callable:
         own, ranks = len(weights[0]), comm.size(group)
         each = torch.arange(ranks, device=x.device)[:, None]
         here = routing.kept[:, None] & ((routing.index // own)[:, None] == each)  # n W k
-        place = torch.where(here.any(-1), each[:, 0], ranks)
-        plan = planned(place, 1, group, room or 0, routing.index.shape[1], here.sum((0, 2)))
+        place = each[:, 0].expand(here.shape[:2])
+        plan = planned(place, here.any(-1), 1, ops, group, room or 0, routing.index.shape[1], here.sum((0, 2)))
         rooms, slots, pairs = plan.told
         rows = sent(x, plan, ops, group, dtype=product_of(x))
         # Indices are small enough to be whole numbers in the gates' dtype, float32 at least.
@@ -115,22 +115,23 @@ class Plan(NamedTuple):
     told: list[list[int]]  # each of the numbers that ranks tell each other: of each rank, what it told me
 
 
-def planned(place: Int[Tensor, "n k"], own: int, group: Group, *numbers: int | Int[Tensor, " w"]) -> Plan:
-    """The exchange of how many rows go where: to places 0 to W * own - 1, `own` on each rank, or (W * own) nowhere.
+def planned(
+    place: Int[Tensor, "n k"], kept: Bool[Tensor, "n k"], own: int, ops: Ops, group: Group, *numbers: int | Tensor
+) -> Plan:
+    """The exchange of how many rows go where: to places 0 to W * own - 1, `own` on each rank, or (not kept) nowhere.
     With it go `numbers` of each rank's, the same for all ranks or one for each.
 
     Here the host waits for the GPU, once a layer: a tensor's size is a number of the host's, and how many rows come
     is known when all ranks have routed. (Only buffers as large as the worst case would do without.)
     """
-    ranks, flat = comm.size(group), place.flatten()
-    # Not bincount, which would wait for the largest number first.
-    counts = flat.new_zeros(own * ranks + 1).index_add_(0, flat, torch.ones_like(flat))[:-1].view(ranks, own)
-    mine = [flat.new_full((ranks,), x) if isinstance(x, int) else x for x in numbers]
+    ranks = comm.size(group)
+    rows, ends, *_ = ops.by_expert(place, kept, own * ranks)
+    counts = ends.long().diff(prepend=place.new_zeros(1)).view(ranks, own)
+    mine = [place.new_full((ranks,), x) if isinstance(x, int) else x for x in numbers]
     theirs = exchange(torch.cat([counts, torch.stack(mine, 1)], 1), [1] * ranks, [1] * ranks, group)
     coming = theirs[:, :own]
     send, receive, *told = torch.stack([counts.sum(1), coming.sum(1), *theirs[:, own:].T]).tolist()
-    order = flat.sort(stable=True).indices
-    return Plan(places(order, place < own * ranks), send, receive, coming.flatten(), told)
+    return Plan(rows, send, receive, coming.flatten(), told)
 
 
 def sent(

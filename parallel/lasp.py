@@ -560,6 +560,8 @@ WHOLE = (
     "name",
     "span",
     "step",
+    "top",
+    "by_expert",
     "experts",
     "taken",
     "combined",

@@ -5,10 +5,32 @@ of similar length as one padded batch; what looks back a few tokens asks how far
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+
+class Documents(NamedTuple):
+    """Which document each token belongs to, by numbers of which the host knows the largest. So layers that keep
+    documents apart count them without a sort. Not every number needs a token, and they may stand in any order."""
+
+    number: Int[Tensor, " n"]  # int64; 0 ... many - 1, rows of a batch one behind the other
+    many: int
+
+
+def numbered(names: Int[Tensor, " n"]) -> Documents:
+    """The same documents with numbers 0, 1, ... in the order of their names, whatever those are. (`unique` tells the
+    host how many there are, which would wait for the GPU: here there are at most as many as tokens.)"""
+    ordered, order = names.sort(stable=True)
+    ranks = torch.empty_like(order).scatter_(0, order, ordered.diff(prepend=ordered[:1]).ne(0).cumsum(0))
+    return Documents(ranks, len(names))
+
+
+def documents_of(cu_seqlens: Int[Tensor, " n1"], t: int) -> Documents:
+    """Those of t tokens of one packed row."""
+    return Documents(document_of(cu_seqlens, t), len(cu_seqlens) - 1)
 
 
 def document_of(cu_seqlens: Int[Tensor, " n1"], t: int) -> Int[Tensor, " t"]:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reference import mixers
-from reference.documents import document_of, position_in_document
+from reference.documents import Documents, documents_of, position_in_document
 from reference.mixers.parts import constant, head_norm, normal, parameter
 from reference.mixers.softmax import ATTENTION
 from reference.moe import Dense, Experts, Linears, MoE
@@ -36,7 +36,7 @@ class Side(NamedTuple):
 
     positions: Int[Tensor, "b t"]  # in the document
     cu_seqlens: Int[Tensor, " n1"] | None = None  # borders of packed documents
-    documents: Int[Tensor, "b t"] | None = None  # which document a token belongs to, where they are packed
+    documents: Documents | None = None  # that each token belongs to, where they are packed; counted once for all layers
     index: Int[Tensor, "b t"] | None = None  # the token's number in the whole run, for randomness
     key: int | None = None  # of the step's randomness; None: no training step, hence none
     common: Mapping[str, Tensor] = {}  # parameters that mixers of one kind share
@@ -160,7 +160,7 @@ class LanguageModel(nn.Module):
     def side(self, tokens, positions, cu_seqlens, index, key, state) -> Side:
         if key is not None and index is None:
             raise ValueError(f"a training step with key {key} needs the tokens' index: their numbers in the run, b t")
-        documents = None if cu_seqlens is None else document_of(cu_seqlens, tokens.shape[1])[None]
+        documents = None if cu_seqlens is None else documents_of(cu_seqlens, tokens.shape[1])
         if positions is None:
             start = 0 if state is None else state.position
             if cu_seqlens is None:
@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
                 positions = (offset if state is None else start[:, None] + offset).expand(tokens.shape)
             else:
                 own = position_in_document(cu_seqlens, tokens.shape[1])[None]
-                positions = own if state is None else own + start[documents]
+                positions = own if state is None else own + start[documents.number]
         return Side(positions, cu_seqlens, documents, index, key, dict(self.common.items()), tokens=tokens)
 
     def check(self, tokens: Tensor) -> None:

@@ -21,6 +21,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from reference.documents import Documents, numbered
 from reference.mixers.parts import alone, constant, orthogonal
 from reference.noise import noise
 from reference.routers import (
@@ -30,13 +31,12 @@ from reference.routers import (
     Routing,
     capacity_of,
     check,
-    counted,
     hashed,
     load,
-    ranked,
     rooms,
     route,
     row,
+    tally,
     wanted,
 )
 
@@ -121,8 +121,9 @@ def experts(
     every expert gets that many rows, filled up with zeros: one batched product, of a shape that no routing changes.
     `pairs` is how many are kept, for backends whose host does not count them.
     """
-    order, (*lengths, _) = by_expert(routing, len(w13))
-    kept, place = sum(lengths), places(order, routing.kept)
+    place, ends, _, order = by_expert(routing.index, routing.kept, len(w13))
+    lengths = Groups(ends).lengths
+    kept = sum(lengths)
     rows = taken(x, place, kept, routing.gate if gate_at == "input" else None)
     mask = None if drop is None else spared(drop, routing, order[:kept], len(w13), w2.shape[-1])
     weights = (w13, w2, b13, b2)
@@ -130,10 +131,23 @@ def experts(
     return combined(y, place, routing.gate if gate_at == "output" else None, x.dtype)
 
 
-def places(order: Int[Tensor, " nk"], kept: Bool[Tensor, "n k"]) -> Int[Tensor, "n k"]:
-    """Where each pair's row stands in that order of all pairs; n k, behind them all, for pairs that are not kept."""
+class Sorted(NamedTuple):
+    """Pairs sorted by expert, tokens in order inside each; last those that are not kept, which no expert has."""
+
+    place: Int[Tensor, "n k"]  # int64; where each pair's row stands; n k, behind them all, of pairs that are not kept
+    ends: Int[Tensor, " e"]  # int32; where the rows of each expert end
+    visited: Bool[Tensor, " e"]  # whether it has any
+    order: Int[Tensor, " nk"]  # int64; which pair stands where
+
+
+def by_expert(index: Int[Tensor, "n k"], kept: Bool[Tensor, "n k"], experts: int) -> Sorted:
+    """The pairs sorted by expert, which index_nk is where kept_nk."""
+    expert, order = index.masked_fill(~kept, experts).flatten().int().sort(stable=True)
+    names = torch.arange(experts, dtype=torch.int32, device=index.device)
+    ends = torch.searchsorted(expert, names, right=True, out_int32=True)
     place = order.scatter(0, order, torch.arange(len(order), device=order.device))
-    return place.view(kept.shape).masked_fill(~kept, len(order))
+    place = place.view(kept.shape).masked_fill(~kept, len(order))
+    return Sorted(place, ends, ends.diff(prepend=ends.new_zeros(1)) > 0, order)
 
 
 def taken(
@@ -215,12 +229,6 @@ def spared(drop: Drop, routing: Routing, order: Tensor, experts: int, width: int
     1 / (1 - share)."""
     number = (drop.index[:, None] * experts + routing.index).flatten()[order]
     return (noise(drop.key, number, width) >= drop.share).float() / (1 - drop.share)
-
-
-def by_expert(routing: Routing, experts: int) -> tuple[Int[Tensor, " nk"], list[int]]:
-    """The pairs sorted by expert, tokens in order inside each, and how many each has; last those that are not kept."""
-    expert = routing.index.masked_fill(~routing.kept, experts).flatten()
-    return expert.sort(stable=True).indices, expert.bincount(minlength=experts + 1).tolist()
 
 
 def combine(y: Float[Tensor, "nk d"], gate: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
@@ -386,8 +394,9 @@ class Linears(nn.Module):
 
     def forward(self, x: Float[Tensor, "n k i"], routing: Routing) -> Float[Tensor, "n k o"]:
         """Of each slot of a token its own x, through the map of its expert; 0 where the pair is not kept."""
-        order, lengths = by_expert(routing, len(self.weight))
-        *mine, dropped = x.flatten(0, 1).index_select(0, order).split(lengths)
+        _, ends, _, order = by_expert(routing.index, routing.kept, len(self.weight))
+        lengths = Groups(ends).lengths
+        *mine, dropped = x.flatten(0, 1).index_select(0, order).split([*lengths, len(order) - sum(lengths)])
         y = [F.linear(own, W) for own, W in zip(mine, self.weight.unbind(), strict=True)]
         y = torch.cat([*y, y[0].new_zeros(len(dropped), self.weight.shape[1])])
         return y.index_select(0, order.argsort()).unflatten(0, routing.index.shape)
@@ -413,7 +422,8 @@ class Switched(nn.Module):
         routing = route(switch, logits, 1, capacity=math.inf)
         y = self.maps(flat[:, None], routing)
         y = (routing.gate[..., None] * y).sum(1).to(y.dtype)
-        return y.unflatten(0, x.shape[:2]), Inside(1, load(switch, logits, routing))
+        stats = load(switch, logits, routing, all_kept=switch.keeps_all(math.inf))
+        return y.unflatten(0, x.shape[:2]), Inside(1, stats)
 
 
 def through(
@@ -485,10 +495,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], side: Any) -> tuple[Float[Tensor, "b t d"], Load]:
         """The layer's output, in x's dtype, and what its router did. Tokens compete for room within their document:
-        `side.documents` (b t, int64), or None where each row of the batch is one. It is a training step where
-        `side.key` is given, with `side.index` (b t), the tokens' numbers in the run."""
+        `side.documents`, in numbers that are counted already or (b t, int64) in any; None where each row of the batch
+        is one. It is a training step where `side.key` is given, with `side.index` (b t), the tokens' numbers in the
+        run."""
         tokens = rearrange(x, "b t d -> (b t) d")
-        documents = numbered(side.documents, x)
+        documents = apart(side.documents, x)
         y, stats = (self.mixed if self.scale is not None else self.routed)(tokens, documents, side)
         y = y.view_as(x)
         return y if self.shared is None else y + self.always(x), stats
@@ -502,7 +513,7 @@ class MoE(nn.Module):
         routed = sum(p.numel() for p in self.own().values())
         return routed - routed * self.config.top_k // self.config.experts
 
-    def routed(self, tokens: Float[Tensor, "n d"], documents: Int[Tensor, " n"], side) -> tuple[Tensor, Load]:
+    def routed(self, tokens: Float[Tensor, "n d"], documents: Documents, side) -> tuple[Tensor, Load]:
         """Each token at its own experts."""
         c, training = self.config, side.key is not None
         logits = self.logits(self.jittered(tokens, side))
@@ -514,17 +525,20 @@ class MoE(nn.Module):
             "spread": None if self.spread is None else F.softplus(wanted(tokens, self.spread)) + 0.01,
             "listed": None if self.table is None else self.table[side.tokens.flatten()],
             "draw": self.draws(side, c.columns) if training else None,
+            "scores": self.router.score(logits),
+            "top": self.ops.top,
         }
         routing = route(self.router, logits, c.top_k, **limits, capacity=c.capacity_factor, queue=c.queue)
         y = self.ops.experts(self.seen(tokens), self.within(routing), self.w13, self.w2, **self.more(side, documents))
         y = y if self.up is None else F.linear(y, self.up)
         if c.identity:
             y = y + (routing.gate * (routing.index >= c.experts)).sum(-1, keepdim=True).to(y.dtype) * tokens
+        limits["all_kept"] = self.router.keeps_all(c.capacity_factor, training)
         return y, load(self.router, logits, routing, **limits)
 
-    def mixed(self, tokens: Float[Tensor, "n d"], documents: Int[Tensor, " n"], side) -> tuple[Tensor, Load]:
+    def mixed(self, tokens: Float[Tensor, "n d"], documents: Documents, side) -> tuple[Tensor, Load]:
         """Each expert's slots a mixture of the tokens, each token a mixture of the slots (Soft MoE)."""
-        dispatch, gather, logits = softly(tokens, self.gate, self.scale, documents)
+        dispatch, gather, logits = softly(tokens, self.gate, self.scale, documents.number)
         e, slots = self.config.experts, (dispatch.to(tokens.dtype) @ self.seen(tokens)).flatten(0, 1)
         own = torch.arange(e, device=tokens.device).repeat_interleave(self.config.slots)
         index = own.repeat(len(dispatch))[:, None]
@@ -560,7 +574,7 @@ class MoE(nn.Module):
         kept = routing.kept & (routing.index < self.config.experts)
         return Routing(routing.index.masked_fill(~kept, -1), routing.gate, kept)
 
-    def more(self, side, documents: Int[Tensor, " n"], slots: bool = False) -> dict[str, Any]:
+    def more(self, side, documents: Documents, slots: bool = False) -> dict[str, Any]:
         """What the experts need besides tokens, gates and matrices."""
         c = self.config
         more = {"b13": self.b13, "b2": self.b2, "inner": self.kind.inner, "gate_at": self.router.gate_at}
@@ -568,9 +582,9 @@ class MoE(nn.Module):
             more["drop"] = Drop(c.dropout, self.key(side, 1), side.index.flatten())
         if c.pad:
             factor = capacity_of(self.router, c.capacity_factor, training=side.key is not None)
-            size = counted(documents, documents[:, None]).bincount()
+            size = tally(*documents)
             room = rooms(self.router, factor, c.top_k, c.columns, size)
-            more["room"] = int(room.sum())
+            more["room"] = int(room[size > 0].sum())
         return more
 
     def logits(self, tokens: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
@@ -620,9 +634,13 @@ def started(how: str, *shape: int) -> nn.Parameter:
     return weight
 
 
-def numbered(documents: Int[Tensor, "b t"] | None, x: Float[Tensor, "b t d"]) -> Int[Tensor, " n"]:
-    """A number for each token's document, different in each row of the batch."""
-    batch = torch.arange(x.shape[0], device=x.device)[:, None]
+def apart(documents: Documents | Int[Tensor, "b t"] | None, x: Float[Tensor, "b t d"]) -> Documents:
+    """The document of each token, which differs between rows of the batch."""
+    if isinstance(documents, Documents):
+        return documents
+    b, t = x.shape[:2]
+    batch = torch.arange(b, device=x.device)[:, None]
     if documents is None:
-        return batch.expand(x.shape[:2]).flatten()
-    return (batch * documents.numel() + ranked(documents.flatten()).view_as(documents)).flatten()
+        return Documents(batch.expand(b, t).flatten(), b)
+    number, many = numbered(documents.flatten())
+    return numbered((batch * many + number.view(b, t)).flatten())  # again, so that there are no more than tokens

@@ -12,7 +12,8 @@ from reference import chunked, recurrence, span
 from reference.attention import attention
 from reference.head import token_losses
 from reference.local import norm, running_sum, short_convolution, token_shift, unit
-from reference.moe import combined, experts, linears, taken
+from reference.moe import by_expert, combined, experts, linears, taken
+from reference.routers import top
 
 
 class Ops(NamedTuple):
@@ -26,6 +27,8 @@ class Ops(NamedTuple):
     token_shift: Callable  # (x : b t d, last : b d, cu_seqlens) -> (the token before each, last)
     running_sum: Callable  # (x : b t c, last : b c, cu_seqlens) -> (the sum up to each token, last), float64
     attention: Callable  # (q : b t h d, k : b t g d, v : b t g e, past, cu_seqlens, window, scale) -> (o, past)
+    top: Callable  # (values : n e, k) -> n k, the columns of each row's largest; among equals the lowest
+    by_expert: Callable  # (index : n k, kept : n k, experts) -> Sorted, where each pair stands if sorted by expert
     experts: Callable  # (x : n d, routing, w13 : e 2f d, w2 : e d f) -> y : n d
     taken: Callable  # (x : n d, place : n k, rows, gate : n k, dtype) -> p rows of d: at place_nk gate_nk x_n
     combined: Callable  # (rows : p d, place : n k, gate : n k, dtype) -> n d, the sum over k of gate_nk rows_{place_nk}
@@ -50,6 +53,8 @@ ops = Ops(
     token_shift=token_shift,
     running_sum=running_sum,
     attention=attention,
+    top=top,
+    by_expert=by_expert,
     experts=experts,
     taken=taken,
     combined=combined,

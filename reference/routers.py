@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reference.assignment import assigned, transported
+from reference.documents import Documents, numbered
 from reference.noise import noise
 
 
@@ -60,6 +61,11 @@ class Inside(NamedTuple):
     load: Load
 
 
+def top(values: Float[Tensor, "n e"], k: int) -> Int[Tensor, "n k"]:
+    """The k largest of each row, largest first; among equals the lowest index, which `torch.topk` does not promise."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
 class Asked(NamedTuple):
     """What a router may look at: what n tokens want, and under which limits."""
 
@@ -68,11 +74,13 @@ class Asked(NamedTuple):
     bias: Float[Tensor, " e"] | None = None  # of balance, for the routers that have one
     groups: int = 1  # of experts
     groups_kept: int = 1  # of them open to a token
-    documents: Int[Tensor, " n"] | None = None  # tokens of different documents know nothing of each other; None: one
+    documents: Documents | Int[Tensor, " n"] | None = None  # who know nothing of each other, in any numbers; None: one
     spread: Float[Tensor, "n e"] | None = None  # standard deviation of the noise on each logit
     listed: Int[Tensor, "n k"] | None = None  # each token's experts in a table of the vocabulary
     draw: Callable[[int], Float[Tensor, "n e"]] | None = None  # the s-th even numbers in (0, 1) of this step;
     # None: no training step, hence no noise
+    scores: Float[Tensor, "n e"] | None = None  # score(l), where somebody has it already
+    top: Callable[[Tensor, int], Tensor] = top  # the backend's
 
 
 Chosen = tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]  # experts and gates of each token
@@ -186,10 +194,9 @@ class Router(NamedTuple):
         decoding agrees with the whole. An expert's capacity grows with the text, hence not under a capacity."""
         return self.pooled != "always" and (self.capacity if capacity is None else capacity) == math.inf
 
-
-def top(values: Float[Tensor, "n e"], k: int) -> Int[Tensor, "n k"]:
-    """The k largest of each row, largest first; among equals the lowest index, which `torch.topk` does not promise."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    def keeps_all(self, capacity: float | None = None, training: bool = True) -> bool:
+        """Whether no slot is ever empty and no pair dropped: the host knows, and need not compute who is."""
+        return self.choose in (None, noisy_choice) and capacity_of(self, capacity, training) == math.inf
 
 
 def token_choice(router: Router, x: Asked) -> Chosen:
@@ -200,20 +207,25 @@ def token_choice(router: Router, x: Asked) -> Chosen:
 
     The bias b changes the choice, never the gate, and gets no gradient.
     """
-    scores = x.logits if router.post else router.score(x.logits)
+    scores = x.logits if router.post else scored(router, x)
     choice = scores.detach() if x.bias is None else scores.detach() + x.bias.detach().to(scores)
-    index = top(within_best_groups(choice, router.group_best, x.groups, x.groups_kept), x.k)
+    index = x.top(within_best_groups(choice, router.group_best, x), x.k)
     gate = scores.gather(-1, index)
     gate = router.score(gate) if router.post else gate
-    return index, router.scale * router.renormalize(gate, router.eps)
+    gate = router.renormalize(gate, router.eps)
+    return index, gate if router.scale == 1 else router.scale * gate
 
 
-def within_best_groups(choice: Float[Tensor, "n e"], best: int, groups: int, kept: int) -> Float[Tensor, "n e"]:
-    """-inf outside the `kept` groups whose `best` largest values have the largest sum (2412.19437, section 2.1.2)."""
-    if kept == groups:
+def scored(router: Router, x: Asked) -> Float[Tensor, "n e"]:
+    return router.score(x.logits) if x.scores is None else x.scores
+
+
+def within_best_groups(choice: Float[Tensor, "n e"], best: int, x: Asked) -> Float[Tensor, "n e"]:
+    """-inf outside the groups whose `best` largest values have the largest sum (2412.19437, section 2.1.2)."""
+    if x.groups_kept == x.groups:
         return choice
-    grouped = rearrange(choice, "n (m e) -> n m e", m=groups)
-    winners = top(grouped.topk(best, dim=-1).values.sum(-1), kept)
+    grouped = rearrange(choice, "n (m e) -> n m e", m=x.groups)
+    winners = x.top(grouped.topk(best, dim=-1).values.sum(-1), x.groups_kept)
     outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, winners, False)
     return grouped.masked_fill(outside[..., None], -torch.inf).flatten(1)
 
@@ -226,7 +238,7 @@ def noisy_choice(router: Router, x: Asked) -> Chosen:
 
     Noisy top-k gating (1701.06538, equations 3 to 5).
     """
-    return token_choice(router, x._replace(logits=noisy(x)))
+    return token_choice(router, x._replace(logits=noisy(x), scores=None))
 
 
 def noisy(x: Asked) -> Float[Tensor, "n e"]:
@@ -252,13 +264,13 @@ def second_by_chance(router: Router, x: Asked) -> Chosen:
 def every_expert(router: Router, x: Asked) -> Chosen:
     """Each token offers itself to all experts; their capacity then takes the best of them (expert choice, 2202.09368):
     C = k n / e tokens an expert, so k experts a token on average."""
-    scores = router.score(x.logits)
+    scores = scored(router, x)
     return torch.arange(scores.shape[1], device=scores.device).expand(scores.shape), scores
 
 
 def positive(router: Router, x: Asked) -> Chosen:
     """Each token visits the experts whose score is above 0, any number of them (ReMoE, 2412.14711)."""
-    scores = router.score(x.logits)
+    scores = scored(router, x)
     index = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
     return index.masked_fill(scores <= 0, -1), scores
 
@@ -266,15 +278,15 @@ def positive(router: Router, x: Asked) -> Chosen:
 def by_assignment(router: Router, x: Asked) -> Chosen:
     """In training: each document's tokens are shared out evenly, at most ceil(n/e) an expert, so that the sum of
     their logits is largest; else the largest logit. gate = score(l_i) (BASE layers, 2103.16716)."""
-    index = shared_out(assigned, x) if x.draw is not None else top(x.logits.detach(), x.k)
-    return index, router.score(x.logits).gather(-1, index)
+    index = shared_out(assigned, x) if x.draw is not None else x.top(x.logits.detach(), x.k)
+    return index, scored(router, x).gather(-1, index)
 
 
 def by_transport(router: Router, x: Asked) -> Chosen:
     """In training: the k largest entries of the transport plan from tokens to experts (Sinkhorn routing, 2202.01169),
     else the k largest logits. gate = sigmoid(l_i) if k = 1, else softmax(l)_i."""
     plan = shared_out(transported, x) if x.draw is not None else x.logits.detach()
-    index = top(plan, x.k)
+    index = x.top(plan, x.k)
     return index, (sigmoid if x.k == 1 else softmax)(x.logits).gather(-1, index)
 
 
@@ -283,8 +295,9 @@ def shared_out(rule: Callable[[Tensor], Tensor], x: Asked) -> Tensor:
     logits = x.logits.detach()
     if x.documents is None:
         return rule(logits)
-    order = x.documents.sort(stable=True).indices
-    sizes = x.documents.unique(return_counts=True)[1].tolist()
+    number = counted(x.documents, logits).number
+    order = number.sort(stable=True).indices
+    sizes = number.unique(return_counts=True)[1].tolist()
     parts = [rule(part) for part in logits[order].split(sizes)]
     return torch.cat([*parts, rule(logits[:0])])[order.argsort()]
 
@@ -294,7 +307,7 @@ def by_table(router: Router, x: Asked) -> Chosen:
     scale * renormalize(score(l_i)) where the router has weights besides."""
     if router.weights == "table":
         return x.listed, torch.ones_like(x.listed, dtype=x.logits.dtype)
-    gate = router.score(x.logits).gather(-1, x.listed)
+    gate = scored(router, x).gather(-1, x.listed)
     return x.listed, router.scale * router.renormalize(gate, router.eps)
 
 
@@ -308,11 +321,11 @@ def one_by_one(router: Router, x: Asked) -> Chosen:
     """
     left, index, gates = x.logits, [], []
     for slot in range(x.k):
-        best = top(left.detach(), 1)
+        best = x.top(left.detach(), 1)
         largest = left.gather(-1, best).detach()
         far = (largest - left) / torch.maximum(x.logits.abs(), largest) > router.threshold
         near = left.masked_fill(far, -torch.inf)
-        chosen = best if x.draw is None else top(near.detach() - (-x.draw(2 * slot).to(left).log()).log(), 1)
+        chosen = best if x.draw is None else x.top(near.detach() - (-x.draw(2 * slot).to(left).log()).log(), 1)
         gate = near.softmax(-1).gather(-1, chosen)
         if x.draw is not None:
             whole = (chosen == best) | (x.draw(2 * slot + 1)[:, :1] < 0.25)
@@ -344,16 +357,11 @@ def rooms(router: Router, factor: float, k: int, experts: int, size: Int[Tensor,
     return router.room(factor * k * size.double() / experts)
 
 
-def counted(documents: Int[Tensor, " n"] | None, like: Tensor) -> Int[Tensor, " n"]:
-    """Each token's document as a number 0, 1, ..., none of them without tokens."""
-    return torch.zeros_like(like[:, 0], dtype=torch.int64) if documents is None else ranked(documents)
-
-
-def ranked(names: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Each name's number 0, 1, ... among those that there are, in order. (`unique` tells the host how many there are,
-    which would wait for the GPU.)"""
-    ordered, order = names.sort(stable=True)
-    return torch.empty_like(order).scatter_(0, order, ordered.diff(prepend=ordered[:1]).ne(0).cumsum(0))
+def counted(documents: Documents | Int[Tensor, " n"] | None, like: Tensor) -> Documents:
+    """Documents by numbers that may be counted; those that are so already as they are."""
+    if documents is None:
+        return Documents(like.new_zeros(len(like), dtype=torch.int64), 1)
+    return documents if isinstance(documents, Documents) else numbered(documents)
 
 
 def tally(index: Int[Tensor, "..."], many: int, which: Bool[Tensor, "..."] | None = None) -> Int[Tensor, " many"]:
@@ -416,11 +424,14 @@ def route(
     if x.bias is not None and not router.bias:
         raise ValueError(f"router {router.title} has no balancing bias, got one")
     index, gate = (router.choose or token_choice)(router, x)
-    factor = capacity_of(router, capacity, training=x.draw is not None)
+    training = x.draw is not None
+    if router.keeps_all(capacity, training):
+        return Routing(index, gate, torch.ones_like(index, dtype=torch.bool))
+    factor = capacity_of(router, capacity, training)
     kept = index >= 0
     if factor < math.inf:
-        number = counted(x.documents, index)
-        room = rooms(router, factor, k, experts, tally(number, len(number))[number])
+        number, many = counted(x.documents, index)
+        room = rooms(router, factor, k, experts, tally(number, many))[number]
         kept = within_capacity(index, (queue or router.queue)(gate.detach()), room, experts, number)
         index = index.masked_fill(~kept, -1) if router.offered else index
     routing = Routing(index, gate.masked_fill(~kept, 0), kept)
@@ -448,31 +459,38 @@ def capacity_of(router: Router, factor: float | None, training: bool) -> float:
 
 def dense(routing: Routing, experts: int) -> Float[Tensor, "n e"]:
     """The gate matrix G itself, in which the laws are stated; zero where a token does not visit an expert."""
-    gate = routing.gate.masked_fill(~routing.kept, 0)
-    return gate.new_zeros(len(gate), experts).scatter_add(-1, routing.index.clamp(min=0), gate)
+    return laid_out(routing.index.clamp(min=0), routing.gate.masked_fill(~routing.kept, 0), experts)
 
 
-def load(router: Router, logits: Float[Tensor, "n e"], routing: Routing, *limits, **more) -> Load:
+def laid_out(index: Int[Tensor, "n k"], gate: Float[Tensor, "n k"], experts: int) -> Float[Tensor, "n e"]:
+    return gate.new_zeros(len(gate), experts).scatter_add_(-1, index, gate)
+
+
+def load(
+    router: Router, logits: Float[Tensor, "n e"], routing: Routing, *limits, all_kept: bool = False, **more
+) -> Load:
     """What the layer reports of n tokens; limits and more as in `route`.
 
     p = s / (sum_e s + 1e-20) with s = score(l): for softmax, p = s. In `sequence`, f and P are a document's share of
-    pairs and of p, f without bias and groups: sum_e f P is 1 at balance.
+    pairs and of p, f without bias and groups: sum_e f P is 1 at balance. Where the caller knows that `all_kept` are
+    (`Router.keeps_all`), nobody looks for those that are not.
     """
     x = asked(logits, routing.index.shape[1], *limits, **more)
     n, e = x.logits.shape
-    scores = router.score(x.logits)
-    p = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    slots = routing.index.masked_fill(routing.index < 0, e)  # e: empty
-    counts = tally(slots, e + 1)[:e]
+    scores = scored(router, x)
+    p = scores if router.score is softmax else scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    own, probability = by_document(router, x, p, routing), p.sum(0)
+    slots = routing.index if all_kept else routing.index.masked_fill(routing.index < 0, e)  # e: empty
+    counts = own.counts.sum(0) if own.of_pairs else tally(slots, e + 1)[:e]
     return Load(
         counts=counts,
-        dropped=tally(slots, e + 1, ~routing.kept)[:e],
+        dropped=torch.zeros_like(counts) if all_kept else tally(slots, e + 1, ~routing.kept)[:e],
         first=tally(slots[:, 0], e + 1)[:e],
-        probability=p.sum(0),
-        mass=scores.sum(0),
-        importance=dense(routing, e).sum(0),
+        probability=probability,
+        mass=probability if p is scores else scores.sum(0),
+        importance=(laid_out(slots, routing.gate, e) if all_kept else dense(routing, e)).sum(0),
         chance=counts.to(p) if x.draw is None or x.spread is None or x.k == e else chance(x, routing),
-        sequence=by_document(router, x, p, routing),
+        sequence=own.sequence,
         z=x.logits.logsumexp(-1).square().sum(),
         entropy=torch.special.entr(p.detach()).sum(),
         tokens=torch.full((), n, device=logits.device),  # a number that is not copied from the host
@@ -483,22 +501,30 @@ def chance(x: Asked, routing: Routing) -> Float[Tensor, " e"]:
     """sum_n P(token n would visit e if its noise there were drawn anew) (1701.06538, equation 9): Phi((l - t) / spread)
     with t the k-th largest noisy logit of the other experts. (Without noise, or if all are visited: the counts.)"""
     h = noisy(x)
-    ranked = h.gather(-1, top(h.detach(), x.k + 1))
+    ranked = h.gather(-1, x.top(h.detach(), x.k + 1))
     inside = torch.zeros_like(h, dtype=torch.bool).scatter(-1, routing.index, True)
     threshold = torch.where(inside, ranked[:, x.k :], ranked[:, x.k - 1 : x.k])
     return torch.special.ndtr((x.logits - threshold) / x.spread).sum(0)
 
 
-def by_document(router: Router, x: Asked, p: Float[Tensor, "n e"], routing: Routing) -> Float[Tensor, ""]:
+class OfDocuments(NamedTuple):
+    """What is known of each document by itself."""
+
+    counts: Int[Tensor, "m e"]  # how often each expert is among a token's k largest p
+    of_pairs: bool  # whether those are the experts that it visits
+    sequence: Float[Tensor, ""]  # of `Load`
+
+
+def by_document(router: Router, x: Asked, p: Float[Tensor, "n e"], routing: Routing) -> OfDocuments:
     """sum over documents of n_d sum_e f_e P_e = sum_ne p_ne c_de e / (k n_d), with c of the k largest p."""
-    n, e = p.shape
+    e = p.shape[1]
     plain = router.choose is None and x.bias is None and x.groups == x.groups_kept
-    index = routing.index if plain else top(p.detach(), x.k)
-    document = counted(x.documents, index)
-    # Counts of as many documents as there are tokens, which is never too few.
-    counts = tally(document[:, None] * e + index, n * e).view(n, e)
-    weight = counts[document].to(p) * e / (x.k * tally(document, n)[document, None].to(p))
-    return (p * weight).sum()
+    index = routing.index if plain else x.top(p.detach(), x.k)
+    number, many = counted(x.documents, index)
+    counts = tally(torch.add(index, number[:, None], alpha=e), many * e).view(many, e)
+    # A document has k n_d of them. (0 / 0 of one without tokens is not looked at.)
+    weight = counts.to(p) * e / counts.sum(-1, keepdim=True)
+    return OfDocuments(counts, plain, (p * weight.index_select(0, number)).sum())
 
 
 def hashed(words: Int[Tensor, " n"], experts: int, k: int, key: int) -> Int[Tensor, "n k"]:

@@ -6,6 +6,7 @@ a loss, for a Hopper GPU without one.
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
     python tests/hopper.py 16 64 bfloat16 features             polynomials of queries and keys
     python tests/hopper.py 151936 64 bfloat16 words            the loss over so many words
+    python tests/hopper.py 16 64 bfloat16 routers              the choice of 8 of 64 experts, and the order of pairs
 
 Each line: the kernel, its shared memory, and the registers and bytes of stack of a thread (a stack means spills).
 
@@ -25,7 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fast.kernels import channel, decay, delta, features, head, rank_one, scan
+from fast.kernels import channel, decay, delta, features, head, rank_one, routers, scan
 from fast.operators import even
 
 TYPES = {
@@ -35,6 +36,7 @@ TYPES = {
     torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 SHARED = 232448  # bytes of shared memory that a program may have
 
@@ -90,7 +92,7 @@ def thread(code: bytes) -> str:
 
 
 def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> None:
-    decay.launch = head.launch = compiled
+    decay.launch = head.launch = routers.launch = compiled
     decay.multiprocessors = lambda _: 132
     b, t, h, K, V = 1, 600, 2, int(K), int(V)
     q, k, v = (torch.empty(b, t, h, n, dtype=getattr(torch, dtype)) for n in (K, K, V))
@@ -101,10 +103,17 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
             products(q, k, v)
         elif kind == "words":
             losses(q)
+        elif kind == "routers":
+            chosen()
         else:
             scans(getattr(scan, kind.upper()).value, q, k, v)
     if not kinds:
         channels(q, k, v)
+
+
+def chosen() -> None:
+    index = routers.top(torch.empty(4096, 64), 8)
+    routers.by_expert(index, torch.empty(index.shape, dtype=torch.bool), 64)
 
 
 def scans(kind: int, q, k, v) -> None:

@@ -21,9 +21,9 @@ from torch import nn
 
 from conftest import EXEMPT
 from reference.moe import Experts, MoE, experts
-from reference.routers import ROUTER, dense, rooms, route, sum_to_one
+from reference.routers import ROUTER, dense, rooms, route, sum_to_one, top
 
-OPS = SimpleNamespace(experts=experts)  # all that the layer asks of a backend
+OPS = SimpleNamespace(experts=experts, top=top)  # all that the layer asks of a backend
 WIDE = {"width": 16, "experts": 8, "top_k": 3, "hidden": 12}
 WORDS = 7
 GATE = "gate.weight"

@@ -1234,11 +1234,11 @@ def test_scans_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
     assert all(line.endswith(" 0 bytes of stack") for line in said), said
 
 
-def test_features_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
+def test_features_and_routers_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
     outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("hopper.py")
     said = subprocess.run(
-        [sys.executable, script, "16", "64", "bfloat16", "features"],
+        [sys.executable, script, "16", "64", "bfloat16", "features", "routers"],
         env=outside, check=True, capture_output=True, text=True,
     ).stdout.splitlines()  # fmt: skip
     assert {line.split()[0] for line in said} == {
@@ -1246,6 +1246,9 @@ def test_features_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
         "features_gradients",
         "features_pairs",
         "decay_fold",
+        "top_rows",
+        "counts",
+        "ranks",
     }
     assert all(line.endswith(" 0 bytes of stack") for line in said), said
 

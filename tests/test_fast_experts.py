@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.tensor import DTensor, Shard
@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor, Shard
 import fast
 from fast import experts as quick
 from fast.kernels import experts as kernels
+from fast.kernels import routers as sorting
 from inputs import assert_within_budget
 from parallel import comm, mesh, shard, tensor, testing
 from parallel import experts as shared
-from reference import moe
+from reference import moe, routers
 from reference.example import error
 from reference.model import initialize, starts
 from reference.moe import EXPERT, Drop, Experts, MoE
@@ -251,6 +252,48 @@ def test_a_token_alone_is_the_token_among_others():
 
 # --------------------------------------------------------------------------------------- the kernels around products
 
+SOME = st.sampled_from((-torch.inf, -2.5, -1e-40, -0.0, 0.0, 1e-40, 1.0, 3e38, torch.inf, torch.nan, -torch.nan))
+
+
+@given(e=st.sampled_from((1, 2, 3, 8, 31, 64)), rows=st.integers(0, 3), data=st.data())
+@settings(max_examples=15)
+def test_the_largest_are_the_reference_s(e, rows, data):
+    """Equal ones in the order of their columns, the two zeros and all that are no numbers too."""
+    values = data.draw(st.lists(SOME, min_size=rows * e, max_size=rows * e))
+    values = torch.tensor(values, dtype=torch.float32, device=DEVICE).view(rows, e)
+    k = data.draw(st.integers(0, e))
+    wanted = routers.top(values, k)
+    with mock.patch.object(routers, "top", None):
+        assert torch.equal(fast.ops.top(values, k), wanted)
+
+
+def test_the_largest_of_many(monkeypatch):
+    values = draw(300, 64).float().round().to(DEVICE)
+    names = launched(monkeypatch)
+    assert torch.equal(fast.ops.top(values, 8), routers.top(values, 8)) and names == ["top_rows"]
+    for other in (values.double(), torch.zeros(1, 1025, device=DEVICE)):
+        assert torch.equal(fast.ops.top(other, 3), routers.top(other, 3)) and len(names) == 1
+
+
+@given(
+    n=st.integers(0, 40),
+    e=st.sampled_from((1, 2, 7, 8, 600)),
+    tiles=st.sampled_from((1, 3, 256)),
+    kept=st.sampled_from((1.0, 0.6, 0.0)),
+    alike=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@example(n=40, e=600, tiles=3, kept=0.6, alike=True, seed=0)  # several tiles, of several parts each
+@settings(max_examples=15)
+def test_pairs_are_sorted_as_by_the_reference(n, e, tiles, kept, alike, seed):
+    _, index, stays = made(n, e, min(e, 3), kept=kept, alike=alike, seed=seed)
+    index, stays = index.to(DEVICE), stays.to(DEVICE)
+    wanted = moe.by_expert(index, stays, e)
+    with mock.patch.object(moe, "by_expert", None), mock.patch.object(sorting, "TILES", tiles):
+        for got, right in zip(fast.ops.by_expert(index, stays, e), wanted, strict=True):
+            assert torch.equal(got, right) and got.dtype == right.dtype
+
+
 NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 
 
@@ -371,19 +414,20 @@ def launched(monkeypatch):
         names.append(kernel.__name__)
         own(kernel, *args, **meta)
 
-    monkeypatch.setattr(kernels, "launch", launch)
+    for family in (kernels, sorting):
+        monkeypatch.setattr(family, "launch", launch)
     return names
 
 
 @pytest.mark.parametrize("gate_at", ["output", "input"])
 def test_which_kernels_a_layer_launches(gate_at, monkeypatch):
-    """One for each way of the tokens and of swiglu, and nothing of the reference's around the products."""
+    """Two that sort, one for each way of the tokens and of swiglu, and nothing of the reference's around products."""
     names = launched(monkeypatch)
-    monkeypatch.setattr(moe, "taken", None)
-    monkeypatch.setattr(moe, "combined", None)
+    for function in ("taken", "combined", "by_expert"):
+        monkeypatch.setattr(moe, function, None)
     case = made(9, 4, 2, biases=False, kept=0.7)
     run(quick.grouped, case, torch.bfloat16 if CUDA else torch.float32, DEVICE, gate_at=gate_at)
-    assert names == ["spread", "swiglu_forward", "gathered", "spread", "swiglu_backward", "gathered"]
+    assert names == ["counts", "ranks", "spread", "swiglu_forward", "gathered", "spread", "swiglu_backward", "gathered"]
 
 
 @gpu

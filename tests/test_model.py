@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from inputs import Made, small, unpadded
-from reference import exact, ops
+from reference import exact, moe, ops, routers
 from reference.head import IGNORED, token_losses
 from reference.lsm import LSM
 from reference.model import LanguageModel, decayed, for_writing, initialize, looks_ahead, sizes, starts, state_bytes
@@ -120,6 +120,15 @@ def test_packed_documents_equal_each_alone(config, lengths, seed):
             alone[i] = own.state
             torch.testing.assert_close(out.logits[:, a:b], own.logits, **close)
             same_state(part_of(state, i), own.state)
+
+
+@pytest.mark.parametrize("router", ["linear_moe", "switch"])
+@torch.no_grad()
+def test_no_layer_sorts_documents(router, monkeypatch):
+    """They are numbered once a batch, from their borders."""
+    for place in (moe, routers):
+        monkeypatch.setattr(place, "numbered", None)
+    make(pattern="LN", router=router)(text(1, 9), cu_seqlens=packed(4, 0, 5), index=text(1, 9), key=1)
 
 
 @torch.no_grad()

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from reference.moe import EXPERT, Dense, Experts, MoE, experts, feed_forward
-from reference.routers import ROUTER, Routing, dense, second_by_chance
+from reference.documents import Documents
+from reference.moe import EXPERT, Dense, Experts, MoE, apart, experts, feed_forward
+from reference.routers import ROUTER, Routing, dense, second_by_chance, top
 
-OPS = SimpleNamespace(experts=experts)  # all that the layer asks of a backend
+OPS = SimpleNamespace(experts=experts, top=top)  # all that the layer asks of a backend
 NOWHERE = SimpleNamespace(documents=None, key=None, index=None, tokens=None)
 every = pytest.mark.parametrize("name", ROUTER)
 matrix = pytest.mark.parametrize("name", [name for name in ROUTER if ROUTER[name].weights != "slots"])
@@ -228,7 +229,7 @@ def spied(moe):
         seen.append(routing)
         return experts(tokens, routing, *weights, **more)
 
-    moe.ops = SimpleNamespace(experts=spy)
+    moe.ops = SimpleNamespace(experts=spy, top=top)
     return seen
 
 
@@ -333,7 +334,7 @@ def test_no_router_jitters_its_experts_input():
     assert ratio.min() < 0.75 and ratio.max() > 1.25 and ((ratio >= 0.7) & (ratio <= 1.3)).all()
     assert torch.equal(moe.jittered(x[0], at(x)), x[0])  # not out of training
     seen = []
-    moe.ops = SimpleNamespace(experts=lambda tokens, *_, **__: seen.append(tokens) or tokens)
+    moe.ops = SimpleNamespace(experts=lambda tokens, *_, **__: seen.append(tokens) or tokens, top=top)
     moe(x, at(x, key=1))
     assert torch.equal(seen[0], x[0])
     assert torch.equal(moe.jittered(x[0, 20:], at(x[:, 20:], key=1, index=torch.arange(20, 40))), shaken[20:])
@@ -505,6 +506,15 @@ def test_packed_documents_do_not_see_each_other(name):
         torch.testing.assert_close(packed[row], torch.cat(parts))
     assert not torch.allclose(packed, moe(x, at(x))[0])  # and it matters here
     assert stats.dropped.sum() > 0 or ROUTER[name].offered or ROUTER[name].weights == "slots"
+    # In numbers that are counted already, some of them nobody's: the same, and as much room where it is filled up.
+    counted = Documents(torch.tensor([4] * 3 + [3] * 7 + [0] * 6 + [8] * 2 + [6] * 2), 10)
+    for got, wanted in zip(moe(x, at(x, documents=counted))[1], stats, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(moe(x, at(x, documents=counted))[0], packed, rtol=1e-12, atol=1e-12)
+    if moe.config.capacity < math.inf:
+        moe = layer(config(name, pad=True, **TIGHT[name]))
+        rooms = [moe.more(at(x), apart(given, x))["room"] for given in (counted, documents)]
+        assert rooms[0] == rooms[1]
 
 
 @every

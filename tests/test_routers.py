@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from reference.assignment import assigned, transported
 from reference.balance import LOSS
+from reference.documents import Documents
 from reference.noise import noise
 from reference.routers import (
     QUEUE,
@@ -418,6 +419,30 @@ def test_load_is_additive_over_documents(name, data, training, seed):
     assert whole.tokens == n and {whole.counts.dtype, whole.dropped.dtype, whole.tokens.dtype} == {torch.int64}
     if router.score is not relu:
         torch.testing.assert_close(whole.probability.sum(), torch.tensor(float(n), dtype=torch.float64))
+
+
+NOISY_SCORES = Router("noise, then a softmax over all", "", choose=noisy_choice, weights="gate and spread")
+
+
+@pytest.mark.parametrize("router", [*MATRIX.values(), NOISY_SCORES], ids=[*MATRIX, "noisy_scores"])
+@pytest.mark.parametrize("capacity", [None, math.inf])
+def test_what_is_known_already_changes_nothing(router, capacity):
+    """Scores that somebody has; that nobody is dropped; how documents are numbered. To the bit."""
+    k, e = router.top_k or 2, 5
+    capacity = None if router.offered else capacity
+    logits, extra = randn(12, e).round(decimals=1), more(router, 12, e, k)
+    names, numbers = torch.tensor([7, -1, 3]), torch.tensor([2, 0, 1])
+    which = torch.arange(12) // 5
+    plain = route(router, logits, k, **extra, documents=names[which], capacity=capacity)
+    known = extra | {"documents": Documents(numbers[which], 4), "scores": router.score(logits)}
+    routing = route(router, logits, k, **known, capacity=capacity)
+    for got, wanted in zip(routing, plain, strict=True):
+        assert torch.equal(got, wanted)
+    kept = router.keeps_all(capacity)
+    assert routing.kept.all() or not kept
+    found = load(router, logits, routing, **known, all_kept=kept)
+    for got, wanted in zip(found, load(router, logits, plain, **extra, documents=names[which]), strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_load_by_hand():
