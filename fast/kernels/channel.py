@@ -27,8 +27,9 @@ either side of the middle, and one product is the whole block. For gates as mode
 chunk: a program looks at b there (`ends_of`), and has a way of its own for such a chunk, with two exponentials a
 number, since q', k' and what memories give are by row those from the middle times e^{b_m} or e^{b_C - b_m}. Else it
 stops at the first level that is mild. An exponent is a difference of two sums b, the second read again from the cache.
-For float32 tokens they are float64; for 16-bit tokens float32, behind a gate of FLOOR right to 1e-3. Any g in [-inf, 0]
-is right and finite: as in `decay.py` a gate is raised to FLOOR first.
+For float32 tokens they are float64; for 16-bit tokens products of ones with gates in two float16, right to 2^-22 of the
+largest gate, behind one of FLOOR to 1e-3. Any g in [-inf, 0] is right and finite: as in `decay.py` a gate is raised to
+FLOOR first.
 
 The gate's gradient is dg_t = <e^{g_t} M_{t-1}, D_t> by row of the memory, D_t the cotangent of M_t. With those of a
 chunk's last token, and dq and dk without a token's own pair, which is in both and cancels,
@@ -40,20 +41,19 @@ e^{b_C} <S, R> and what the chunk's own keys find in R, which dk has. The produc
 rounded. A token's own pair P_tt comes in afterwards: dq += P_tt k, dk += P_tt q (times u), du = Σ_t P_tt q_t k_t.
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, gates (2 U) in float32: forward, gates read
-4 and write 2 1/2, the sweep reads 3 1/2 and writes 1; with a gradient in sight they write b and S, too: 11 or 15 U.
-Backward, the sweep reads 3 1/2 and writes dv and R, gradients read 10 and write 4: 20 1/2; both 35 1/2 where the floor
-is 17. Kept for the gradient: A, q', k', b and S (6 1/2 U; all made once), and not the gates (2 U); needed on the way:
-R, 2 U. Multiply-adds a chunk: a sweep 2·C·K·V and C·C·V, gates C·C·K a level, gradients 2·C·K·V, 2·C·C·V a slice of
-channels and 2·C·C·K a level.
+4 and write 4 1/2, the sweep reads 3 1/2 and writes 1, and S where there will be a gradient: 13 or 15 U. Backward, the
+sweep reads 3 1/2 and writes dv and R, gradients read 10 and write 4: 20 1/2; both 35 1/2 where the floor is 17. Kept
+for the gradient: A, q', k', b and S (6 1/2 U; all made once), and not the gates (2 U); needed on the way: R, 2 U.
+Multiply-adds a chunk: a sweep 2·C·K·V and C·C·V, gates 2·C·C·K for b and C·C·K a level, gradients 2·C·K·V, 2·C·C·V a
+slice of channels and 2·C·C·K a level.
 
 Compilers: what `decay.py` says, and no 16-bit line of CONFIG has one stage. A program has one chunk, so that levels are
 no loop within a loop (unrolled they take five times the code and are no faster). A program waits for memory most of the
-time: what it will need it asks for at once, and two programs fit a multiprocessor. (`channel_gates` fits since it may
-have no more registers; those that it lacks are mostly of chunks that are not mild.) Its b is a scan, not a product with
-ones, since a dot's result must not be transposed into another dot. In `channel_gradients` on Hopper that compiler gives
-wrong rows from the 17th on, or an illegal access, where a program has fewer channels of K than 64 and fewer than of V:
-16-bit tiles are never narrower than 64. The lines of CONFIG for K = 128 in 16 bits are chosen by times on an H100
-(bench/LOG.md), the others by registers and shared memory.
+time: what it will need it asks for at once, and two programs fit a multiprocessor. b is stored, awaited and loaded
+again rather than used, since a dot's result must not be transposed into another dot. In `channel_gradients` on Hopper
+that compiler gives wrong rows from the 17th on, or an illegal access, where a program has fewer channels of K than 64
+and fewer than of V: 16-bit tiles are never narrower than 64. The lines of CONFIG for K = 128 in 16 bits are chosen by
+times on an H100 (bench/LOG.md), the others by registers and shared memory.
 """
 
 import functools
@@ -100,9 +100,9 @@ CONFIG = {
 }
 # where sequences are cut in segments: `channel_span` then costs almost as much as a sweep, less in fewer, wider slices
 CUT = {(128, 2): (64, 4, 2)}
-# bytes of a number -> (channels of K at a time at most, warps, registers a thread at most)
-FOLDING = {2: (128, 8, 128), 4: (32, 4, None)}
-FINISHING = {2: (64, 4, None), 4: (32, 4, None)}
+# bytes of a number -> (channels of K at a time, warps)
+FOLDING = {2: (64, 4), 4: (32, 4)}
+FINISHING = {2: (64, 4), 4: (32, 4)}
 
 
 @triton.jit
@@ -131,18 +131,12 @@ def faded(sums, level, mild, count, heads, ik, C: tl.constexpr, K: tl.constexpr,
 
 
 @triton.jit
-def is_mild(there, total, MILD: tl.constexpr):
-    """Whether decays from the middle of a chunk, with b = `there`, to its beginning and its end are in range."""
-    return tl.max(tl.maximum(-there, there - total)) < MILD
-
-
-@triton.jit
 def ends_of(sums, count, heads, ik, C: tl.constexpr, K: tl.constexpr, MILD: tl.constexpr):
-    """b at the middle of a chunk and at its end, and whether it `is_mild`."""
+    """b at the middle of a chunk and at its end, and whether decays from the middle to either end are in range."""
     at, in_k = sums + ik, ik < K
     there = tl.load(at + (tl.minimum(C // 2, count) - 1) * (heads * K), mask=in_k, other=0.0)
     total = tl.load(at + (count - 1) * (heads * K), mask=in_k, other=0.0)
-    return there, total, is_mild(there, total, MILD)
+    return there, total, tl.max(tl.maximum(-there, there - total)) < MILD
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
@@ -150,12 +144,10 @@ def channel_gates(
     q, k, g, u, borders, asked, written, fades, sums, scores, tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BEFORE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, MILD: tl.constexpr, SCORES: tl.constexpr,
-    KEPT: tl.constexpr,
 ):  # fmt: skip
-    """q e^r and k e^{b_C - b}: b t h K each; e^{b_C}, a row of K a chunk; with SCORES A: b t h C; with KEPT b, of which
-    else only chunks that are not mild write anything, for themselves.
+    """b, q e^r and k e^{b_C - b}: b t h K each; e^{b_C}, a row of K a chunk; with SCORES A: b t h C.
 
-    Reads q, k and g. C·C·K multiply-adds a chunk and level.
+    Reads q, k and g; b again from the cache. C·C·K multiply-adds a chunk and level, and 2·C·C·K for b.
     """
     h = tl.program_id(0) % heads
     n, start, begin, count = chunk_of(borders, tl.program_id(0) // heads, tokens, sequences, C, PACKED)
@@ -175,17 +167,18 @@ def channel_gates(
         at = row * K + here * (heads * K) + ik[None, :]
         ok = inside[:, None] & in_k[None, :]
         gates = tl.maximum(tl.load(g + at, mask=ok, other=0.0), FLOOR, propagate_nan=tl.PropagateNan.ALL)
-        query = tl.load(q + at, mask=ok, other=0.0).to(tl.float32)
-        key = tl.load(k + at, mask=ok, other=0.0).to(tl.float32)
-        gates = (gates.to(tl.float64) if EXACT else gates) * LOG2_E
-        b = tl.cumsum(gates, 0)
-        r = b - gates if BEFORE else b
-        # as `ends_of` finds them, since after the last token b stays what it is
-        there = tl.sum(tl.where(here == C // 2 - 1, b, 0.0), 0)
-        total = tl.sum(tl.where(here == C - 1, b, 0.0), 0)
-        mild = is_mild(there, total, MILD)
-        if KEPT:
-            tl.store(sums + at, b, mask=ok)
+        query = tl.load(q + at, mask=ok, other=0.0)
+        key = tl.load(k + at, mask=ok, other=0.0)
+        if EXACT:
+            b = tl.cumsum(gates.to(tl.float64) * LOG2_E, 0)
+        else:
+            b = summed(other <= here, gates * LOG2_E, tl.float16)
+        tl.store(sums + at, b, mask=ok)
+        tl.debug_barrier()
+        query, key = query.to(tl.float32), key.to(tl.float32)
+        b = at_token(sums + row * K, ic, count, heads, ik, K)
+        r = at_token(sums + row * K, ic - 1, count, heads, ik, K) if BEFORE else b
+        there, total, mild = ends_of(sums + row * K, count, heads, ik, C, K, MILD)
         tl.store(fades + line + ik, tl.exp2(total).to(tl.float32), mask=in_k)
         if SCORES:
             if BEFORE:
@@ -204,9 +197,6 @@ def channel_gates(
             tl.store(asked + at, query * tl.exp2(r).to(tl.float32), mask=ok)
             tl.store(written + at, key * tl.exp2(total[None, :] - b).to(tl.float32), mask=ok)
             if SCORES:
-                if not KEPT:
-                    tl.store(sums + at, b, mask=ok)
-                tl.debug_barrier()  # `faded` loads what other threads have stored
                 steepest = tl.min(tl.load(g + at, mask=ok, other=0.0)) * LOG2_E
                 level = LEVELS - 1
                 while level >= 0:
@@ -555,19 +545,17 @@ def shape_by_numbers(X: int, Z: int, width: int, packed: bool, cut: bool) -> dic
     return {**sizes, "PACKED": packed, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages}
 
 
-def pairs_of(q: Tensor, u: Tensor | None, borders: Tensor | None, line: tuple) -> dict:
+def pairs_of(q: Tensor, u: Tensor | None, borders: Tensor | None, line: tuple[int, int]) -> dict:
     """The compile-time arguments of a kernel that takes chunks one by one, some channels at a time."""
     return pairs_by_numbers(q.shape[-1], q.dtype, u is not None, borders is not None, *line)
 
 
 @functools.cache
-def pairs_by_numbers(
-    K: int, dtype: torch.dtype, before: bool, packed: bool, channels: int, warps: int, registers: int | None
-) -> dict:
-    chunk, channels = CHUNK[dtype.itemsize], min(channels, max(64, padded(K)))
+def pairs_by_numbers(K: int, dtype: torch.dtype, before: bool, packed: bool, channels: int, warps: int) -> dict:
+    chunk = CHUNK[dtype.itemsize]
     sizes = {"K": K, "BK": channels, "SLICES": cdiv(K, channels), "C": chunk, "LEVELS": chunk.bit_length() - 1}
     kind = {"BEFORE": before, "PACKED": packed, "EXACT": dtype.itemsize == 4, "MILD": MILD[dtype]}
-    return {**sizes, **kind, "num_warps": warps, "maxnreg": registers}
+    return {**sizes, **kind, "num_warps": warps}
 
 
 def sums_in(q: Tensor) -> torch.dtype:
@@ -575,8 +563,8 @@ def sums_in(q: Tensor) -> torch.dtype:
     return torch.float64 if q.element_size() == 4 else torch.float32
 
 
-def gates(q, k, g, u, borders, scores=None, keep=False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`channel_gates`: q e^r, k e^{b_C - b}, e^{b_C} and, if it is to be kept, b; fills `scores`."""
+def gates(q, k, g, u, borders, scores=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`channel_gates`: q e^r, k e^{b_C - b}, e^{b_C} and b; fills `scores`."""
     (_, t, h, K), width = q.shape, q.element_size()
     asked, written = torch.empty_like(q), torch.empty_like(k)
     fades = g.new_empty(places(q, borders, CHUNK[width]), h, K)
@@ -584,7 +572,7 @@ def gates(q, k, g, u, borders, scores=None, keep=False) -> tuple[Tensor, Tensor,
     decay.launch(
         channel_gates, chunks_of(q, borders, CHUNK[width]) * h,
         q, k, g, u, borders, asked, written, fades, sums, scores, t, h, sequences_of(q, borders),
-        **pairs_of(q, u, borders, FOLDING[width]), SCORES=scores is not None, KEPT=keep,
+        **pairs_of(q, u, borders, FOLDING[width]), SCORES=scores is not None,
     )  # fmt: skip
     return asked, written, fades, sums
 
@@ -639,7 +627,7 @@ def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool, keep: boo
     `keep`: what the gradient needs is kept; else all but the first two are empty.
     """
     scores = q.new_empty(*q.shape[:3], CHUNK[q.element_size()])
-    asked, written, fades, sums = gates(q, k, g, u, borders, scores, keep)
+    asked, written, fades, sums = gates(q, k, g, u, borders, scores)
     last = q.new_empty(sequences_of(q, borders), *q.shape[2:], v.shape[-1], dtype=torch.float32)
     met = q.new_empty(memories(q, v, borders)) if keep else None
     run, start, end = {}, memory, last
