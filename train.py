@@ -299,7 +299,7 @@ def optimizer_of(config: Train, model: LanguageModel, matrices: set[str]) -> tor
     if o.name == "sgd":
         return torch.optim.SGD(groups, lr=o.rate, momentum=o.betas[0])
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[o.name]
-    return kind(groups, lr=o.rate, betas=o.betas, eps=o.eps, foreach=True)
+    return kind(groups, lr=o.rate, betas=o.betas, eps=o.eps, fused=True)
 
 
 def rate(config: Train, step: int) -> float:

@@ -516,7 +516,7 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
             "saved activations": saved(asked, counted),
             "memories that travel": travelling(asked, counted),
         },
-        "optimizer": lasting | {"gradients": 4 * held, "the optimizer's temporaries": 4 * held},
+        "optimizer": lasting | {"gradients": 4 * held},
     }
 
 

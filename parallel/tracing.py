@@ -229,6 +229,11 @@ class Even(TorchFunctionMode):
         if function is Tensor.bincount:
             self.rows, self.counts = args[0].numel(), args[0].new_zeros((kwargs or {}).get("minlength", 1))
             return self.counts
+        if function is torch.searchsorted:  # the ends of groups of rows, whose differences are counts
+            self.rows = args[0].numel()
+        if function is Tensor.diff:
+            self.counts = function(*args, **(kwargs or {}))
+            return self.counts
         if function is Tensor.unbind and args[0] is self.counts:  # on its way to a list of integers
             return [np.int64(self.rows), *[np.int64(0)] * (len(self.counts) - 1)]
         if function is Tensor.unique:

@@ -815,11 +815,11 @@ MUTANTS = [
         "tests/test_plan.py -k fsdp",
     ),
     Mutant(
-        "what the optimizer makes is planned to fit in with the gradients",
-        "parallel/budget.py",
-        '"the optimizer\'s temporaries": 4 * held',
-        '"the optimizer\'s temporaries": 0',
-        "tests/test_plan.py -k 'optimizer_makes or measured'",
+        "the optimizer's step makes square roots of all that it moves",
+        "train.py",
+        "fused=True",
+        "foreach=True",
+        "tests/test_plan.py -k optimizer_makes",
     ),
     Mutant(
         "maps inside mixers are traced without rows",
