@@ -27,7 +27,6 @@ import reference
 from fast import gates as by_gates
 from fast import recurrence as quick
 from fast import scan as by_element
-from fast import slots as by_slots
 from fast.kernels import channel as channels
 from fast.kernels import decay as kernels
 from fast.kernels import delta as deltas
@@ -45,8 +44,7 @@ CUDA = torch.cuda.is_available()
 # one of the same three words and features
 ALL = list({(*LSM[name][:3], LSM[name].features): name for name in reversed(quick.rows())}.values())[::-1]
 # token by token: few, in the interpreter
-SCANNED = [name for name in ALL if by_element.has_form(LSM[name]) or by_slots.has_form(LSM[name])]
-ELEMENTS = [name for name in SCANNED if by_element.has_form(LSM[name])]
+SCANNED = [name for name in ALL if by_element.has_form(LSM[name])]
 FEATURED = [name for name in ALL if LSM[name].features]
 LOOSE = [name for name in ALL if name in PRINTED and name not in SCANNED]  # other mixtures of what the families know
 ROWS = [name for name in ALL if name not in SCANNED and name not in PRINTED]
@@ -252,13 +250,15 @@ def test_segments(name, segments, monkeypatch, launched):
     cut(monkeypatch, segments)
     compare(name, t=150 if CUDA else 64 * (segments - 1) + 19, k=16, v=16, bare=segments == 3)
     family = {"ratio": "decay"}.get(family_of(name), family_of(name))
-    fold = {"rank_one": "delta", "features": "decay"}.get(family, family)
-    assert launched[f"{fold}_fold"] == 2  # the memories, and their cotangents
+    fold = {"rank_one": "delta", "features": "decay", "slots": "channel"}.get(family, family)
+    each = 2 if family == "slots" else 1  # memories
+    assert launched[f"{fold}_fold"] == 2 * each  # the memories, and their cotangents
     # spans of delta rules, of steps of rank one and of features are their sweeps without outputs
     sweeps = {
         "delta": {"delta_values": 2, "delta_answers": 2},
         "rank_one": {"rank_one_sweep": 4},
         "features": {"features_sweep": 4},
+        "slots": {"channel_span": 4},
     }
     spans = sweeps.get(family, {f"{family}_span": 2})
     assert {span: launched[span] for span in spans} == spans
@@ -556,9 +556,7 @@ def forgetful(tokens, constants):
                 tokens[name][:, token] = x
 
 
-@pytest.mark.parametrize(
-    "name", ["mamba", "gated_fast_weights", "gate_loop", "gsa", "s4_printed", "fast_weights_printed"]
-)
+@pytest.mark.parametrize("name", ["mamba", "gated_fast_weights", "gate_loop", "s4_printed", "fast_weights_printed"])
 def test_scanned_with_extreme_gates(name):
     compare(name, t=10, k=5, v=6, change=forgetful)
 
@@ -767,7 +765,7 @@ def test_only_what_is_asked_is_computed_by_delta_rules(name, launched):
     assert launched == {**{f"delta_{name}": 1 for name in each}, **gates}
 
 
-@pytest.mark.parametrize("name", ELEMENTS)
+@pytest.mark.parametrize("name", SCANNED)
 def test_only_what_is_asked_is_computed_by_scans(name, launched):
     """One pass each way; memories on the way are kept for a gradient and for nothing else."""
     row, tokens, constants = some(name, t=5)
@@ -985,7 +983,6 @@ def test_steps_are_the_whole(name, launched):
         "ratio": ["decay_step"],
         "features": ["decay_step"],
         "scan": ["scan_forward"],
-        "slots": ["scan_forward", "channel_step"],
     }
     assert launched == dict.fromkeys(kernels.get(family_of(name), [f"{family_of(name)}_step"]), 5)
 
