@@ -127,6 +127,8 @@ def channels(q, k, v) -> None:
     borders = torch.tensor([0, t], dtype=torch.int32)
     _, _, *kept = channel.forward(q, k, v, g, u, memory, borders, 2, False, True)
     channel.backward(v, memory, q, k, v, u, borders, *kept, 2, True, True)
+    scores, asked, _, _, _, met = kept
+    channel.outputs(asked, v, scores, met, borders)
     channel.step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], u, memory)
     beta = torch.empty(b, t, h)
     for given in ((beta, g, None, None), (beta, beta, q, None), (None, g, q, q)):  # as in KDA, Comba, RWKV7
@@ -141,10 +143,8 @@ def slots(q, k, v) -> None:
     V, M = v.shape[-1], 64
     g, borders = torch.empty(b, t, h, M), torch.tensor([0, t], dtype=torch.int32)
     keys, values = torch.empty(1, h, M, K), torch.empty(1, h, M, V)
-    for segments in (1, 2):
-        channel.segments_for = lambda *_, segments=segments: segments
-        _, _, _, *kept = slotted.forward(q, k, v, g, keys, values, borders, 50, True)
-        slotted.backward(v, keys, values, q, k, v, g, borders, *kept)
+    _, _, _, *kept = slotted.forward(q, k, v, g, keys, values, borders, 50, True)
+    slotted.backward(v, keys, values, q, k, v, g, borders, *kept)
     slotted.step(*(x[:, 0] for x in (q, k, v, g)), torch.empty(1, h, M, K + V))
 
 
