@@ -1,30 +1,34 @@
 """Triton kernels for gated slot attention: what queries find among slots' keys weighs slots' values.
 
-With s = 1 - e^g, a number a slot and token, both memories fade slot by slot, by row, as `channel.py` has them:
+With s = 1 - e^g, a number a slot and token, both memories fade slot by slot, by row, as in `channel.py`:
 
     N_t = Diag(e^{g_t}) N_{t-1} + s_tᵀ k_t     l_t = N_t q_t     p_t = softmax(l_t)
     M_t = Diag(e^{g_t}) M_{t-1} + s_tᵀ v_t     o_t = p_t M_t
 
-The second is GLA with queries p and keys s. The first is GLA's backward pass: were o_t = x_t N_t and q_t the cotangent
-of o_t, that of x_t would be l_t. And with E the cotangent of l, Σ_t E_t·l_t = Σ_t q_t·(E_t N_t), so that all gradients
-are those of GLA at queries E, keys s, values k, cotangent q:
+The second is GLA with queries p, keys s and values v. The first is what GLA does backwards: were y_t = x_t N_t its
+output and q_t the cotangent of y_t, that of x_t would be N_t q_t, which is l_t whatever x is. With E the cotangent of
+l, Σ_t E_t·l_t = Σ_t q_t·(E_t N_t), so the gradients are those of GLA with queries E, keys s and values k at q, and dq
+is its output. No second set of kernels, then, for columns that fade:
 
-    dq = E_t N_t, its output     dk, ds, dg as they are     E = p (dp - Σ p dp)
+    l    dq of GLA at do = q, no more                         E = p (dp - Σ p dp)
+    dq   its output, of queries E                             dk, ds, dg    its dv, dk, dg
 
-Both have the same gates and keys, so that b, s e^{b_C - b} and e^{b_C} (`channel_gates`) are made once, and kept.
-l goes into an exponent: it is float32, and the only thing made of the memories N on the way (`channel_gradients`
-without keys). E and p, being queries, are of the tokens' dtype; E sums to zero over the slots, with p as it is rounded.
+b, s e^{b_C - b} and e^{b_C} are made once for both memories and both passes. In order (| between what waits for what):
 
-    forward      complement, gates | sweep (N), l, weights | gates (p), sweep (o)
-    backward     sweep (dv), gradients | cotangents | gates (E), sweep (dq), sweep (dk), gradients | gates' gradient
+    forwards     s | gates | sweep (N) | l | p | gates (p) | sweep (o, M)
+    backwards    sweep (dv) | gradients (dp, ds, dg) | E | gates (E) | dq, sweep (dk) | gradients (ds, dg) | dg
 
-Bytes, in U = one b t h d tensor in 16 bits, K = V = d = 128 and m = 64 slots, gates (1 U) in float32. Forward: s 1 1/2,
-gates 3; sweep 2 1/2 and 1 for N, l 5, weights 1 1/2; gates 3, sweep 3 1/2 and 1 for M: 22 U. Backward: sweep 4 1/2,
-gradients 6 1/2; cotangents 1 1/2; gates 3, two sweeps 3 1/2 and 4 1/2, gradients 6; gates' gradient 5: 34 1/2. Kept for
-the gradient: s, p, A, p e^r, s e^{b_C - b} (1/2 each), b, N and M: 5 1/2. Multiply-adds: twice those of GLA with m key
-channels, one sweep's output more and one less.
+Where 16 bits are too few. l goes into an exponent: it is float32, and of N before a chunk, which may be large where the
+differences between slots are small, what queries find is a product of two parts. p and E are queries that are rounded
+as they fade (p e^b, E e^b), so not before; dp is float32 since E is what dp's have not in common.
 
-One token: one program a head goes through both memories, some columns at a time, and writes them in place.
+Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128 and 64 slots, whose gates in float32 are
+1 U: forwards s 1 1/2, gates 3, sweep 3 1/2 (N 2), l 6 1/2, p 2, gates 3 1/2, sweep 4 1/2 (M 1): 24 1/2. Backwards sweep
+4 1/2, gradients 9, E 3, gates 3 1/2, dq 5, sweep 4 1/2, gradients 9, dg 5: 43 1/2. Kept for the gradient: s, A, p e^b
+and s e^{b_C - b} 1/2 each, p and b 1 each, M 1, N 2: 7. Multiply-adds a chunk are those of `channel.py` for m key
+channels, twice, and C·m·K + C·C·m and a product of N more, for l.
+
+One token: a program takes a head, goes through both memories, some columns at a time, and writes them in place.
 """
 
 import torch
