@@ -18,6 +18,8 @@ with P = do vᵀ. `channel_gates` makes b, q', k', e^{b_C} and A of all chunks a
 (`channel_sweep`, one kernel for both directions) knows of gates only K numbers a chunk. A program of it owns a slice of
 V and streams through time, as in `decay.py`, whose segments are these, too. With a gradient in sight it keeps S of
 every chunk, and backward R, in the tokens' dtype, and `channel_gradients` makes dq, dk and dg of all chunks at once.
+`slots.py` asks for parts of this: gates without queries, or of other queries at the same gates, dq alone or all but dq,
+and o of all chunks at once where S is known (`channel_outputs`).
 
 Pairs of tokens. No split q e^b · k e^{-b} is safe for any gate: under strong ones the second factor has no bound. So
 queries of the later half of a block meet keys of the earlier at its middle m, both decayed towards it, e^{r - b_m} and
