@@ -3,7 +3,7 @@
 A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
 that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), delta rules (`fast/delta.py`), or
 whatever else changes by a rank one (`fast/rank_one.py`). What fades or turns element by element has no such form, but
-one of its own (`fast/scan.py`); so have weighted means (`fast/ratio.py`), slots, which two families compute
+one of its own (`fast/scan.py`); so have weighted means (`fast/ratio.py`), slots, two memories that fade by channel
 (`fast/slots.py`), and rows whose queries and keys have features (`fast/features.py`). Whatever no family takes raises;
 nothing falls back.
 

@@ -19,7 +19,6 @@ class Elements(NamedTuple):
 
         rate     e^{A dt}          A of an element, dt of a token and column
         erase    1 - k² dt         k² of a row, dt of a column
-        column   e^f               f of a column (`fast/slots.py`)
         cross    e^g e^f           g of a row, f of a column
         pace     e^{A dt}          A of an element, dt of a token and row
         full     e^G               G of an element and token

@@ -1,8 +1,9 @@
-"""Compile what a forward and backward pass would launch, as a whole, by channel, rank one, element or features, and of
-a loss, for a Hopper GPU without one.
+"""Compile what a forward and backward pass would launch, as a whole, by channel, rank one, slots, element or features,
+and of a loss and of routers, for a Hopper GPU without one.
 
     python tests/hopper.py 128 128 bfloat16                    by channel and by rank one
     python tests/hopper.py 128 128 bfloat16 whole              decays as a whole, and delta rules with one
+    python tests/hopper.py 128 128 bfloat16 slots              gated slot attention with 64 of them
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
     python tests/hopper.py 16 64 bfloat16 features             polynomials of queries and keys
     python tests/hopper.py 151936 64 bfloat16 words            the loss over so many words
@@ -27,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fast.kernels import channel, decay, delta, features, head, rank_one, routers, scan
+from fast.kernels import slots as slotted
 from fast.operators import even
 
 TYPES = {
@@ -99,6 +101,8 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
     for kind in kinds:
         if kind == "whole":
             whole(q, k, v)
+        elif kind == "slots":
+            slots(q, k, v)
         elif kind == "features":
             products(q, k, v)
         elif kind == "words":
@@ -138,12 +142,25 @@ def channels(q, k, v) -> None:
     borders = torch.tensor([0, t], dtype=torch.int32)
     _, _, *kept = channel.forward(q, k, v, g, u, memory, borders, 2, False, True)
     channel.backward(v, memory, q, k, v, u, borders, *kept, 2, True, True)
+    scores, asked, _, _, _, met = kept
+    channel.outputs(asked, v, scores, met, borders)
     channel.step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], u, memory)
     beta = torch.empty(b, t, h)
     for given in ((beta, g, None, None), (beta, beta, q, None), (None, g, q, q)):  # as in KDA, Comba, RWKV7
         _, _, news, states, moves, *found = rank_one.forward(q, k, v, *given, memory, borders, 2, False, True)
         rank_one.backward(v, memory, q, k, v, *given, borders, news, states, moves, found, True)
         rank_one.step(*(None if x is None else x[:, 0] for x in (q, k, v, *given)), memory)
+
+
+def slots(q, k, v) -> None:
+    """64 slots, the last 14 of which only fill tiles."""
+    b, t, h, K = q.shape
+    V, M = v.shape[-1], 64
+    g, borders = torch.empty(b, t, h, M), torch.tensor([0, t], dtype=torch.int32)
+    keys, values = torch.empty(1, h, M, K), torch.empty(1, h, M, V)
+    _, _, _, *kept = slotted.forward(q, k, v, g, keys, values, borders, 50, True)
+    slotted.backward(v, keys, values, q, k, v, g, borders, *kept)
+    slotted.step(*(x[:, 0] for x in (q, k, v, g)), torch.empty(1, h, M, K + V))
 
 
 def whole(q, k, v) -> None:

@@ -27,7 +27,6 @@ import reference
 from fast import gates as by_gates
 from fast import recurrence as quick
 from fast import scan as by_element
-from fast import slots as by_slots
 from fast.kernels import channel as channels
 from fast.kernels import decay as kernels
 from fast.kernels import delta as deltas
@@ -45,8 +44,7 @@ CUDA = torch.cuda.is_available()
 # one of the same three words and features
 ALL = list({(*LSM[name][:3], LSM[name].features): name for name in reversed(quick.rows())}.values())[::-1]
 # token by token: few, in the interpreter
-SCANNED = [name for name in ALL if by_element.has_form(LSM[name]) or by_slots.has_form(LSM[name])]
-ELEMENTS = [name for name in SCANNED if by_element.has_form(LSM[name])]
+SCANNED = [name for name in ALL if by_element.has_form(LSM[name])]
 FEATURED = [name for name in ALL if LSM[name].features]
 LOOSE = [name for name in ALL if name in PRINTED and name not in SCANNED]  # other mixtures of what the families know
 ROWS = [name for name in ALL if name not in SCANNED and name not in PRINTED]
@@ -252,13 +250,15 @@ def test_segments(name, segments, monkeypatch, launched):
     cut(monkeypatch, segments)
     compare(name, t=150 if CUDA else 64 * (segments - 1) + 19, k=16, v=16, bare=segments == 3)
     family = {"ratio": "decay"}.get(family_of(name), family_of(name))
-    fold = {"rank_one": "delta", "features": "decay"}.get(family, family)
-    assert launched[f"{fold}_fold"] == 2  # the memories, and their cotangents
+    fold = {"rank_one": "delta", "features": "decay", "slots": "channel"}.get(family, family)
+    each = 2 if family == "slots" else 1  # memories
+    assert launched[f"{fold}_fold"] == 2 * each  # the memories, and their cotangents
     # spans of delta rules, of steps of rank one and of features are their sweeps without outputs
     sweeps = {
         "delta": {"delta_values": 2, "delta_answers": 2},
         "rank_one": {"rank_one_sweep": 4},
         "features": {"features_sweep": 4},
+        "slots": {"channel_span": 4},
     }
     spans = sweeps.get(family, {f"{family}_span": 2})
     assert {span: launched[span] for span in spans} == spans
@@ -425,6 +425,44 @@ def test_heads_that_fade_little_and_heads_that_fade_much(name, segments, dtype, 
     compare(name, dtype, h=4, t=150, k=16, v=16, change=change, but=("dg",) if name == "retention" else ())
 
 
+def with_slots(m, strength=1.0):
+    """So many slots, whose gates are that strong."""
+
+    def change(tokens, _):
+        drawn = torch.randn(*tokens["g"].shape[:3], m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+        tokens["g"] = strength * torch.nn.functional.logsigmoid(drawn)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "m, k, v", [(20, 12, 33), (33, 40, 5)] + [(64, 128, 128), (128, 64, 256), (256, 96, 64)] * CUDA
+)
+def test_any_number_of_slots(m, k, v):
+    compare("gsa", t=20, k=k, v=v, change=with_slots(m))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_slots_keys_have_in_common_weighs_nothing(dtype):
+    """However large it is: what goes into an exponent is not rounded to 16 bits on the way."""
+    row, tokens, _ = some("gsa", t=70, h=1)
+    tokens = narrowed(tokens, dtype) | {"g": 0.1 * tokens["g"][..., :1].expand_as(tokens["g"])}
+    M = start("gsa", row, tokens, {}).to(DEVICE)
+    more = M.clone()
+    more[..., :16] += 100.0
+    o, same = (quick.recurrence(row, tokens, None, memory)[0].float() for memory in (M, more))
+    assert (o - same).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+def test_slots_that_forget(launched):
+    """Whatever the gate; one that is no number shows from its token on."""
+    compare("gsa", t=FEW, change=extreme)
+    row, tokens, _ = some("gsa", b=2, t=20, h=1)
+    tokens["g"][0, 17, 0, 1] = torch.nan
+    o, _ = quick.recurrence(row, tokens)
+    assert o[0, 17:].isnan().all() and o[0, :16].isfinite().all() and o[1].isfinite().all()
+
+
 def test_values_that_float16_just_holds():
     """No value on the way is larger than the largest that came."""
     row, tokens, constants = make("mamba2", t=64, k=16, v=16, dtype=torch.float16)
@@ -556,9 +594,7 @@ def forgetful(tokens, constants):
                 tokens[name][:, token] = x
 
 
-@pytest.mark.parametrize(
-    "name", ["mamba", "gated_fast_weights", "gate_loop", "gsa", "s4_printed", "fast_weights_printed"]
-)
+@pytest.mark.parametrize("name", ["mamba", "gated_fast_weights", "gate_loop", "s4_printed", "fast_weights_printed"])
 def test_scanned_with_extreme_gates(name):
     compare(name, t=10, k=5, v=6, change=forgetful)
 
@@ -584,7 +620,7 @@ def some(name, **sizes):
 
 
 @pytest.mark.parametrize("ask", ["o", "last", "both"])
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7", "based"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7", "based", "gsa"])
 def test_expanded_or_missing_gradients(name, ask):
     """A sum's gradient has stride 0; an output that is not used has none."""
 
@@ -767,7 +803,22 @@ def test_only_what_is_asked_is_computed_by_delta_rules(name, launched):
     assert launched == {**{f"delta_{name}": 1 for name in each}, **gates}
 
 
-@pytest.mark.parametrize("name", ELEMENTS)
+def test_only_what_is_asked_is_computed_of_slots(launched):
+    """What both memories share is made once; what queries find of keys is all that is made of these on the way."""
+    row, tokens, _ = some("gsa")
+    forwards = {"channel_gates": 2, "channel_sweep": 2, "channel_gradients": 1, "slots_weights": 1}
+    unasked = torch.ops.linear_moe.slots(*(tokens[n] for n in "qkvg"), None, None, None, 3, False)
+    assert [x.numel() for x in unasked[3:]] == [0] * 9
+    assert launched == forwards
+    launched.clear()
+    given = leaves(tokens)
+    o, _ = quick.recurrence(row, tokens)
+    torch.autograd.grad(o.sum(), given)
+    backwards = {"channel_gates": 1, "channel_sweep": 2, "channel_outputs": 1, "channel_gradients": 2}
+    assert launched == Counter(forwards) + Counter(backwards) + Counter({"slots_cotangents": 1, "slots_gates": 1})
+
+
+@pytest.mark.parametrize("name", SCANNED)
 def test_only_what_is_asked_is_computed_by_scans(name, launched):
     """One pass each way; memories on the way are kept for a gradient and for nothing else."""
     row, tokens, constants = some(name, t=5)
@@ -851,6 +902,18 @@ def test_a_delta_rule_that_kept_nothing_has_no_gradient():
         torch.ops.linear_moe.delta(*given, None, None, None, 1, False, False)
     with pytest.raises(RuntimeError, match="keep = True"):
         torch.ops.linear_moe.rank_one(*given, *[None] * 5, 1, False, False)
+    _, tokens, _ = some("gsa", t=3)
+    with pytest.raises(RuntimeError, match="keep = True"):
+        torch.ops.linear_moe.slots(*(tokens[n].requires_grad_() for n in "qkvg"), None, None, None, 3, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALVES[0]])
+def test_the_operator_of_slots_keeps_torchs_rules(dtype):
+    _, tokens, _ = some("gsa", t=7)
+    given = [x.requires_grad_() for x in narrowed(tokens, dtype).values()]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    operator = torch.ops.linear_moe.slots.default
+    torch.library.opcheck(operator, (*given, None, None, None, 3, True), test_utils=checks)
 
 
 @pytest.mark.parametrize("segments, wide", [(1, False), (2, True)])
@@ -911,7 +974,7 @@ class Watched(TorchDispatchMode):
         return f(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gla", "gated_delta_net", "kda", "mamba", "based"])
+@pytest.mark.parametrize("name", ["mamba2", "gla", "gated_delta_net", "kda", "mamba", "based", "gsa"])
 def test_operators_only_where_somebody_looks(name):
     """The same bits by way of torch's operators and without them; neither is differentiated twice."""
     row, tokens, constants = some(name, t=7)
@@ -985,7 +1048,6 @@ def test_steps_are_the_whole(name, launched):
         "ratio": ["decay_step"],
         "features": ["decay_step"],
         "scan": ["scan_forward"],
-        "slots": ["scan_forward", "channel_step"],
     }
     assert launched == dict.fromkeys(kernels.get(family_of(name), [f"{family_of(name)}_step"]), 5)
 
@@ -1261,7 +1323,7 @@ def test_every_row_has_a_kernel_or_says_so():
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k, v", [(32, 128), (64, 64), (128, 128), (128, 64), (96, 256), (256, 64), (256, 256)])
-@pytest.mark.parametrize("name", [*GATED, *SCANNED, "linear_attention_normalized"])
+@pytest.mark.parametrize("name", [*GATED, *SCANNED, "gsa", "linear_attention_normalized"])
 def test_head_sizes(name, k, v, dtype):
     if name in SCANNED:
         compare(name, dtype, b=1, h=2, t=100, k=min(k, 128), v=v)
@@ -1278,10 +1340,10 @@ def test_many_programs_and_long_sequences(name, dtype):
 
 
 @gpu
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("name", [*GATED, "gsa"])
 def test_sixteen_bits_over_one_long_segment(name, monkeypatch):
     """The gate's gradient sums rounding errors from a segment's end to its start (delta rules: over 512 tokens)."""
-    if family_of(name) in ("decay", "channel"):
+    if family_of(name) in ("decay", "channel", "slots"):
         cut(monkeypatch, 1)
     compare(name, torch.bfloat16, t=2048, k=64, v=64)
     compare(name, torch.bfloat16, t=2048, k=64, v=64, change=lasting(name))
@@ -1371,7 +1433,7 @@ def test_a_scan_keeps_few_memories_where_they_are_large():
 
 
 @gpu
-@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7", "based"])
+@pytest.mark.parametrize("name", ["mamba2", "rwkv6", "gated_delta_net", "mamba", "s4", "rwkv7", "based", "gsa"])
 def test_cuda_graph(name):
     row, tokens, constants = some(name, t=2000)
     given = leaves(tokens, constants)

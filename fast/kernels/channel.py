@@ -18,6 +18,8 @@ with P = do vᵀ. `channel_gates` makes b, q', k', e^{b_C} and A of all chunks a
 (`channel_sweep`, one kernel for both directions) knows of gates only K numbers a chunk. A program of it owns a slice of
 V and streams through time, as in `decay.py`, whose segments are these, too. With a gradient in sight it keeps S of
 every chunk, and backward R, in the tokens' dtype, and `channel_gradients` makes dq, dk and dg of all chunks at once.
+`slots.py` asks for parts of this: gates without queries, or of other queries at the same gates, dq alone or all but dq,
+and o of all chunks at once where S is known (`channel_outputs`).
 
 Pairs of tokens. No split q e^b · k e^{-b} is safe for any gate: under strong ones the second factor has no bound. So
 queries of the later half of a block meet keys of the earlier at its middle m, both decayed towards it, e^{r - b_m} and
@@ -103,6 +105,7 @@ CUT = {(128, 2): (64, 4, 2)}
 # bytes of a number -> (channels of K at a time, warps)
 FOLDING = {2: (64, 4), 4: (32, 4)}
 FINISHING = {2: (64, 4), 4: (32, 4)}
+APART = {2: 64, 4: 32}  # bytes of a number -> columns of the output a program, chunk by chunk
 
 
 @triton.jit
@@ -144,8 +147,10 @@ def channel_gates(
     q, k, g, u, borders, asked, written, fades, sums, scores, tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BEFORE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, MILD: tl.constexpr, SCORES: tl.constexpr,
+    ASKED: tl.constexpr, KNOWN: tl.constexpr,
 ):  # fmt: skip
-    """b, q e^r and k e^{b_C - b}: b t h K each; e^{b_C}, a row of K a chunk; with SCORES A: b t h C.
+    """b, q e^r and k e^{b_C - b}: b t h K each; e^{b_C}, a row of K a chunk; with SCORES A: b t h C. Without ASKED
+    there is no q; where b is KNOWN q e^r and A are all that is new.
 
     Reads q, k and g; b again from the cache. C·C·K multiply-adds a chunk and level, and 2·C·C·K for b.
     """
@@ -158,7 +163,7 @@ def channel_gates(
     here, other = ic[:, None], ic[None, :]
     row = (start + begin) * heads + h
     inside = ic < count
-    kind = q.dtype.element_ty
+    kind = k.dtype.element_ty
     A = tl.zeros((C, C), tl.float32)
     own = tl.zeros((C,), tl.float32)
     for s in tl.static_range(SLICES):
@@ -166,20 +171,26 @@ def channel_gates(
         in_k = ik < K
         at = row * K + here * (heads * K) + ik[None, :]
         ok = inside[:, None] & in_k[None, :]
-        gates = tl.maximum(tl.load(g + at, mask=ok, other=0.0), FLOOR, propagate_nan=tl.PropagateNan.ALL)
-        query = tl.load(q + at, mask=ok, other=0.0)
+        if not KNOWN:
+            gates = tl.maximum(tl.load(g + at, mask=ok, other=0.0), FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        if ASKED:
+            query = tl.load(q + at, mask=ok, other=0.0)
         key = tl.load(k + at, mask=ok, other=0.0)
-        if EXACT:
-            b = tl.cumsum(gates.to(tl.float64) * LOG2_E, 0)
-        else:
-            b = summed(other <= here, gates * LOG2_E, tl.float16)
-        tl.store(sums + at, b, mask=ok)
-        tl.debug_barrier()
-        query, key = query.to(tl.float32), key.to(tl.float32)
+        if not KNOWN:
+            if EXACT:
+                b = tl.cumsum(gates.to(tl.float64) * LOG2_E, 0)
+            else:
+                b = summed(other <= here, gates * LOG2_E, tl.float16)
+            tl.store(sums + at, b, mask=ok)
+            tl.debug_barrier()
+        if ASKED:
+            query = query.to(tl.float32)
+        key = key.to(tl.float32)
         b = at_token(sums + row * K, ic, count, heads, ik, K)
         r = at_token(sums + row * K, ic - 1, count, heads, ik, K) if BEFORE else b
         there, total, mild = ends_of(sums + row * K, count, heads, ik, C, K, MILD)
-        tl.store(fades + line + ik, tl.exp2(total).to(tl.float32), mask=in_k)
+        if not KNOWN:
+            tl.store(fades + line + ik, tl.exp2(total).to(tl.float32), mask=in_k)
         if SCORES:
             if BEFORE:
                 weight = tl.load(u + h * K + ik, mask=in_k, other=0.0)
@@ -187,15 +198,20 @@ def channel_gates(
             else:
                 own += tl.sum(query * key, 1)
         if mild:
-            queries = query * tl.exp2(r - there[None, :]).to(tl.float32)
+            if ASKED:
+                queries = query * tl.exp2(r - there[None, :]).to(tl.float32)
             keys = key * tl.exp2(there[None, :] - b).to(tl.float32)
-            tl.store(asked + at, queries * tl.exp2(there).to(tl.float32)[None, :], mask=ok)
-            tl.store(written + at, keys * tl.exp2(total - there).to(tl.float32)[None, :], mask=ok)
+            if ASKED:
+                tl.store(asked + at, queries * tl.exp2(there).to(tl.float32)[None, :], mask=ok)
+            if not KNOWN:
+                tl.store(written + at, keys * tl.exp2(total - there).to(tl.float32)[None, :], mask=ok)
             if SCORES:
                 A = plus_product(A, queries.to(kind), tl.trans(keys.to(kind)), inside[:, None], "ieee")
         else:
-            tl.store(asked + at, query * tl.exp2(r).to(tl.float32), mask=ok)
-            tl.store(written + at, key * tl.exp2(total[None, :] - b).to(tl.float32), mask=ok)
+            if ASKED:
+                tl.store(asked + at, query * tl.exp2(r).to(tl.float32), mask=ok)
+            if not KNOWN:
+                tl.store(written + at, key * tl.exp2(total[None, :] - b).to(tl.float32), mask=ok)
             if SCORES:
                 steepest = tl.min(tl.load(g + at, mask=ok, other=0.0)) * LOG2_E
                 level = LEVELS - 1
@@ -272,16 +288,50 @@ def channel_sweep(
         tl.store(end + nh * X * Z + cell, S, mask=in_cell)
 
 
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
+def channel_outputs(
+    x, z, scores, states, borders, out, tokens, heads, sequences,
+    X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """One slice of out = x S + A z of one chunk, where the memories before chunks are known: no chain of chunks.
+
+    Reads x, A, its slice of z and of the memory. C·X·BZ + C·C·BZ multiply-adds.
+    """
+    s = tl.program_id(0) % SLICES
+    h = tl.program_id(0) // SLICES % heads
+    n, start, begin, count = chunk_of(borders, tl.program_id(0) // SLICES // heads, tokens, sequences, C, PACKED)
+    if count <= 0:
+        return
+    ic, ix = tl.arange(0, C), tl.arange(0, BX)
+    iz = s * BZ + tl.arange(0, BZ)
+    inside, in_x, in_z = ic < count, ix < X, iz < Z
+    row = (start + begin) * heads + h
+    place = place_of(start, n, begin, C) * heads + h
+    at_z = row * Z + ic[:, None] * (heads * Z) + iz[None, :]
+    cell = place.to(tl.int64) * X * Z + ix[:, None] * Z + iz[None, :]
+    S = tl.load(states + cell, mask=in_x[:, None] & in_z[None, :], other=0.0)
+    at_x = row * X + ic[:, None] * (heads * X) + ix[None, :]
+    bx = tl.load(x + at_x, mask=inside[:, None] & in_x[None, :], other=0.0)
+    at_scores = row * C + ic[:, None] * (heads * C) + ic[None, :]
+    A = tl.load(scores + at_scores, mask=inside[:, None], other=0.0)
+    bz = tl.load(z + at_z, mask=inside[:, None] & in_z[None, :], other=0.0)
+    o = tl.dot(bx, S.to(bx.dtype), input_precision="ieee")
+    o = tl.dot(A, bz, o, input_precision="ieee")
+    tl.store(out + at_z, o, mask=inside[:, None] & in_z[None, :])
+
+
 @triton.jit
 def gradients_of_chunk(
     do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr,
-    EXACT: tl.constexpr, MILD: tl.constexpr, GATES: tl.constexpr, BONUS: tl.constexpr, ONE: tl.constexpr,
+    EXACT: tl.constexpr, MILD: tl.constexpr, GATES: tl.constexpr, BONUS: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """`channel_gradients`, every pointer being at its chunk. ONE: of mild gates, all pairs in one product."""
     in_k, in_v = ik < K, iv < V
     here, other = ic[:, None], ic[None, :]
-    kind = q.dtype.element_ty
+    kind = k.dtype.element_ty
     inside = ic < count
     at_k = here * (heads * K) + ik[None, :]
     at_v = here * (heads * V) + iv[None, :]
@@ -291,11 +341,16 @@ def gradients_of_chunk(
     answer = tl.load(do + at_v, mask=ok_v, other=0.0)
     value = tl.load(v + at_v, mask=ok_v, other=0.0)
     M = tl.load(states + cell, mask=in_cell, other=0.0)
-    D = tl.load(cotangents + cell, mask=in_cell, other=0.0)
+    if KEYS:
+        D = tl.load(cotangents + cell, mask=in_cell, other=0.0)
     if GATES:
         end = tl.sum(M.to(tl.float32) * D.to(tl.float32), 1)
-    queried = tl.dot(answer, tl.trans(M), input_precision="ieee")
-    query = tl.load(q + at_k, mask=ok_k, other=0.0)
+    if KEYS or EXACT:
+        queried = tl.dot(answer, tl.trans(M.to(kind)), input_precision="ieee")
+    else:
+        queried = summed(answer, tl.trans(M), kind)
+    if KEYS:
+        query = tl.load(q + at_k, mask=ok_k, other=0.0)
     key = tl.load(k + at_k, mask=ok_k, other=0.0)
     b = at_token(sums, ic, count, heads, ik, K)
     r = b if not BEFORE else at_token(sums, ic - 1, count, heads, ik, K)
@@ -303,14 +358,18 @@ def gradients_of_chunk(
     if ONE:
         queried *= tl.exp2(there).to(tl.float32)[None, :]
     P = tl.dot(answer, tl.trans(value), input_precision="ieee")
-    query, key = query.to(tl.float32), key.to(tl.float32)
+    if KEYS:
+        query = query.to(tl.float32)
+    key = key.to(tl.float32)
     if ONE:
         if not EXACT:  # zeros that lie as products do: all that follows is found once, and there
             nothing = tl.minimum(tl.abs(queried), 0.0)
             b += nothing
             r += nothing
         asking, writing = tl.exp2(r - there[None, :]).to(tl.float32), tl.exp2(there[None, :] - b).to(tl.float32)
-        queries, keys = (query * asking).to(kind), (key * writing).to(kind)
+        if KEYS:
+            queries = (query * asking).to(kind)
+        keys = (key * writing).to(kind)
     own = tl.sum(tl.where(here == other, P, 0.0), 1)
     P = tl.where(here > other, P, 0.0).to(kind)
     if ONE:
@@ -330,49 +389,52 @@ def gradients_of_chunk(
     weight = tl.full((BK,), 1.0, tl.float32)
     if BEFORE:
         weight = tl.load(u + ik, mask=in_k, other=0.0)
-    change = query * queried
-    tl.store(dq + at_k, queried + own[:, None] * key * weight[None, :], mask=ok_k)
-    if BONUS:
-        tl.store(du + ik, tl.sum(own[:, None] * query * key, 0), mask=in_k)
+    if KEYS:
+        change = query * queried
+    if QUERIES:
+        tl.store(dq + at_k, queried + own[:, None] * key * weight[None, :], mask=ok_k)
+    if KEYS:
+        if BONUS:
+            tl.store(du + ik, tl.sum(own[:, None] * query * key, 0), mask=in_k)
 
-    there, total, _ = ends_of(sums, count, heads, ik, C, K, MILD)
-    keyed = tl.dot(value, tl.trans(D), input_precision="ieee")
-    turned = tl.dot(value, tl.trans(answer), input_precision="ieee")
-    turned = tl.where(here < other, turned, 0.0).to(kind)
-    if GATES:
-        end *= tl.exp2(total).to(tl.float32)
-    if ONE:
-        keyed *= writing * tl.exp2(total - there).to(tl.float32)[None, :]
+        there, total, _ = ends_of(sums, count, heads, ik, C, K, MILD)
+        keyed = tl.dot(value, tl.trans(D), input_precision="ieee")
+        turned = tl.dot(value, tl.trans(answer), input_precision="ieee")
+        turned = tl.where(here < other, turned, 0.0).to(kind)
         if GATES:
-            end += tl.sum(key * keyed, 0)
-        keyed += writing * tl.dot(turned, queries, input_precision="ieee")
-    else:
-        keyed *= tl.exp2(total[None, :] - b).to(tl.float32)
-        if GATES:
-            end += tl.sum(key * keyed, 0)
-        level = LEVELS - 1
-        while level >= 0:
-            mild = steepest * (1 << level) > -MILD
-            asking, writing = faded(sums, level, mild, count, heads, ik, C, K, BEFORE)
-            queries = (tl.load(q + at_k, mask=ok_k, other=0.0).to(tl.float32) * asking).to(kind)
-            met = tl.where((here ^ other) >> level < 2, turned, 0.0).to(kind)
-            keyed += writing * tl.dot(met, queries, input_precision="ieee")
-            level -= 1 + mild.to(tl.int32) * LEVELS
-    tl.store(dk + at_k, keyed + own[:, None] * query * weight[None, :], mask=ok_k)
-    if GATES:
-        later = change - key * keyed
-        if EXACT:
-            since = tl.cumsum(later, 0, reverse=True)
+            end *= tl.exp2(total).to(tl.float32)
+        if ONE:
+            keyed *= writing * tl.exp2(total - there).to(tl.float32)[None, :]
+            if GATES:
+                end += tl.sum(key * keyed, 0)
+            keyed += writing * tl.dot(turned, queries, input_precision="ieee")
         else:
-            largest = tl.maximum(tl.max(tl.abs(later)), 1e-30)
-            since = summed(other >= here, later / largest, tl.float16) * largest
-        since += end[None, :]
-        if BEFORE:
-            since -= change
-        if not ONE:
-            b = at_token(sums, ic, count, heads, ik, K)
-            since = tl.where(b - at_token(sums, ic - 1, count, heads, ik, K) < NOTHING, 0.0, since)
-        tl.store(dg + at_k, since, mask=ok_k)
+            keyed *= tl.exp2(total[None, :] - b).to(tl.float32)
+            if GATES:
+                end += tl.sum(key * keyed, 0)
+            level = LEVELS - 1
+            while level >= 0:
+                mild = steepest * (1 << level) > -MILD
+                asking, writing = faded(sums, level, mild, count, heads, ik, C, K, BEFORE)
+                queries = (tl.load(q + at_k, mask=ok_k, other=0.0).to(tl.float32) * asking).to(kind)
+                met = tl.where((here ^ other) >> level < 2, turned, 0.0).to(kind)
+                keyed += writing * tl.dot(met, queries, input_precision="ieee")
+                level -= 1 + mild.to(tl.int32) * LEVELS
+        tl.store(dk + at_k, keyed + own[:, None] * query * weight[None, :], mask=ok_k)
+        if GATES:
+            later = change - key * keyed
+            if EXACT:
+                since = tl.cumsum(later, 0, reverse=True)
+            else:
+                largest = tl.maximum(tl.max(tl.abs(later)), 1e-30)
+                since = summed(other >= here, later / largest, tl.float16) * largest
+            since += end[None, :]
+            if BEFORE:
+                since -= change
+            if not ONE:
+                b = at_token(sums, ic, count, heads, ik, K)
+                since = tl.where(b - at_token(sums, ic - 1, count, heads, ik, K) < NOTHING, 0.0, since)
+            tl.store(dg + at_k, since, mask=ok_k)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
@@ -380,9 +442,10 @@ def channel_gradients(
     do, q, k, v, u, sums, states, cotangents, borders, dq, dk, dg, du, tokens, heads, sequences,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, MILD: tl.constexpr,
-    GATES: tl.constexpr, BONUS: tl.constexpr,
+    GATES: tl.constexpr, BONUS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dg of one chunk, a slice of channels; with BONUS du of the chunk, at its `place_of`.
+    """dq, dk and dg of one chunk, a slice of channels; with BONUS du of the chunk, at its `place_of`. Without QUERIES
+    all but dq; without KEYS dq alone, of which q is no part.
 
     Reads do, v and b, its slice of q, k, of the memory before the chunk and the cotangent of that after it.
     Multiply-adds: 2·C·C·V + 2·C·V·BK, and 2·C·C·BK for each level, mostly one.
@@ -398,8 +461,12 @@ def channel_gradients(
     place = place_of(start, n, begin, C) * heads + h
     sums += row * K
     states += place.to(tl.int64) * K * V
-    cotangents += place.to(tl.int64) * K * V
-    q, k, dq, dk, do, v = q + row * K, k + row * K, dq + row * K, dk + row * K, do + row * V, v + row * V
+    if KEYS:
+        cotangents += place.to(tl.int64) * K * V
+        q, dk = q + row * K, dk + row * K
+    if QUERIES:
+        dq += row * K
+    k, do, v = k + row * K, do + row * V, v + row * V
     if GATES:
         dg += row * K
     if BONUS:
@@ -410,12 +477,12 @@ def channel_gradients(
     if mild and (not BEFORE):  # whose sums and bonus would need more registers than there are
         gradients_of_chunk(
             do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads,
-            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, True,
+            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, QUERIES, KEYS, True,
         )  # fmt: skip
     else:
         gradients_of_chunk(
             do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads,
-            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, False,
+            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, QUERIES, KEYS, False,
         )  # fmt: skip
 
 
@@ -563,16 +630,20 @@ def sums_in(q: Tensor) -> torch.dtype:
     return torch.float64 if q.element_size() == 4 else torch.float32
 
 
-def gates(q, k, g, u, borders, scores=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`channel_gates`: q e^r, k e^{b_C - b}, e^{b_C} and b; fills `scores`."""
-    (_, t, h, K), width = q.shape, q.element_size()
-    asked, written = torch.empty_like(q), torch.empty_like(k)
-    fades = g.new_empty(places(q, borders, CHUNK[width]), h, K)
-    sums = torch.empty_like(g, dtype=sums_in(q))
+def gates(q, k, g, u, borders, scores=None, known=None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """`channel_gates`: q e^r (None without q), k e^{b_C - b}, e^{b_C} and b; fills `scores`. `known`: the last
+    three, as they were found before."""
+    (_, t, h, K), width = k.shape, k.element_size()
+    asked = None if q is None else torch.empty_like(k)
+    if known is None:
+        fades = g.new_empty(places(k, borders, CHUNK[width]), h, K)
+        made = torch.empty_like(k), fades, torch.empty_like(g, dtype=sums_in(k))
+    written, fades, sums = known or made
     decay.launch(
-        channel_gates, chunks_of(q, borders, CHUNK[width]) * h,
-        q, k, g, u, borders, asked, written, fades, sums, scores, t, h, sequences_of(q, borders),
-        **pairs_of(q, u, borders, FOLDING[width]), SCORES=scores is not None,
+        channel_gates, chunks_of(k, borders, CHUNK[width]) * h,
+        k if q is None else q, k, g, u, borders, asked, written, fades, sums, scores, t, h, sequences_of(k, borders),
+        **pairs_of(k, u, borders, FOLDING[width]), SCORES=scores is not None, ASKED=q is not None,
+        KNOWN=known is not None,
     )  # fmt: skip
     return asked, written, fades, sums
 
@@ -584,7 +655,7 @@ def sweep(
     shape = shape_of(y, z, borders, segments)
     decay.launch(
         channel_sweep, shape["SLICES"] * segments * z.shape[2] * sequences_of(y, borders),
-        x, y, z, fades, scores, borders, entry, out, end, kept, y.shape[1], y.shape[2], segments, slots,
+        y if x is None else x, y, z, fades, scores, borders, entry, out, end, kept, *y.shape[1:3], segments, slots,
         **shape, REVERSE=reverse, ENTRY=entry is not None, OUT=out is not None, END=end is not None,
         KEPT=kept is not None,
     )  # fmt: skip
@@ -626,48 +697,75 @@ def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool, keep: boo
 
     `keep`: what the gradient needs is kept; else all but the first two are empty.
     """
-    scores = q.new_empty(*q.shape[:3], CHUNK[q.element_size()])
+    scores = scores_for(q)
     asked, written, fades, sums = gates(q, k, g, u, borders, scores)
-    last = q.new_empty(sequences_of(q, borders), *q.shape[2:], v.shape[-1], dtype=torch.float32)
-    met = q.new_empty(memories(q, v, borders)) if keep else None
-    run, start, end = {}, memory, last
-    if segments > 1:
-        states, last = between(written, v, fades, borders, memory, segments)
-        run, start, end = {"segments": segments, "slots": segments + 1}, states, None
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
-    sweep(asked, written, v, fades, scores, borders, start, out=o, end=end, kept=met, **run)
+    last, met = onwards(asked, written, v, fades, scores, memory, borders, segments, o, q.dtype if keep else None)
     kept = scores, asked, written, fades, sums, met
     return o, last, *(kept if keep else (q.new_empty(0) for _ in kept))
 
 
-def backward(do, dlast, q, k, v, u, borders, scores, asked, written, fades, sums, met, segments, want_g, want_u):
-    """(dq, dk, dv, dg, du, dmemory) from the cotangents of o and of the last memory (None: zeros); dg and du are None
-    unless wanted. Others may read what was kept again: nothing of it is overwritten."""
+def scores_for(q: Tensor) -> Tensor:
+    """Where A of all chunks goes."""
+    return q.new_empty(*q.shape[:3], CHUNK[q.element_size()])
+
+
+def onwards(asked, written, v, fades, scores, memory, borders, segments, o, keep) -> tuple[Tensor, Tensor | None]:
+    """One sweep forwards, from `memory`: fills o, if there is one; (the last memory, those before chunks in `keep`)."""
+    last = fades.new_empty(sequences_of(written, borders), *written.shape[2:], v.shape[-1])
+    met = None if keep is None else written.new_empty(memories(written, v, borders), dtype=keep)
+    run, start, end = {}, memory, last
+    if segments > 1:
+        states, last = between(written, v, fades, borders, memory, segments)
+        run, start, end = {"segments": segments, "slots": segments + 1}, states, None
+    sweep(asked, written, v, fades, scores, borders, start, out=o, end=end, kept=met, **run)
+    return last, met
+
+
+def outputs(asked, v, scores, met, borders) -> Tensor:
+    """`channel_outputs`: o of queries by other ones than those of the sweep that kept the memories `met`."""
+    (_, t, h, K), V, width = asked.shape, v.shape[-1], v.element_size()
+    o, columns = torch.empty_like(v), min(APART[width], padded(V))
+    decay.launch(
+        channel_outputs, chunks_of(v, borders, CHUNK[width]) * h * cdiv(V, columns),
+        asked, v, scores, met, borders, o, t, h, sequences_of(v, borders), X=K, Z=V, BX=padded(K), BZ=columns,
+        SLICES=cdiv(V, columns), C=CHUNK[width], PACKED=borders is not None, num_warps=4,
+    )  # fmt: skip
+    return o
+
+
+def backward(
+    do, dlast, q, k, v, u, borders, scores, asked, written, fades, sums, met, segments, want_g, want_u, want_q=True
+):
+    """(dq, dk, dv, dg, du, dmemory) from the cotangents of o and of the last memory (None: zeros); dq, dg and du are
+    None unless wanted. Others may read what was kept again: nothing of it is overwritten."""
     run, far = {"segments": segments}, dlast
     if segments > 1:
         cotangents, dmemory = between(asked, do, fades, borders, dlast, segments, reverse=True)
         run["slots"], far, stop = segments + 1, cotangents[:, :, 1:], None
     else:
         dmemory = stop = fades.new_empty(sequences_of(q, borders), *q.shape[2:], v.shape[-1])
-    dv, cotangents = torch.empty_like(v), torch.empty_like(met)
+    dv, cotangents = torch.empty_like(v), torch.empty_like(met, dtype=k.dtype)
     sweep(written, asked, do, fades, scores, borders, far, out=dv, end=stop, kept=cotangents, reverse=True, **run)
-    dq, dk, dg, du = gradients(do, q, k, v, u, sums, met, cotangents, borders, want_g, want_u)
+    dq = torch.empty_like(q) if want_q else None
+    dk, dg, du = gradients(do, q, k, v, u, sums, met, cotangents, borders, dq, want_g, want_u)
     return dq, dk, dv, dg, du, dmemory
 
 
-def gradients(do, q, k, v, u, sums, states, cotangents, borders, want_g: bool, want_u: bool):
-    """`channel_gradients`: (dq, dk, dg, du)."""
-    (_, t, h, K), V, width = q.shape, v.shape[-1], q.element_size()
-    shape = pairs_of(q, u, borders, FINISHING[width])
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
+def gradients(do, q, k, v, u, sums, states, cotangents, borders, dq, want_g=False, want_u=False):
+    """`channel_gradients`: (dk, dg, du); fills dq, if there is one. Without q nothing else."""
+    (_, t, h, K), V, width = k.shape, v.shape[-1], k.element_size()
+    shape = pairs_of(k, u, borders, FINISHING[width])
+    dk = None if q is None else torch.empty_like(k)
     dg = torch.empty_like(sums, dtype=torch.float32) if want_g else None
-    du = sums.new_zeros(places(q, borders, shape["C"]), h, K, dtype=torch.float32) if want_u else None
+    du = sums.new_zeros(places(k, borders, shape["C"]), h, K, dtype=torch.float32) if want_u else None
     decay.launch(
-        channel_gradients, chunks_of(q, borders, shape["C"]) * h * shape["SLICES"],
-        do, q, k, v, u, sums, states, cotangents, borders, dq, dk, dg, du, t, h, sequences_of(q, borders),
-        V=V, BV=max(shape["BK"], padded(V)), **shape, GATES=want_g, BONUS=want_u,
+        channel_gradients, chunks_of(k, borders, shape["C"]) * h * shape["SLICES"],
+        do, q, k, v, u, sums, states, cotangents, borders, dq, dk, dg, du, t, h, sequences_of(k, borders),
+        V=V, BV=max(shape["BK"], padded(V)), **shape, GATES=want_g, BONUS=want_u, QUERIES=dq is not None,
+        KEYS=q is not None,
     )  # fmt: skip
-    return dq, dk, dg, du if du is None else du.sum(0)
+    return dk, dg, du if du is None else du.sum(0)
 
 
 def step(q, k, v, g, u, memory) -> Tensor:

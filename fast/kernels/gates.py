@@ -15,13 +15,19 @@ from fast.kernels.decay import INTERPRETED, cdiv
 SIZE = 16384 if INTERPRETED else 2048  # numbers a program
 
 
+@triton.jit
+def complement_of(x):
+    """1 - e^x in float32. Near zero by its series, for the difference would have no digits left."""
+    small = -x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5)))))
+    return tl.where(tl.abs(x) < 0.0625, small, 1.0 - tl.exp(x))
+
+
 @triton.jit(do_not_specialize=["count"])
 def complement_forward(g, k, count, N: tl.constexpr):
-    """k = 1 - e^g. Near zero by its series, for the difference would have no digits left."""
+    """k = 1 - e^g."""
     at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     x = tl.load(g + at, mask=at < count, other=0.0)
-    small = -x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5)))))
-    tl.store(k + at, tl.where(tl.abs(x) < 0.0625, small, 1.0 - tl.exp(x)).to(k.dtype.element_ty), mask=at < count)
+    tl.store(k + at, complement_of(x).to(k.dtype.element_ty), mask=at < count)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -5,7 +5,6 @@ a_t is a number an element and token, of few parts, by KIND (c is a column, a nu
     RATE     e^{A_kc Δ_tc}        Mamba         ROTATE   z_tk, complex              GateLoop; o reads the real part
     ERASE    1 - k_tk² Δ_tc       Longhorn      SPIRAL   z_kc, complex, no token's  S4; k is 1, o = Σ_k Re(r_kc M_kc)
     CROSS    e^{g_tk + f_tc}      gated fast weights
-    COLUMN   e^{f_tc}             the keys of slots
     PACE     e^{A_kc Δ_tk}        S4 and Mamba as a survey prints them: Δ of a row
     FULL     e^{G_tkc}            gated fast weights as it prints them: a gate of each token's own for every element
 
@@ -16,7 +15,7 @@ read once. With D_t the cotangent of M_t, its own read included, and Λ_t = D_t 
     D_t += q_tᵀ do_t     dq_t = Σ_c M_t do_t     dk_t = Σ_c D_t v_t     dv_t = Σ_k k_t D_t     D_{t-1} = conj(a_t) ⊙ D_t
     RATE     dA = Σ_t Δ_t Λ_t     dΔ_t = Σ_k A Λ_t
     ERASE    dΔ_t = -Σ_k k² D_t M_{t-1}     dk_t -= 2 k Σ_c Δ_t D_t M_{t-1}
-    CROSS    dg_t = Σ_c Λ_t     df_t = Σ_k Λ_t, as for COLUMN
+    CROSS    dg_t = Σ_c Λ_t     df_t = Σ_k Λ_t
     PACE     dA = Σ_t Δ_t Λ_t     dΔ_t = Σ_c A Λ_t
     FULL     dG_t = Λ_t
     ROTATE   dz_t = Σ_c D_t conj(M_{t-1})
@@ -73,7 +72,7 @@ from fast.kernels import decay
 from fast.kernels.decay import LOG2_E, cdiv, next_power_of_2, padded, power_of_2, sequences_of, stretch_of
 
 # what a_t is made of; RATE ... CROSS have a gate of columns, PACE and FULL none, ROTATE and SPIRAL are complex
-RATE, ERASE, COLUMN, CROSS, PACE, FULL, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(8))
+RATE, ERASE, CROSS, PACE, FULL, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(7))
 
 # padded rows of the memory, how many memories it is (2: a complex one) -> (columns a program, warps, tokens at once)
 CONFIG = {
@@ -137,8 +136,6 @@ def token_of(
         turn = tl.load(rows + at * 2 * K + K + ik, mask=in_k & ok, other=0.0)
     if KIND < PACE:
         step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0)
-    if KIND == COLUMN:
-        step *= LOG2_E
     if KIND == CROSS:
         step *= LOG2_E
     return bv, bk, gate, turn, step, bx
@@ -181,8 +178,6 @@ def decay_of(bk, gate, turn, step, rate, spin, ok, KIND: tl.constexpr, EXACT: tl
         a = power_of_2(rate, EXACT)
     if KIND == ERASE:
         a = 1 - (bk * bk)[:, None] * step[None, :]
-    if KIND == COLUMN:
-        a = power_of_2(step, EXACT)[None, :]
     if KIND == CROSS:
         a = power_of_2(gate, EXACT)[:, None] * power_of_2(step, EXACT)[None, :]
     if KIND == ROTATE:
