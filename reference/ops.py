@@ -30,7 +30,7 @@ class Ops(NamedTuple):
     taken: Callable  # (x : n d, place : n k, rows, gate : n k, dtype) -> p rows of d: at place_nk gate_nk x_n
     combined: Callable  # (rows : p d, place : n k, gate : n k, dtype) -> n d, the sum over k of gate_nk rows_{place_nk}
     linears: Callable  # (x : p i, groups, weights : o i each, biases) -> p o, each group's rows by its own map
-    norm: Callable  # (x, weight, eps, gate, activation) -> RMS norm over the last axis
+    norm: Callable  # (x, weight, eps, gate, activation, dtype) -> RMS norm over the last axis
     unit: Callable  # (x, eps, scale) -> the last axis made as long as scale
     token_losses: Callable  # (x : n d, head : vocabulary d, labels : n) -> cross entropy of each token, 0 where -100
     total: Callable  # (x) -> the sum of x over all ranks that share the batch

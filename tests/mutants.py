@@ -192,6 +192,34 @@ MUTANTS = [
         "tests/test_mixers.py -k packed",
     ),
     Mutant(
+        "a router sees rounded tokens",
+        "reference/moe.py",
+        "narrow = False  # the router sees it",
+        "narrow = True",
+        "tests/test_model.py -k under_autocast",
+    ),
+    Mutant(
+        "tokens are rounded before they are mixed with those before them",
+        "reference/mixers/rwkv.py",
+        "narrow = False  # a token and the one before it are mixed",
+        "narrow = True",
+        "tests/test_mixers.py -k narrow_layers",
+    ),
+    Mutant(
+        "every product rounds the norm anew",
+        "reference/model.py",
+        "dtype=dtype if all(narrow) else x.dtype",
+        "dtype=x.dtype",
+        "tests/test_model.py -k norm_of_narrow_layers",
+    ),
+    Mutant(
+        "a norm of another dtype forgets it",
+        "fast/kernels/local.py",
+        "torch.empty_like(x, dtype=dtype)",
+        "torch.empty_like(x)",
+        "tests/test_fast_local.py -k norm_of_another_dtype",
+    ),
+    Mutant(
         "positions restart after a cut",
         "reference/model.py",
         "start = 0 if state is None else state.position",
@@ -432,8 +460,8 @@ MUTANTS = [
     Mutant(
         "unit rows are as long as their root mean square",
         "fast/local.py",
-        "None, None, scale * d**-0.5)",
-        "None, None, scale)",
+        "None, None, scale * d**-0.5, x.dtype)",
+        "None, None, scale, x.dtype)",
         "tests/test_fast_local.py -k unit",
     ),
     Mutant(

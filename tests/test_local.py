@@ -206,6 +206,15 @@ def test_norms_of_half_precision_are_taken_in_float32(dtype, scale):
         assert ((got.double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
 
 
+def test_a_norm_of_another_dtype_is_rounded_once():
+    """Forward; and its gradient is that of the same cotangent as wide as x."""
+    x, weight, dy = draw(50, 64, dtype=torch.float32).requires_grad_(), draw(64, dtype=torch.float32), draw(50, 64)
+    y, wanted = norm(x, weight, dtype=torch.bfloat16), norm(x, weight)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, wanted.bfloat16())
+    dy = dy.bfloat16()
+    assert torch.equal(*(torch.autograd.grad(a, x, b)[0] for a, b in ((y, dy), (wanted, dy.float()))))
+
+
 @given(d=st.integers(1, 7), seed=st.integers(0, 99), scale=st.sampled_from([1.0, 0.3]))
 def test_unit_is_its_formula(d, seed, scale):
     x = draw(3, d, seed=seed)

@@ -120,9 +120,9 @@ def block_of(d: int) -> tuple[int, int, int]:
     return max(1, 2048 // D), D, 4 if D <= 4096 else 8
 
 
-def norm(x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation: str | None, factor: float) -> Tensor:
-    """x, z : n d, contiguous; w : d. `factor` multiplies the result."""
-    (rows, d), (N, D, warps), y = x.shape, block_of(x.shape[1]), torch.empty_like(x)
+def norm(x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation, factor: float, dtype) -> Tensor:
+    """x, z : n d, contiguous; w : d. `factor` multiplies the result, which is of that dtype."""
+    (rows, d), (N, D, warps), y = x.shape, block_of(x.shape[1]), torch.empty_like(x, dtype=dtype)
     meta = {"WEIGHT": w is not None, "ACT": ACTIVATIONS[activation], "GATED": z is not None, "N": N, "D": D}
     launch(norm_forward, cdiv(rows, N), x, w, z, y, rows, d, eps, factor, **meta, num_warps=warps)
     return y
