@@ -1081,6 +1081,20 @@ MUTANTS = [
         "tests/test_fast_experts.py -k exactly_zero",
     ),
     Mutant(
+        "the kernel reads what memory held of an expert that nobody visits",
+        "fast/kernels/experts.py",
+        "mask=(own < size) & (tl.load(visited + expert) != 0)",
+        "mask=own < size",
+        "tests/test_fast_experts.py -k exactly_zero",
+    ),
+    Mutant(
+        "the gradient of experts' weights stays in 16 bits",
+        "fast/kernels/experts.py",
+        "torch.empty_like(D, dtype=dtype), D[:1].numel()",
+        "torch.empty_like(D), D[:1].numel()",
+        "tests/test_fast_experts.py -k weights_dtype",
+    ),
+    Mutant(
         "a router's load asks the GPU",
         "reference/routers.py",
         "counts = tally(slots, e + 1)[:e]",
