@@ -54,6 +54,15 @@ def in_rows(name: str, x: Tensor, weight, eps: float, gate, activation, factor: 
     return normed(next(flat), weight, eps, next(flat), activation, factor, dtype).view(x.shape)
 
 
+def elu_plus_one(x: Float[Tensor, "..."], scale: float = 1.0) -> Float[Tensor, "..."]:
+    """(elu(x) + 1) · scale, as the reference's, in one pass each way; only x is kept.
+
+    Raises ValueError, in one line and before any launch, for a dtype or a device without kernels.
+    """
+    able("elu_plus_one", x, None, None)
+    return features(x.contiguous(), scale)
+
+
 def short_convolution(
     x: Float[Tensor, "b t c"],
     weight: Float[Tensor, "c w"],
@@ -188,6 +197,38 @@ def norm_backward(ctx, dy):
 
 
 normed.register_autograd(norm_backward, setup_context=norm_context)
+
+
+@operator("elu_plus_one")
+def features(x: Tensor, scale: float) -> Tensor:
+    return kernels.elu_plus_one(x, scale)
+
+
+@features.register_fake
+def _(x, scale):
+    return torch.empty_like(x)
+
+
+@operator("elu_plus_one_gradient")
+def features_gradient(dy: Tensor, x: Tensor, scale: float) -> Tensor:
+    return kernels.elu_plus_one_gradient(dy.contiguous(), x, scale)
+
+
+@features_gradient.register_fake
+def _(dy, x, scale):
+    return torch.empty_like(x)
+
+
+def features_context(ctx, inputs, output) -> None:
+    x, ctx.scale = inputs
+    ctx.save_for_backward(x)
+
+
+def features_backward(ctx, dy):
+    return features_gradient(dy, *ctx.saved_tensors, ctx.scale), None
+
+
+features.register_autograd(features_backward, setup_context=features_context)
 
 
 @operator("convolution")

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 from reference import chunked, recurrence, span
 from reference.attention import attention
 from reference.head import token_losses
-from reference.local import norm, running_sum, short_convolution, token_shift, unit
+from reference.local import elu_plus_one, norm, running_sum, short_convolution, token_shift, unit
 from reference.moe import combined, experts, linears, taken
 
 
@@ -32,6 +32,7 @@ class Ops(NamedTuple):
     linears: Callable  # (x : p i, groups, weights : o i each, biases) -> p o, each group's rows by its own map
     norm: Callable  # (x, weight, eps, gate, activation, dtype) -> RMS norm over the last axis
     unit: Callable  # (x, eps, scale) -> the last axis made as long as scale
+    elu_plus_one: Callable  # (x, scale) -> (elu(x) + 1) scale
     token_losses: Callable  # (x : n d, head : vocabulary d, labels : n) -> cross entropy of each token, 0 where -100
     total: Callable  # (x) -> the sum of x over all ranks that share the batch
     kept: tuple[str, ...] = ()  # functions that this backend deliberately shares with `reference`
@@ -56,6 +57,7 @@ ops = Ops(
     linears=linears,
     norm=norm,
     unit=unit,
+    elu_plus_one=elu_plus_one,
     token_losses=token_losses,
     total=lambda x: x,
 )

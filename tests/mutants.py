@@ -213,6 +213,20 @@ MUTANTS = [
         "tests/test_model.py -k norm_of_narrow_layers",
     ),
     Mutant(
+        "the slope of elu + 1 is one everywhere",
+        "fast/kernels/local.py",
+        "tl.where(value > 0, up, up * tl.exp(value))",
+        "up",
+        "tests/test_fast_local.py -k elu_plus_one",
+    ),
+    Mutant(
+        "queries of elu + 1 forget their scale",
+        "reference/mixers/linear_attention.py",
+        "self.ops.elu_plus_one(q, q.shape[-1] ** -0.5)",
+        "self.ops.elu_plus_one(q)",
+        "tests/test_mixers.py -k oracles",
+    ),
+    Mutant(
         "a norm of another dtype forgets it",
         "fast/kernels/local.py",
         "torch.empty_like(x, dtype=dtype)",

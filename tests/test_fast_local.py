@@ -146,6 +146,16 @@ def test_unit(dtype, shape, d, scale, eps):
     compare(lambda x: quick.unit(x, eps, scale), lambda x: local.unit(x, eps, scale), {"x": x}, [dy], dtype, longest)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=st.lists(st.integers(0, 5), max_size=4), scale=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 99))
+@settings(max_examples=8)
+def test_elu_plus_one(dtype, shape, scale, seed):
+    """Gradients of a view, too, whose numbers do not stand side by side."""
+    x, dy = 3 * draw(*shape, 7, 2, seed=seed), draw(*shape, 7, 2, seed=seed + 1)
+    ours, theirs = (lambda x, f=f: f.elu_plus_one(x.mT, scale).mT for f in (quick, local))
+    compare(ours, theirs, {"x": x}, [dy], dtype)
+
+
 def test_rows_of_zeros_have_no_direction_and_a_gradient():
     compare(quick.unit, local.unit, {"x": torch.zeros(3, 5)}, [draw(3, 5)], torch.float32)
 
@@ -249,6 +259,10 @@ def test_a_document_that_is_not_a_number_spoils_no_other():
     [
         (lambda x: quick.norm(x.double(), None), "norm: no fast kernel for torch.float64; allowed are float32"),
         (lambda x: quick.norm(x, None, dtype=torch.float64), "norm: no fast kernel for torch.float64; allowed are"),
+        (
+            lambda x: quick.elu_plus_one(x.double()),
+            "elu_plus_one: no fast kernel for torch.float64; allowed are float32",
+        ),
         (lambda x: quick.unit(x.double()), "unit: no fast kernel for torch.float64; allowed are float32"),
         (lambda x: quick.unit(x.new_zeros(1, 20000)), "unit: no fast kernel for rows of 20000, at most 16384"),
         (
