@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fast.kernels import experts as kernels
 from fast.local import has_kernels
@@ -105,7 +106,7 @@ def grouped_linears(
 
     def stacked(parts: list[Tensor]) -> Float[Tensor, "e o ..."]:
         w = torch.stack([part.to(dtype) for part in parts])
-        return Visited.apply(F.pad(w, (0, 0) * (w.ndim - 2) + (0, -size % 8)), visited)
+        return Visited.apply(F.pad(w, (0, 0) * (w.ndim - 2) + (0, -size % 8)), visited, dtype)
 
     return product(x.to(dtype), stacked(weights), None if biases is None else stacked(biases), ends)[:, :size]
 
@@ -127,7 +128,7 @@ def together(
     """
     if not len(rows):  # which the host knows, and grouped products have no gradient of
         return each(rows, [0] * len(ends), weights, inner, mask)
-    w13, w2, b13, b2 = (None if w is None else Visited.apply(w.to(dtype), visited) for w in weights)
+    w13, w2, b13, b2 = (None if w is None else Visited.apply(w, visited, dtype) for w in weights)
     h = product(rows, w13, b13, ends)
     a = inner(h) if mask is None else thinned(inner, mask)(h)
     return product(a.to(dtype), w2, b2, ends)
@@ -145,17 +146,23 @@ def product(
 
 
 class Visited(torch.autograd.Function):
-    """w, whose gradient is zero for experts that nobody visits: not every GPU's grouped product writes one there."""
+    """w in the dtype of products, whose gradient is zero for experts that nobody visits: not every GPU's grouped
+    product writes one there. The gradient comes in that dtype and leaves in w's, in one pass: of 64 experts of 2.8
+    million numbers each, 1.1 GB in place of 1.8."""
 
     @staticmethod
-    def forward(ctx, w: Float[Tensor, "e ..."], visited: Bool[Tensor, " e"]):
+    def forward(ctx, w: Float[Tensor, "e ..."], visited: Bool[Tensor, " e"], dtype: torch.dtype):
         ctx.save_for_backward(visited)
-        return w.view_as(w)
+        ctx.dtype = w.dtype
+        return w.view_as(w) if w.dtype == dtype else w.to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, D: Float[Tensor, "e ..."]):
         (visited,) = ctx.saved_tensors
-        return torch.where(visited.view(-1, *[1] * (D.ndim - 1)), D, 0), None
+        if has_kernels(D, ctx.dtype):
+            return of_visited(D, visited, ctx.dtype), None, None
+        return torch.where(visited.view(-1, *[1] * (D.ndim - 1)), D, 0).to(ctx.dtype), None, None
 
 
 # ------------------------------------------------------------------------------ around the products, on Triton kernels
@@ -194,6 +201,16 @@ def swiglu(h: Float[Tensor, "p 2*f"]) -> Float[Tensor, "p f"]:
     if has_kernels(h):
         return gated(h.contiguous())
     return moe.swiglu(h)
+
+
+@operator("of_visited")
+def of_visited(D: Tensor, visited: Tensor, dtype: torch.dtype) -> Tensor:
+    return kernels.of_visited(D.contiguous(), visited, dtype)
+
+
+@of_visited.register_fake
+def _(D, visited, dtype):
+    return torch.empty_like(D, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 @operator("dispatched")

@@ -25,13 +25,15 @@ def norm(
     eps: float = 1e-5,
     gate: Float[Tensor, "... d"] | None = None,
     activation: str | None = "silu",
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "... d"]:
-    """x / sqrt(mean(x²) + eps) · weight, then · act(gate) if there is one; as the reference's, in one pass.
+    """x / sqrt(mean(x²) + eps) · weight, then · act(gate) if there is one; as the reference's, in one pass, `dtype` or
+    not: a gradient comes in it and leaves in that of x.
 
     Raises ValueError, in one line and before any launch, for a dtype, a device or a width without kernels.
     """
-    able("norm", x, gate, activation)
-    return in_rows("norm", x, weight, eps, gate, activation, 1.0)
+    able("norm", x, gate, activation, dtype)
+    return in_rows("norm", x, weight, eps, gate, activation, 1.0, dtype or x.dtype)
 
 
 def unit(x: Float[Tensor, "... d"], eps: float = 1e-6, scale: float = 1.0) -> Float[Tensor, "... d"]:
@@ -41,15 +43,24 @@ def unit(x: Float[Tensor, "... d"], eps: float = 1e-6, scale: float = 1.0) -> Fl
     """
     able("unit", x, None, None)
     d = x.shape[-1]
-    return in_rows("unit", x, None, eps / d, None, None, scale * d**-0.5)
+    return in_rows("unit", x, None, eps / d, None, None, scale * d**-0.5, x.dtype)
 
 
-def in_rows(name: str, x: Tensor, weight, eps: float, gate, activation, factor: float) -> Tensor:
+def in_rows(name: str, x: Tensor, weight, eps: float, gate, activation, factor: float, dtype: torch.dtype) -> Tensor:
     """The norm's operator, which takes rows side by side."""
     if x.shape[-1] > kernels.WIDEST:
         raise ValueError(f"{name}: no fast kernel for rows of {x.shape[-1]}, at most {kernels.WIDEST}; use 'reference'")
     flat = (None if y is None else y.reshape(-1, x.shape[-1]).contiguous() for y in (x, gate))
-    return normed(next(flat), weight, eps, next(flat), activation, factor).view(x.shape)
+    return normed(next(flat), weight, eps, next(flat), activation, factor, dtype).view(x.shape)
+
+
+def elu_plus_one(x: Float[Tensor, "..."], scale: float = 1.0) -> Float[Tensor, "..."]:
+    """(elu(x) + 1) · scale, as the reference's, in one pass each way; only x is kept.
+
+    Raises ValueError, in one line and before any launch, for a dtype or a device without kernels.
+    """
+    able("elu_plus_one", x, None, None)
+    return features(x.contiguous(), scale)
 
 
 def short_convolution(
@@ -106,27 +117,28 @@ def newest(x: Float[Tensor, "b t c"], taps, reach: int, n: int, cu_seqlens) -> F
     return torch.where((back <= sizes)[..., None], own, older)
 
 
-def able(name: str, x: Tensor, other: Tensor | None, activation: str | None) -> None:
-    """One line for what no kernel computes."""
-    if x.dtype not in DTYPES:
-        allowed = "float32, bfloat16 and float16"
-        raise ValueError(f"{name}: no fast kernel for {x.dtype}; allowed are {allowed}, or the backend 'reference'")
+def able(name: str, x: Tensor, other: Tensor | None, activation: str | None, dtype: torch.dtype | None = None) -> None:
+    """One line for what no kernel computes; `dtype` is the result's, if it is not that of x."""
+    for own in (x.dtype, dtype or x.dtype):
+        if own not in DTYPES:
+            allowed = "float32, bfloat16 and float16"
+            raise ValueError(f"{name}: no fast kernel for {own}; allowed are {allowed}, or the backend 'reference'")
     if activation not in ACTIVATION:
         raise ValueError(
             f"{name}: unknown activation {activation!r}; expected one of {', '.join(map(str, ACTIVATION))}"
         )
-    runnable(name, x)
+    runnable(name, x, dtype)
     if other is not None and other.device != x.device:
         raise ValueError(f"{name}: inputs on several devices: {x.device}, {other.device}; put all on one")
 
 
-def runnable(what: str, x: Tensor) -> None:
+def runnable(what: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
     """One line where no kernel runs, whatever it computes."""
     if x.device.type != "cuda" and not decay.INTERPRETED:
         raise ValueError(
             f"{what}: fast kernels need a CUDA GPU, got tensors on {x.device}; use the backend 'reference'"
         )
-    if decay.INTERPRETED and x.dtype == torch.bfloat16:
+    if decay.INTERPRETED and torch.bfloat16 in (x.dtype, dtype):
         raise ValueError(f"{what}: Triton's interpreter gets bfloat16 wrong; use float32 or float16 there")
 
 
@@ -135,14 +147,20 @@ def runnable(what: str, x: Tensor) -> None:
 
 @operator("norm")
 def normed(
-    x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None, activation: str | None, factor: float
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+    activation: str | None,
+    factor: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return kernels.norm(x, weight, eps, gate, activation, factor)
+    return kernels.norm(x, weight, eps, gate, activation, factor, dtype)
 
 
 @normed.register_fake
-def _(x, weight, eps, gate, activation, factor):
-    return torch.empty_like(x)
+def _(x, weight, eps, gate, activation, factor, dtype):
+    return torch.empty_like(x, dtype=dtype)
 
 
 @operator("norm_gradients")
@@ -168,17 +186,49 @@ def _(dy, x, weight, eps, gate, activation, factor):
 
 
 def norm_context(ctx, inputs, output) -> None:
-    x, weight, ctx.eps, gate, ctx.activation, ctx.factor = inputs
+    x, weight, ctx.eps, gate, ctx.activation, ctx.factor, _ = inputs
     ctx.save_for_backward(x, weight, gate)
 
 
 def norm_backward(ctx, dy):
     x, weight, gate = ctx.saved_tensors
     dx, dw, dz = norm_gradients(dy, x, weight, ctx.eps, gate, ctx.activation, ctx.factor)
-    return dx, None if weight is None else dw, None, None if gate is None else dz, None, None
+    return dx, None if weight is None else dw, None, None if gate is None else dz, None, None, None
 
 
 normed.register_autograd(norm_backward, setup_context=norm_context)
+
+
+@operator("elu_plus_one")
+def features(x: Tensor, scale: float) -> Tensor:
+    return kernels.elu_plus_one(x, scale)
+
+
+@features.register_fake
+def _(x, scale):
+    return torch.empty_like(x)
+
+
+@operator("elu_plus_one_gradient")
+def features_gradient(dy: Tensor, x: Tensor, scale: float) -> Tensor:
+    return kernels.elu_plus_one_gradient(dy.contiguous(), x, scale)
+
+
+@features_gradient.register_fake
+def _(dy, x, scale):
+    return torch.empty_like(x)
+
+
+def features_context(ctx, inputs, output) -> None:
+    x, ctx.scale = inputs
+    ctx.save_for_backward(x)
+
+
+def features_backward(ctx, dy):
+    return features_gradient(dy, *ctx.saved_tensors, ctx.scale), None
+
+
+features.register_autograd(features_backward, setup_context=features_context)
 
 
 @operator("convolution")

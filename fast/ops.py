@@ -21,6 +21,7 @@ ops = reference.ops._replace(
     linears=experts.linears,
     norm=local.norm,
     unit=local.unit,
+    elu_plus_one=local.elu_plus_one,
     token_losses=head.token_losses,
     kept=("running_sum", "attention", "total"),
     again=True,

@@ -568,6 +568,7 @@ WHOLE = (
     "linears",
     "norm",
     "unit",
+    "elu_plus_one",
     "token_losses",
     "total",
     "kept",

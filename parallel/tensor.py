@@ -505,13 +505,14 @@ def norm_across(
     eps: float = 1e-5,
     gate: Float[Tensor, "... hv"] | None = None,
     activation: str | None = "silu",
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "... hv"]:
     """`reference.local.norm` over the channels of all ranks: of each token one sum of squares is exchanged."""
     y = wide(x)
     square = team.total(y.square().sum(-1, keepdim=True)) / (x.shape[-1] * team.ranks)
     y = y * torch.rsqrt(square + eps)
     y = y if weight is None else y * weight.to(y.dtype)
-    return (y if gate is None else y * ACTIVATION[activation](gate.to(y.dtype))).to(x.dtype)
+    return (y if gate is None else y * ACTIVATION[activation](gate.to(y.dtype))).to(dtype or x.dtype)
 
 
 def layer_norm_across(team: Team, x: Float[Tensor, "... c"], weight, bias, eps: float) -> Float[Tensor, "... c"]:
@@ -548,7 +549,7 @@ def spare(model: nn.Module, team: Team) -> None:
 
 
 def gathering(norm: Callable, team: Team) -> Callable:
-    return lambda *args: team.gathered(norm(*args))
+    return lambda *args, **how: team.gathered(norm(*args, **how))
 
 
 def of_all_tokens(forward: Callable, team: Team, x: Float[Tensor, "b t d"], side, *state):

@@ -144,9 +144,14 @@ def tracing(crossings: list[Crossing], fused: bool, causal: bool = True) -> Ops:
     def unit(x, *how, **more):
         return made_of(without_gradient(reference.unit)(x, *how, **more), x)
 
+    def elu_plus_one(x, *how):
+        return made_of(without_gradient(reference.elu_plus_one)(x, *how), x)
+
     own = (recurrence, short_convolution, token_shift, running_sum, attention, experts, linears)
     own = {f.__name__: f for f in own}
-    made = reference._replace(name="tracing", cut=True, **own, **({"norm": norm, "unit": unit} if fused else {}))
+    made = reference._replace(
+        name="tracing", cut=True, **own, **({f.__name__: f for f in (norm, unit, elu_plus_one)} if fused else {})
+    )
     if causal:
         return made
 

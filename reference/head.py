@@ -51,7 +51,7 @@ def losses_of(
 def product_of(x: Tensor) -> torch.dtype:
     """In which dtype a product with x is computed: autocast's where it is on."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

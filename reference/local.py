@@ -87,13 +87,15 @@ def norm(
     eps: float = 1e-5,
     gate: Float[Tensor, "... d"] | None = None,
     activation: str | None = "silu",
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "... d"]:
-    """x / sqrt(mean(x²) + eps) · weight, then · act(gate) if there is one. Float32 inside (1910.07467)."""
+    """x / sqrt(mean(x²) + eps) · weight, then · act(gate) if there is one. Float32 inside (1910.07467), `dtype` (that
+    of x if None) outside."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = F.rms_norm(x.to(wide), x.shape[-1:], None if weight is None else weight.to(wide), eps)
     if gate is not None:
         y = y * ACTIVATION[activation](gate.to(wide))
-    return y.to(x.dtype)
+    return y.to(dtype or x.dtype)
 
 
 def unit(x: Float[Tensor, "... d"], eps: float = 1e-6, scale: float = 1.0) -> Float[Tensor, "... d"]:
@@ -101,3 +103,9 @@ def unit(x: Float[Tensor, "... d"], eps: float = 1e-6, scale: float = 1.0) -> Fl
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(wide)
     return (y * (torch.rsqrt((y * y).sum(-1, keepdim=True) + eps) * scale)).to(x.dtype)
+
+
+def elu_plus_one(x: Float[Tensor, "..."], scale: float = 1.0) -> Float[Tensor, "..."]:
+    """(elu(x) + 1) · scale = scale · (x + 1 where x > 0, else e^x), float32 inside: the features of 2006.16236."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (torch.where(y > 0, y + 1, y.clamp(max=0).exp()) * scale).to(x.dtype)

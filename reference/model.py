@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from reference import mixers
 from reference.documents import Documents, documents_of, position_in_document
+from reference.head import product_of
 from reference.mixers.parts import constant, head_norm, normal, parameter
 from reference.mixers.softmax import ATTENTION
 from reference.moe import Dense, Experts, Linears, MoE
@@ -62,7 +63,11 @@ class Output(NamedTuple):
 
 
 class Sublayer(nn.Module):
-    """x + dropout(f(norm(x))), f a mixer or a feed-forward layer, or the sum of several side by side."""
+    """x + dropout(f(norm(x))), f a mixer or a feed-forward layer, or the sum of several side by side.
+
+    Under autocast the norm is rounded once, to the dtype of products, for all layers that are `narrow`, where each of
+    their products would round it. Its gradients add up in that dtype, too.
+    """
 
     def __init__(self, config: Config, inner: list[nn.Module], number: int, ops: Ops):
         super().__init__()
@@ -70,8 +75,12 @@ class Sublayer(nn.Module):
         self.norm, self.eps, self.dropout = head_norm(config.width), config.eps, config.dropout
 
     def forward(self, x: Float[Tensor, "b t d"], side: Side, state=None):
-        seen, outputs, loads = self.ops.norm(x, self.norm, self.eps), [], []
-        for inner in (self.inner, *self.beside):
+        layers, dtype, outputs, loads = (self.inner, *self.beside), product_of(x), [], []
+        narrow = [inner.narrow for inner in layers]
+        wide = self.ops.norm(x, self.norm, self.eps, dtype=dtype if all(narrow) else x.dtype)
+        rounded = wide.to(dtype) if any(narrow) else wide
+        for inner in layers:
+            seen = rounded if inner.narrow else wide
             if isinstance(inner, MoE):
                 y, *own = inner(seen, side)
             elif isinstance(inner, Dense):

@@ -375,6 +375,8 @@ class Experts:
 class Dense(nn.Module):
     """A feed-forward layer: every token, one expert; by default the SwiGLU of Llama."""
 
+    narrow = True  # as `reference.mixers.parts.Mixer` says it
+
     def __init__(self, width: int, hidden: int, kind: str = "swiglu"):
         super().__init__()
         self.kind = EXPERT[kind]
@@ -448,6 +450,7 @@ class MoE(nn.Module):
     """
 
     OWN = ("w13", "w2", "b13", "b2")  # the experts' parameters: of each, the first dimension counts experts
+    narrow = False  # the router sees it
 
     def __init__(self, config: Experts, ops: Any, number: int = 0):
         super().__init__()

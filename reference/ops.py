@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 from reference import chunked, recurrence, span
 from reference.attention import attention
 from reference.head import token_losses
-from reference.local import norm, running_sum, short_convolution, token_shift, unit
+from reference.local import elu_plus_one, norm, running_sum, short_convolution, token_shift, unit
 from reference.moe import by_expert, combined, experts, linears, taken
 from reference.routers import top
 
@@ -33,8 +33,9 @@ class Ops(NamedTuple):
     taken: Callable  # (x : n d, place : n k, rows, gate : n k, dtype) -> p rows of d: at place_nk gate_nk x_n
     combined: Callable  # (rows : p d, place : n k, gate : n k, dtype) -> n d, the sum over k of gate_nk rows_{place_nk}
     linears: Callable  # (x : p i, groups, weights : o i each, biases) -> p o, each group's rows by its own map
-    norm: Callable  # (x, weight, eps, gate, activation) -> RMS norm over the last axis
+    norm: Callable  # (x, weight, eps, gate, activation, dtype) -> RMS norm over the last axis
     unit: Callable  # (x, eps, scale) -> the last axis made as long as scale
+    elu_plus_one: Callable  # (x, scale) -> (elu(x) + 1) scale
     token_losses: Callable  # (x : n d, head : vocabulary d, labels : n) -> cross entropy of each token, 0 where -100
     total: Callable  # (x) -> the sum of x over all ranks that share the batch
     kept: tuple[str, ...] = ()  # functions that this backend deliberately shares with `reference`
@@ -61,6 +62,7 @@ ops = Ops(
     linears=linears,
     norm=norm,
     unit=unit,
+    elu_plus_one=elu_plus_one,
     token_losses=token_losses,
     total=lambda x: x,
 )

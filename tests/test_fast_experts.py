@@ -219,6 +219,22 @@ def test_an_expert_that_nobody_visits_gets_exactly_zero(way, careless, kept, mon
     assert (got["dx"][~case[2].any(-1)] == 0).all() and (got["y"][~case[2].any(-1)] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@given(e=st.integers(0, 5), size=st.sampled_from(((), (1,), (7, 3), (0, 4), (9000,))), seed=st.integers(0, 99))
+@settings(max_examples=8)
+def test_gradients_of_weights_leave_in_the_weights_dtype(dtype, e, size, seed):
+    """To the bit, with and without a kernel, and whatever stands where nobody was."""
+    come, w, D = draw(e, seed=seed) > 0, draw(e, *size, seed=seed + 1).float(), draw(e, *size, seed=seed + 2).to(dtype)
+    D[~come] = torch.nan
+    leaf = w.to(DEVICE).requires_grad_()
+    y = quick.Visited.apply(leaf, come.to(DEVICE), dtype)
+    (dw,) = torch.autograd.grad(y, leaf, D.to(DEVICE))
+    assert torch.equal(y.cpu(), w.to(dtype)) and dw.dtype == torch.float32
+    assert torch.equal(dw.cpu(), torch.where(come.view(-1, *[1] * len(size)), D.float(), 0))
+    if quick.has_kernels(D.to(DEVICE)):  # else autograd could make it wide, in a pass of its own
+        assert quick.of_visited(D.to(DEVICE), come.to(DEVICE), torch.float32).dtype == torch.float32
+
+
 def test_dropped_pairs_are_not_computed():
     """Not even when their expert would overflow."""
     given, index, kept = made(9, 2, 2)
@@ -422,13 +438,15 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize("gate_at", ["output", "input"])
 def test_which_kernels_a_layer_launches(gate_at, monkeypatch):
-    """Two that sort, one for each way of the tokens and of swiglu, and nothing of the reference's around products."""
+    """Two that sort, one for each way of the tokens and of swiglu, and for each gradient of weights, and nothing of the
+    reference's around products."""
     names = launched(monkeypatch)
     for function in ("taken", "combined", "by_expert"):
         monkeypatch.setattr(moe, function, None)
     case = made(9, 4, 2, biases=False, kept=0.7)
     run(quick.grouped, case, torch.bfloat16 if CUDA else torch.float32, DEVICE, gate_at=gate_at)
-    assert names == ["counts", "ranks", "spread", "swiglu_forward", "gathered", "spread", "swiglu_backward", "gathered"]
+    forth, back = ["spread", "swiglu_forward", "gathered"], ["spread", "swiglu_backward"]
+    assert names == ["counts", "ranks", *forth, *back, "visited_alone", "visited_alone", "gathered"]
 
 
 @gpu

@@ -8,10 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
+import reference
 from fast import local as quick
 from fast.kernels import local as kernels
-from inputs import assert_within_budget
+from inputs import assert_within_budget, small
 from reference import local
+from reference.model import LanguageModel
+from reference.presets import Model
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -82,6 +86,56 @@ def test_norm(dtype, activation, n, d, weighed, gated, seed):
     compare(call(quick.norm), call(local.norm), inputs, [dy], dtype, (u * r).abs().max().item() if n else 0.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@given(n=st.integers(0, 9), d=st.integers(1, 70), gated=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=8)
+def test_norm_of_another_dtype(dtype, n, d, gated, seed):
+    """Rows of float32 become 16 bits, and what their gradient is made of comes in them; it leaves in float32."""
+    inputs = {"x": draw(n, 2, d, seed=seed), "weight": draw(d, seed=seed + 1)}
+    inputs |= {"gate": draw(n, 2, d, seed=seed + 2)} if gated else {}
+    dy = draw(n, 2, d, seed=seed + 3).to(dtype).double()
+
+    def call(f):
+        def narrowed(x, weight, gate=None):
+            return f(x, weight, gate=gate, dtype=dtype if x.dtype == torch.float32 else None)
+
+        return narrowed
+
+    u = dy * inputs["weight"] * (local.ACTIVATION["silu"](inputs["gate"]) if gated else 1)
+    r = (inputs["x"].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    compare(call(quick.norm), call(local.norm), inputs, [dy], torch.float32, (u * r).abs().max().item() if n else 0.0)
+
+
+@pytest.mark.parametrize("lsm", ["linear_attention", "gated_delta_net", "mamba3"])
+def test_a_block_under_autocast_is_the_reference_s(lsm):
+    """Its output and all gradients, within the error budget; a layer gets from the kernel the dtype it asks for."""
+    sizes = small(lsm) | {"vocabulary": 7, "dense_width": 8, "pattern": "LD", "lsm": lsm}
+    x, dy, seen = draw(1, 20, 12), draw(1, 20, 12, seed=1), []
+
+    def run(ops, dtype, device, autocast):
+        model = LanguageModel(Model(**sizes), ops).to(device, dtype)
+        for i, weight in enumerate(model.parameters()):
+            weight.data = draw(*weight.shape, seed=i).to(weight) * weight.shape[-1] ** -0.5
+        block, own = model.blocks[0], x.to(device, dtype).requires_grad_()
+        for sublayer in block.sublayers:
+            sublayer.inner.register_forward_pre_hook(lambda m, inputs: seen.append((m.narrow, inputs[0].dtype)))
+        tokens = torch.zeros(1, 20, dtype=torch.int64, device=device)
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            y = block(own, model.side(tokens, None, None, None, None, None))[0]
+        grads = torch.autograd.grad(y, [own, *block.parameters()], dy.to(y))
+        return [y.cpu(), *(g.cpu() for g in grads)]
+
+    narrow = torch.bfloat16 if CUDA else torch.float16
+    exact = run(reference.ops, torch.float64, "cpu", None)
+    plain = run(reference.ops, torch.float32, "cpu", narrow)
+    seen.clear()
+    got = run(fast.ops, torch.float32, DEVICE, narrow)
+    assert [dtype for _, dtype in seen] == [narrow if own else torch.float32 for own, _ in seen]
+    for i, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
+        assert a.dtype == torch.float32
+        assert_within_budget(a.to(narrow), b, c, str(i))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(shape=st.lists(st.integers(0, 5), max_size=3), d=st.integers(1, 70), scale=st.sampled_from([1.0, 0.3]), eps=EPS)
 @settings(max_examples=8)
@@ -90,6 +144,16 @@ def test_unit(dtype, shape, d, scale, eps):
     x, dy = draw(*shape, d, seed=d), draw(*shape, d, seed=d + 1)
     longest = (scale * dy * (x.square().sum(-1, keepdim=True) + eps).rsqrt()).abs().max().item() if x.numel() else 0.0
     compare(lambda x: quick.unit(x, eps, scale), lambda x: local.unit(x, eps, scale), {"x": x}, [dy], dtype, longest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=st.lists(st.integers(0, 5), max_size=4), scale=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 99))
+@settings(max_examples=8)
+def test_elu_plus_one(dtype, shape, scale, seed):
+    """Gradients of a view, too, whose numbers do not stand side by side."""
+    x, dy = 3 * draw(*shape, 7, 2, seed=seed), draw(*shape, 7, 2, seed=seed + 1)
+    ours, theirs = (lambda x, f=f: f.elu_plus_one(x.mT, scale).mT for f in (quick, local))
+    compare(ours, theirs, {"x": x}, [dy], dtype)
 
 
 def test_rows_of_zeros_have_no_direction_and_a_gradient():
@@ -194,6 +258,11 @@ def test_a_document_that_is_not_a_number_spoils_no_other():
     ("call", "message"),
     [
         (lambda x: quick.norm(x.double(), None), "norm: no fast kernel for torch.float64; allowed are float32"),
+        (lambda x: quick.norm(x, None, dtype=torch.float64), "norm: no fast kernel for torch.float64; allowed are"),
+        (
+            lambda x: quick.elu_plus_one(x.double()),
+            "elu_plus_one: no fast kernel for torch.float64; allowed are float32",
+        ),
         (lambda x: quick.unit(x.double()), "unit: no fast kernel for torch.float64; allowed are float32"),
         (lambda x: quick.unit(x.new_zeros(1, 20000)), "unit: no fast kernel for rows of 20000, at most 16384"),
         (

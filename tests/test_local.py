@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference.local import norm, running_sum, short_convolution, token_shift, unit
+from reference.local import elu_plus_one, norm, running_sum, short_convolution, token_shift, unit
 
 ACTIVATIONS = {
     None: lambda x: x,
@@ -204,6 +205,26 @@ def test_norms_of_half_precision_are_taken_in_float32(dtype, scale):
         got, exact = function(x * scale), function((x * scale).double())
         assert got.dtype == dtype
         assert ((got.double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+
+
+@given(n=st.integers(0, 9), scale=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 99))
+def test_elu_plus_one_is_torch_s(n, scale, seed):
+    """And where that has no digits left, next to nothing: a weight, not zero."""
+    x = (3 * draw(n, seed=seed)).requires_grad_()
+    y, wanted = elu_plus_one(x, scale), (F.elu(x) + 1) * scale
+    torch.testing.assert_close(y, wanted, **close)
+    pairs = [torch.autograd.grad(a, x, draw(n, seed=seed + 1))[0] for a in (y, wanted)]
+    torch.testing.assert_close(*pairs, **close)
+    assert elu_plus_one(torch.tensor([-50.0])) > 0
+
+
+def test_a_norm_of_another_dtype_is_rounded_once():
+    """Forward; and its gradient is that of the same cotangent as wide as x."""
+    x, weight, dy = draw(50, 64, dtype=torch.float32).requires_grad_(), draw(64, dtype=torch.float32), draw(50, 64)
+    y, wanted = norm(x, weight, dtype=torch.bfloat16), norm(x, weight)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, wanted.bfloat16())
+    dy = dy.bfloat16()
+    assert torch.equal(*(torch.autograd.grad(a, x, b)[0] for a, b in ((y, dy), (wanted, dy.float()))))
 
 
 @given(d=st.integers(1, 7), seed=st.integers(0, 99), scale=st.sampled_from([1.0, 0.3]))

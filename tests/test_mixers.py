@@ -235,6 +235,16 @@ def test_half_precision_layers_keep_a_wide_memory(name):
     assert (y - wanted).norm() < 0.03 * wanted.norm()
 
 
+@every
+@torch.no_grad()
+def test_what_narrow_layers_see_meets_products_alone(name):
+    """Under autocast they cannot tell whether it was rounded before; all others can."""
+    layer, x = Layer(name, dtype=torch.float32), draw(2, 9, 12, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        given, rounded = layer(x)[0], layer(x.bfloat16())[0]
+    assert torch.equal(given, rounded) == layer.inner.narrow
+
+
 # ------------------------------------------------------------------------------------------ mixtures of heads
 
 

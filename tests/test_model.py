@@ -14,7 +14,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from inputs import Made, small, unpadded
+from inputs import Made, assert_within_budget, small, unpadded
+from oracles.common import draw
 from reference import exact, moe, ops, routers
 from reference.head import IGNORED, token_losses
 from reference.lsm import LSM
@@ -377,6 +378,61 @@ def test_recomputing_blocks_changes_nothing(config):
     again.blocks = nn.ModuleList(Recomputed(block) for block in again.blocks)
     for a, b in zip(plain, run(again), strict=True):
         assert torch.equal(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------- autocast
+
+LAYERS = [{"pattern": "L", "lsm": name} for name in LSM] + [{"pattern": p} for p in ("N", "D", "E", "L+E", "E+N+D")]
+LAYERS += [{"pattern": "N", "attention": "latent"}, {"pattern": "N"} | MIXTURE]
+LAYERS += [{"pattern": "L"} | given for given in SEVERAL]
+
+
+def one_layer(config, kind, dtype=torch.float32, wide=False):
+    """Of a block under autocast to `kind` (None: without it): which dtypes its layers saw and which are narrow (`wide`:
+    none), its output and all gradients."""
+    model, x, seen = make(dtype=dtype, **config), draw(1, 9, 12, dtype=dtype).requires_grad_(), []
+    block, side = model.blocks[0], model.side(text(1, 9), None, None, None, None, None)
+    layers = [block.sublayers[0].inner, *block.sublayers[0].beside]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+        layer.narrow = layer.narrow and not wide
+    with torch.autocast("cpu", kind, enabled=kind is not None):
+        y, side, _, _ = block(x, side)
+    wanted = [x, *(p for p in block.parameters() if p.requires_grad)]
+    grads = torch.autograd.grad(y, wanted, draw(1, 9, 12, seed=1).to(y), materialize_grads=True)
+    return seen, [layer.narrow for layer in layers], [y.detach(), *grads]
+
+
+@pytest.mark.parametrize("config", LAYERS, ids=names(LAYERS))
+def test_under_autocast_layers_see_the_dtype_they_ask_for(config):
+    """To the bit what it is where every product rounds for itself, and gradients about as near the exact ones; without
+    autocast nothing is rounded."""
+    seen, narrow, got = one_layer(config, torch.bfloat16)
+    assert seen == [torch.bfloat16 if own else torch.float32 for own in narrow]
+    _, _, anew = one_layer(config, torch.bfloat16, wide=True)
+    assert torch.equal(got[0], anew[0])
+    exact = one_layer(config, None, dtype=torch.float64)
+    assert set(exact[0]) == {torch.float64} and set(one_layer(config, None)[0]) == {torch.float32}
+    for i, (a, b, c) in enumerate(zip(got, anew, exact[2], strict=True)):
+        assert a.dtype == torch.float32
+        assert_within_budget(a.bfloat16(), b, c, str(i))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "asked"), [("LD", [torch.bfloat16] * 2), ("LE+D", [torch.bfloat16, torch.float32])]
+)
+def test_the_norm_of_narrow_layers_is_written_in_their_dtype(pattern, asked):
+    """No pass of its own rounds it, unless some layer sees it as wide as it is."""
+    written = []
+
+    def norm(x, weight, eps, gate=None, activation="silu", dtype=None):
+        written.extend([dtype] if gate is None and weight is not None and x.shape[-1] == 12 else [])
+        return ops.norm(x, weight, eps, gate, activation, dtype)
+
+    model = make(ops=ops._replace(norm=norm), dtype=torch.float32, pattern=pattern, lsm="gated_delta_net")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(text(1, 9))
+    assert written[:-1] == asked and written[-1] is None, "the last one is the head's"
 
 
 # -------------------------------------------------------------------------------------------------------- loads

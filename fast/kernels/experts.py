@@ -4,6 +4,7 @@
     gathered    x_n = Σ_k g_nk rows_{p}                                                         (combine)
     dots        <x_n, rows_{p}>, of each pair: the gradient of g in either, on the way of the other
     swiglu      a = silu(u) v,  (u, v) the halves of a row
+    visited     an expert's gradient in the dtype of its weight, or zeros, where nobody was with it
 
 Each of the first two is the other's gradient. Nothing but the places is looked up: a program takes a token and its k
 rows, so that x is read or written once, rows are never copied, sums are in registers (float32, one order, one rounding
@@ -13,7 +14,8 @@ and a row that is nobody's is neither read nor written, whatever stands there.
 Bytes. With R = the rows that there are and X = the tokens, both forward ways are X + R, each number once; backward,
 `combined` reads X and R and writes R, `taken` reads R and writes X (gates at the input: reads X too). At 65,536 tokens
 of 1024 that visit 8 in 16 bits, R is 1.07 GB. swiglu moves 3 F forward and 5 F backward (F = its result): halves in,
-and computed again where their gradient is wanted.
+and computed again where their gradient is wanted. A gradient of weights is read once in the dtype of products, and
+written once in the weights'.
 """
 
 import torch
@@ -167,3 +169,24 @@ def swiglu_gradient(da: Tensor, h: Tensor) -> Tensor:
     dh = torch.empty_like(h)
     tiled(swiglu_backward, h, da, dh)
     return dh
+
+
+# ------------------------------------------------------------------------------------------- gradients of weights
+
+
+@triton.jit
+def visited_alone(D, visited, dw, size, N: tl.constexpr):
+    """What stands in D for an expert that nobody visits is not defined, and not read."""
+    blocks = tl.cdiv(size, N)
+    expert = tl.program_id(0) // blocks
+    own = tl.program_id(0) % blocks * N + tl.arange(0, N)
+    at = expert.to(tl.int64) * size + own
+    value = tl.load(D + at, mask=(own < size) & (tl.load(visited + expert) != 0), other=0.0)
+    tl.store(dw + at, value.to(dw.dtype.element_ty), mask=own < size)
+
+
+def of_visited(D: Tensor, visited: Tensor, dtype: torch.dtype) -> Tensor:
+    """D : e ..., contiguous; visited : e."""
+    dw, size, N = torch.empty_like(D, dtype=dtype), D[:1].numel(), 8192 if INTERPRETED else 4096
+    launch(visited_alone, len(D) * cdiv(size, N), D, visited.view(torch.uint8), dw, size, N=N, num_warps=8)
+    return dw

@@ -5,6 +5,9 @@
 
     unit          x / sqrt(Σ x² + eps) · scale: the norm with eps / d for its eps and f = scale / √d; else f is 1
 
+    elu + 1       y = f (x + 1 where x > 0, else e^x)
+      backwards   dx = f dy (1 where x > 0, else e^x)
+
     convolution   y_t = act(s_t),  s_t = Σ_j w_j x_{t-j} + bias                    channel by channel, j = 0 ... W - 1
       backwards   ds = dy act'(s),  dx_t = Σ_j w_j ds_{t+j},  dw_j = Σ_t ds_t x_{t-j},  dbias = Σ_t ds_t
 
@@ -29,6 +32,7 @@ from fast.kernels.decay import INTERPRETED, cdiv, launch, multiprocessors, next_
 ACTIVATIONS = {None: 0, "silu": 1, "sigmoid": 2, "relu": 3, "gelu": 4}
 WIDEST = 16384  # of a norm: one row stands in registers
 LONGEST = 8  # taps of a convolution
+NUMBERS = 16384 if INTERPRETED else 2048  # a program, of what is mapped one by one
 
 
 @triton.jit
@@ -120,9 +124,9 @@ def block_of(d: int) -> tuple[int, int, int]:
     return max(1, 2048 // D), D, 4 if D <= 4096 else 8
 
 
-def norm(x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation: str | None, factor: float) -> Tensor:
-    """x, z : n d, contiguous; w : d. `factor` multiplies the result."""
-    (rows, d), (N, D, warps), y = x.shape, block_of(x.shape[1]), torch.empty_like(x)
+def norm(x: Tensor, w: Tensor | None, eps: float, z: Tensor | None, activation, factor: float, dtype) -> Tensor:
+    """x, z : n d, contiguous; w : d. `factor` multiplies the result, which is of that dtype."""
+    (rows, d), (N, D, warps), y = x.shape, block_of(x.shape[1]), torch.empty_like(x, dtype=dtype)
     meta = {"WEIGHT": w is not None, "ACT": ACTIVATIONS[activation], "GATED": z is not None, "N": N, "D": D}
     launch(norm_forward, cdiv(rows, N), x, w, z, y, rows, d, eps, factor, **meta, num_warps=warps)
     return y
@@ -138,6 +142,38 @@ def norm_gradients(dy: Tensor, x: Tensor, w: Tensor | None, eps: float, z: Tenso
     args = (x, dy, w, z, dx, dw, dz, rows, d, eps, factor, programs)
     launch(norm_backward, programs, *args, **meta, num_warps=warps)
     return dx, None if dw is None else dw.sum(0), dz
+
+
+# ------------------------------------------------------------------------------------------------------- elu + 1
+
+
+@triton.jit(do_not_specialize=["count"])
+def elu_forward(x, y, count, factor, N: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
+    value = tl.where(value > 0, value + 1.0, tl.exp(value)) * factor
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=at < count)
+
+
+@triton.jit(do_not_specialize=["count"])
+def elu_backward(x, dy, dx, count, factor, N: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
+    up = tl.load(dy + at, mask=at < count, other=0.0).to(tl.float32) * factor
+    tl.store(dx + at, tl.where(value > 0, up, up * tl.exp(value)).to(dx.dtype.element_ty), mask=at < count)
+
+
+def elu_plus_one(x: Tensor, factor: float) -> Tensor:
+    """x : contiguous. `factor` multiplies the result."""
+    y = torch.empty_like(x)
+    launch(elu_forward, cdiv(x.numel(), NUMBERS), x, y, x.numel(), factor, N=NUMBERS)
+    return y
+
+
+def elu_plus_one_gradient(dy: Tensor, x: Tensor, factor: float) -> Tensor:
+    dx = torch.empty_like(x)
+    launch(elu_backward, cdiv(x.numel(), NUMBERS), x, dy, dx, x.numel(), factor, N=NUMBERS)
+    return dx
 
 
 # --------------------------------------------------------------------------------------------------- convolution

@@ -57,7 +57,7 @@ def dpfp(x: Float[Tensor, "... k"], reach: int = 4) -> Float[Tensor, "... f"]:
 # Functions, and modules that are made for a head's size. All heads of a layer share a module; queries and keys have
 # one each. As in flash-linear-attention, whose names these are; Linear-MoE's scripts say swish for silu.
 FEATURE_MAP: dict[str, Callable] = {
-    "elu": lambda x: F.elu(x) + 1,
+    "elu": lambda x: F.elu(x) + 1,  # in a layer `ops.elu_plus_one`
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
@@ -93,9 +93,16 @@ class LinearAttention(Mixer):
         self.gate = linear(config.width, self.values) if config.gate else None
         self.norm = head_norm(self.value_size)
 
+    def features(self, q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"]) -> tuple[Tensor, Tensor]:
+        """φ(q) / √f and φ(k), with f features."""
+        if self.phi_q is FEATURE_MAP["elu"]:
+            return self.ops.elu_plus_one(q, q.shape[-1] ** -0.5), self.ops.elu_plus_one(k)
+        q = self.phi_q(q)
+        return q * q.shape[-1] ** -0.5, self.phi_k(k)
+
     def forward(self, x, side, state: Only | None = None):
-        q, k = self.phi_q(self.split(self.q(x))), self.phi_k(self.split(self.k(x)))
-        tokens = {"q": q * q.shape[-1] ** -0.5, "k": k, "v": self.split(self.v(x))}
+        q, k = self.features(self.split(self.q(x)), self.split(self.k(x)))
+        tokens = {"q": q, "k": k, "v": self.split(self.v(x))}
         o, memory = self.advance(tokens, {}, state and state.memory, side)
         gate = None if self.gate is None else self.split(self.gate(x))
         return self.o(self.ops.norm(o, self.norm, self.eps, gate).flatten(-2)), Only(memory)

@@ -45,7 +45,8 @@ class S4D(Mixer):
     def __init__(self, config, layer, layers, ops):
         super().__init__(config, ops, 32, config.width // config.heads)
         modes, self.heads = (self.key_size, self.values), 1
-        self.i = nn.Identity() if self.values == config.width else linear(config.width, self.values)
+        self.narrow = self.values != config.width
+        self.i = linear(config.width, self.values) if self.narrow else nn.Identity()
         self.rate = parameter(*modes, start=constant(math.log(0.5)))  # log(-Re A)
         self.frequency = parameter(*modes, start=harmonics)  # Im A
         self.dt_log = parameter(self.values, start=uniform(math.log(1e-3), math.log(0.1)))
@@ -99,7 +100,7 @@ class Selective(Mixer):
         def projection(name: str, inputs: int, outputs: int) -> nn.Module:
             return Switched(inputs, outputs, experts) if name in several else linear(inputs, outputs)
 
-        together = not {"input", "gate"} & set(several)
+        self.narrow = together = not {"input", "gate"} & set(several)  # else a router sees it
         self.project = linear(d, 2 * self.values) if together else None  # [x | z]
         self.input, self.gate = (None if together else projection(n, d, self.values) for n in ("input", "gate"))
         self.conv = convolution(self.values, config.convolution)

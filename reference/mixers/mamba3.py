@@ -35,6 +35,8 @@ class Mamba3(Mixer):
     own output reads it beside the memory: λ_t Δ_t (q_t · k_t) v_t.
     """
 
+    narrow = False  # queries and keys are as precise as what it sees
+
     def __init__(self, config, layer, layers, ops):
         super().__init__(config, ops, 128, 2 * config.width // config.heads)
         self.turns = self.key_size // 4

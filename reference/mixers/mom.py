@@ -79,6 +79,7 @@ class MixtureOfMemories(nn.Module):
     """
 
     inner: type[Mixer]
+    narrow = False  # a router sees it
 
     def __init__(self, config, layer, layers, ops):
         super().__init__()

@@ -117,6 +117,7 @@ class Mixer(nn.Module):
     takes: tuple[str, ...] = ()  # those of OPTIONAL that the layer has
     gives_values = False  # whether it hands its values on to later layers, as `side.values`
     needs_values = False  # whether it needs those that an earlier layer handed on
+    narrow = True  # whether what it sees meets products alone, and so may come in their dtype
     scattered = False  # whether a parameter meets what comes of the tokens, and again what comes of that
 
     def __init__(self, config, ops, key_size: int, value_size: int):

@@ -29,6 +29,7 @@ class Printed(Mixer):
     def __init__(self, config, layer, layers, ops):
         size = config.width // config.heads
         super().__init__(config, ops, size, size)
+        self.narrow = not self.fixed  # which are as precise as what it sees
         letters = {"h": self.heads, "k": self.key_size, "v": self.value_size}
         self.shapes = {n: [letters[x] for x in shape.split()[2:]] for n, shape in self.row.tokens.items()}
         moving = {n: math.prod(shape) for n, shape in self.shapes.items() if n not in self.fixed}

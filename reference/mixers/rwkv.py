@@ -26,6 +26,8 @@ class RWKV6(Mixer):
     o = r (M + (u k)ᵀ v), then M <- e^w M + kᵀ v with w = -exp(LoRA(x)); group norm a head; SiLU gate.
     """
 
+    narrow = False  # a token and the one before it are mixed
+
     def __init__(self, config, layer, layers, ops, mix_rank=32, decay_rank=64):
         super().__init__(config, ops, config.width // config.heads // 2, config.width // config.heads)
         d = config.width
@@ -81,6 +83,8 @@ class RWKV7(Mixer):
     values to all later ones, where v goes the part sigmoid(LoRA(x)) of the way to them. Vectors start as in
     the authors' training code (RWKV-LM, RWKV-v7), matrices as everywhere here.
     """
+
+    narrow = False  # as RWKV6
 
     def __init__(self, config, layer, layers, ops):
         super().__init__(config, ops, config.width // config.heads, config.width // config.heads)

@@ -17,6 +17,8 @@ from reference.routers import Inside, load, route, row, wanted
 class Attention(nn.Module):
     """What all kinds have in common: a window, positions, and y = W_o o, or W_o (o ⊙ sigmoid(W_g x)) (2505.06708)."""
 
+    narrow = True  # as `Mixer` says it
+
     def __init__(self, config, ops, values: int):
         super().__init__()
         self.ops, self.window, self.eps = ops, config.window, config.eps
@@ -83,6 +85,8 @@ class MixtureOfHeads(Softmax):
     attention, and all experts share them: the cache is that of one. A router chooses each token's experts and their
     weights w, a softmax over the logits of the k chosen. Agrees with transformers' JetMoeAttention.
     """
+
+    narrow = False  # a router sees it
 
     def __init__(self, config, ops):
         for name in ("qkv_bias", "attention_gate"):
