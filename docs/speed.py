@@ -34,7 +34,8 @@ def recorded(folder: Path = RESULTS) -> list[dict]:
 
 
 def machines(lines: Iterable[dict]) -> list[str]:
-    return sorted({x["machine"] for x in lines})
+    """Those on which some of today's kernels ran."""
+    return sorted({x["machine"] for x in lines if x["side"] == "ours" and not label(x).endswith("*")})
 
 
 def label(x: dict) -> str:
@@ -91,7 +92,7 @@ def panels(n: int, height: float) -> tuple[Figure, list]:
 
 def lengths(lines: list[dict]) -> Figure:
     """A curve a row; one length alone is a point."""
-    figure, axes = panels(len(machines(lines)), 5.4)
+    figure, axes = panels(len(machines(lines)), 5.0)
     for ax, machine in zip(axes, machines(lines), strict=True):
         drawn = curves(x for x in lines if x["machine"] == machine)
         rows = list(dict.fromkeys(points[0]["row"] for points in drawn.values()))
@@ -103,7 +104,7 @@ def lengths(lines: list[dict]) -> Figure:
         ax.set_xticks(list(LENGTHS.values()), [f"{t:,}\nB {16384 // t}" for t in LENGTHS.values()])
         ax.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
         ax.minorticks_off()
-        ax.legend(frameon=False, fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        ax.legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=1)
         ax.set_title(f"{machine}\n{caption([x for points in drawn.values() for x in points])}", fontsize=7.5)
     figure.suptitle("The same 16,384 tokens in sequences of two lengths, H 8, D 128", fontsize=10)
     return figure
@@ -111,9 +112,9 @@ def lengths(lines: list[dict]) -> Figure:
 
 def floors(lines: list[dict]) -> Figure:
     """Two bars a row: the time that the bytes need at the least, over the time taken."""
-    figure, axes = panels(len(machines(lines)), 4.2)
-    for ax, machine in zip(axes, machines(lines), strict=True):
-        drawn = shares(x for x in lines if x["machine"] == machine)
+    every = [shares(x for x in lines if x["machine"] == machine) for machine in machines(lines)]
+    figure, axes = panels(len(every), 1.6 + 0.19 * max(map(len, every)))
+    for ax, machine, drawn in zip(axes, machines(lines), every, strict=True):
         for what, shift, colour in (("forward", -0.2, "#8aa0bd"), (BOTH, 0.2, "#cfa468")):
             there = [(i, 100 / both[what]["graph_over_floor"]) for i, both in enumerate(drawn.values()) if what in both]
             for i, share in there:

@@ -106,7 +106,7 @@ class Assumptions:
 
     peak: float = 790.0
     """matrix products in bf16, TFLOP/s a GPU"""
-    efficiency: float = 0.28  # of A0.3B-2B, 32,768 tokens recomputed on one H200: 0.53 to 0.62 s (bench/results)
+    efficiency: float = 0.44  # of A0.3B-2B, 32,768 tokens recomputed on one H200: 0.34 to 0.39 s (bench/results)
     """share of the peak that a step reaches"""
     memory: float = 149.0
     """GB a GPU"""
