@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reference.assignment import transported
 from reference.balance import LOSS
-from reference.routers import ROUTER, by_probability, dense, load, route, top, within_best_groups
+from reference.routers import ROUTER, Asked, by_probability, dense, load, route, top, within_best_groups
 
 seeds = st.integers(0, 10**6)
 
@@ -109,7 +109,7 @@ def test_groups_of_experts(megatron, name, data):
 def test_the_best_of_the_best_groups(megatron, best, data):
     scores, k, groups, kept = data.draw(grouped(best))
     values, index = megatron.group_limited_topk(scores, k, *scores.shape, groups, kept)
-    ours = top(within_best_groups(scores, best, groups, kept), k)
+    ours = top(within_best_groups(scores, best, Asked(scores, k, groups=groups, groups_kept=kept)), k)
     assert torch.equal(ours, index) and torch.equal(scores.gather(-1, ours), values)
 
 
