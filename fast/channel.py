@@ -74,9 +74,8 @@ def _(q, k, v, g, u, memory, cu_seqlens, segments, wide, keep):
     if not keep:
         return o, last, *(q.new_empty(0) for _ in range(6))
     places, h, K, V = kernels.memories(q, v, cu_seqlens)
-    scores = q.new_empty(*q.shape[:3], kernels.CHUNK[q.element_size()])
-    fades, sums = g.new_empty(places, h, K), torch.empty_like(g, dtype=kernels.sums_in(q))
-    return o, last, scores, torch.empty_like(q), torch.empty_like(k), fades, sums, q.new_empty(places, h, K, V)
+    fades, sums, states = g.new_empty(places, h, K), torch.empty_like(g, dtype=kernels.sums_in(q)), (places, h, K, V)
+    return o, last, kernels.scores_for(q), torch.empty_like(q), torch.empty_like(k), fades, sums, q.new_empty(states)
 
 
 @operator("channel_gradients")

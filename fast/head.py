@@ -24,8 +24,8 @@ def token_losses(
 ) -> Float[Tensor, " n"]:
     """`reference.head.token_losses`, always piece by piece: what is kept between the passes is x, the head and a number
     a token, and at most `held` logits (of a vocabulary filled up to a multiple of 16) are there in the dtype of their
-    product, in whose place their gradient comes. The loss of a label that is no word is NaN. On a CPU, and in other
-    dtypes than fast.local.DTYPES, it is the reference's own."""
+    product, in whose place their gradient comes. The loss of a label that is no word of a whole head is NaN. On a CPU,
+    and in other dtypes than fast.local.DTYPES, it is the reference's own."""
     dtype = product_of(x)
     if not has_kernels(x, dtype):
         return plain.token_losses(x, head, labels, held, joined)

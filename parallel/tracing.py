@@ -144,8 +144,8 @@ def tracing(crossings: list[Crossing], fused: bool, causal: bool = True) -> Ops:
     def unit(x, *how, **more):
         return made_of(without_gradient(reference.unit)(x, *how, **more), x)
 
-    def elu_plus_one(x, *how):
-        return made_of(without_gradient(reference.elu_plus_one)(x, *how), x)
+    def elu_plus_one(x, *how, **more):
+        return made_of(without_gradient(reference.elu_plus_one)(x, *how, **more), x)
 
     own = (recurrence, short_convolution, token_shift, running_sum, attention, experts, linears)
     own = {f.__name__: f for f in own}
@@ -232,8 +232,7 @@ class Even(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is Tensor.bincount:
-            self.rows, self.counts = args[0].numel(), args[0].new_zeros((kwargs or {}).get("minlength", 1))
-            return self.counts
+            return args[0].new_zeros((kwargs or {}).get("minlength", 1))
         if function is torch.searchsorted:  # the ends of groups of rows, whose differences are counts
             self.rows = args[0].numel()
         if function is Tensor.diff:

@@ -29,7 +29,7 @@ def numbered(names: Int[Tensor, " n"]) -> Documents:
 
 
 def documents_of(cu_seqlens: Int[Tensor, " n1"], t: int) -> Documents:
-    """Those of t tokens of one packed row."""
+    """Those of t tokens of one packed row, whose last border is t."""
     return Documents(document_of(cu_seqlens, t), len(cu_seqlens) - 1)
 
 

@@ -132,15 +132,16 @@ def gradients_by_pieces(
     """dx, and dhead in the dtype of l. The longer of tokens and words is cut (words at multiples of `even`), since each
     piece adds to the gradient of all of the other. No piece's logits are there when the next one's are made."""
     dx, dhead = (torch.zeros_like(y, dtype=sums.dtype) for y in (x, head))
+    n, vocabulary = len(x), len(head)
+    rounded = x.to(head.dtype) if n < vocabulary else x  # once where every piece needs all of it
 
     def add(tokens: slice, words: slice) -> None:
-        features, some = x[tokens].to(head.dtype), head[words]
+        features, some = rounded[tokens].to(head.dtype), head[words]
         given = (labels[tokens], sums[tokens], dl[tokens], do[tokens], words.start)
         E = cotangents(F.linear(features, some), *given)
         dx[tokens].add_(E @ some)
         dhead[words].add_(E.T @ features)
 
-    n, vocabulary = len(x), len(head)
     with torch.autocast(x.device.type, enabled=False):
         if n < vocabulary:
             for words in pieces(vocabulary, part_of(n, held, even)):

@@ -366,7 +366,7 @@ def swept(
             if MILD:  # w', which is `written` in the other sweep
                 weight = (weight * fade).to(bz.dtype).to(tl.float32)
             tl.store(part + line + t, tl.sum(o * weight, 1), mask=inside & (not second))
-            if EXACT:
+            if EXACT:  # then nothing is MILD, and what is added here does not fade
                 o += own[:, None] * bz.to(tl.float32)
         if MILD:
             o = o * fade
