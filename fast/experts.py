@@ -25,7 +25,7 @@ from fast.operators import operator
 from fast.routers import by_expert
 from reference import moe
 from reference.head import product_of
-from reference.moe import Drop, Groups, each, spared, thinned
+from reference.moe import Drop, Groups, counts_of, each, spared, thinned
 from reference.routers import Routing
 
 
@@ -102,7 +102,7 @@ def grouped_linears(
 ) -> Float[Tensor, "p o"]:
     """`linears` by a grouped product, on any device and in any dtype that torch takes; columns are filled up to a
     multiple of 8."""
-    visited, dtype, size = ends.diff(prepend=ends.new_zeros(1)) > 0, product_of(weights[0]), len(weights[0])
+    visited, dtype, size = counts_of(ends) > 0, product_of(weights[0]), len(weights[0])
 
     def stacked(parts: list[Tensor]) -> Float[Tensor, "e o ..."]:
         w = torch.stack([part.to(dtype) for part in parts])

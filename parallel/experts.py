@@ -26,7 +26,7 @@ from parallel import comm
 from parallel.comm import Group
 from parallel.graph import exchange
 from reference.head import product_of
-from reference.moe import MoE
+from reference.moe import MoE, counts_of
 from reference.ops import Ops
 
 
@@ -126,7 +126,7 @@ def planned(
     """
     ranks = comm.size(group)
     rows, ends, *_ = ops.by_expert(place, kept, own * ranks)
-    counts = ends.long().diff(prepend=place.new_zeros(1)).view(ranks, own)
+    counts = counts_of(ends.long()).view(ranks, own)
     mine = [place.new_full((ranks,), x) if isinstance(x, int) else x for x in numbers]
     theirs = exchange(torch.cat([counts, torch.stack(mine, 1)], 1), [1] * ranks, [1] * ranks, group)
     coming = theirs[:, :own]

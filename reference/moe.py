@@ -147,7 +147,12 @@ def by_expert(index: Int[Tensor, "n k"], kept: Bool[Tensor, "n k"], experts: int
     ends = torch.searchsorted(expert, names, right=True, out_int32=True)
     place = order.scatter(0, order, torch.arange(len(order), device=order.device))
     place = place.view(kept.shape).masked_fill(~kept, len(order))
-    return Sorted(place, ends, ends.diff(prepend=ends.new_zeros(1)) > 0, order)
+    return Sorted(place, ends, counts_of(ends) > 0, order)
+
+
+def counts_of(ends: Int[Tensor, " e"]) -> Int[Tensor, " e"]:
+    """How many rows each group has, from where they end one behind the other."""
+    return ends.diff(prepend=ends.new_zeros(1))
 
 
 def taken(
@@ -245,7 +250,7 @@ class Groups:
     @cached_property
     def lengths(self) -> list[int]:
         """Rows of each. Asks the device, once."""
-        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+        return counts_of(self.ends).tolist()
 
 
 def linears(

@@ -28,11 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels.decay import INTERPRETED, cdiv, launch, multiprocessors, next_power_of_2
+from fast.kernels.gates import SIZE
 
 ACTIVATIONS = {None: 0, "silu": 1, "sigmoid": 2, "relu": 3, "gelu": 4}
 WIDEST = 16384  # of a norm: one row stands in registers
 LONGEST = 8  # taps of a convolution
-NUMBERS = 16384 if INTERPRETED else 2048  # a program, of what is mapped one by one
 
 
 @triton.jit
@@ -166,13 +166,13 @@ def elu_backward(x, dy, dx, count, factor, N: tl.constexpr):
 def elu_plus_one(x: Tensor, factor: float) -> Tensor:
     """x : contiguous. `factor` multiplies the result."""
     y = torch.empty_like(x)
-    launch(elu_forward, cdiv(x.numel(), NUMBERS), x, y, x.numel(), factor, N=NUMBERS)
+    launch(elu_forward, cdiv(x.numel(), SIZE), x, y, x.numel(), factor, N=SIZE)
     return y
 
 
 def elu_plus_one_gradient(dy: Tensor, x: Tensor, factor: float) -> Tensor:
     dx = torch.empty_like(x)
-    launch(elu_backward, cdiv(x.numel(), NUMBERS), x, dy, dx, x.numel(), factor, N=NUMBERS)
+    launch(elu_backward, cdiv(x.numel(), SIZE), x, dy, dx, x.numel(), factor, N=SIZE)
     return dx
 
 
