@@ -65,6 +65,7 @@ from reference.lsm import LSM
 from reference.peak import peak as held
 
 SHAPES = ("8x2048x8x128", "1x16384x8x128", "2x16384x16x128")
+IN_A_ROW = 3  # training steps that are timed together, since each begins while the one before still runs
 CHECKED = (1, 512, 8)  # b t h of the inputs for the error budget: few tokens, and heads for which peers have tuned
 # how often inputs with a time axis and outputs must move
 TENSORS = {"forward": (1, 1), "forward+backward": (3, 2)}
@@ -126,11 +127,17 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--seconds", type=float, default=1e9, help="in all: what may take longer is left out")
             sub.add_argument("--preset", default="a0.3b-2b", help="the trainer's, of steps and experts")
             sub.add_argument("--step-tokens", nargs="+", type=int, default=[2**15, 2**16, 2**17], help="of a rank")
-            sub.add_argument("--steps", type=int, default=3, help="steps that are timed")
+            sub.add_argument("--steps", type=int, default=3, help="times that steps are timed, three in a row")
             sides = ["alone", "data", "sequence"]
             sub.add_argument("--sides", nargs="+", choices=sides, default=sides, help="of steps")
             sub.add_argument(
                 "--recompute", action=argparse.BooleanOptionalAction, default=True, help="blocks, in steps"
+            )
+            sub.add_argument(
+                "--reshard",
+                action=argparse.BooleanOptionalAction,
+                default=True,
+                help="gather parameters again for the way back, in steps",
             )
             sub.add_argument("--samples", type=int, default=8, help="of a step of all ranks, on every mesh")
             sub.add_argument("--sample-tokens", type=int, default=2048)
@@ -828,7 +835,9 @@ class Ranks:
         self.alone: dict[tuple, float] = {}
         self.meshes: dict = {}
 
-    def measured(self, head: dict, build: Callable, times: int, first: float = 15.0, power: int = 1) -> dict:
+    def measured(
+        self, head: dict, build: Callable, times: int, first: float = 15.0, power: int = 1, in_a_row: int = 1
+    ) -> dict:
         """`head`, and what was found of the run that `build` returns, with what else there is to say.
 
         Or why there is nothing: no time is left for as much as the last of its kind took, by its tokens (`first`: the
@@ -846,7 +855,7 @@ class Ranks:
         run, more, wrong = self.begun(build)
         wrong = max(self.agreed(wrong))
         if not wrong:
-            found = self.clocked(run, times)
+            found = self.clocked(run, times, in_a_row)
             found |= more(found)
         run = more = None
         self.emptied()
@@ -902,8 +911,8 @@ class Ranks:
             self.alone[key] = speed(line)
         return {**line, "share": speed(line) / self.alone[key] if key in self.alone else None}
 
-    def clocked(self, run: Callable, times: int) -> dict:
-        """All ranks begin together; the time of a run is that of the last to end."""
+    def clocked(self, run: Callable, times: int, in_a_row: int) -> dict:
+        """All ranks begin together; the time of a run, or of each of several in a row, is that of the last to end."""
         from parallel import comm
 
         if self.name == "cuda":
@@ -913,7 +922,7 @@ class Ranks:
         seconds = []
         for _ in range(times):
             comm.barrier(self.group)
-            seconds.append(clock(run, self.name))
+            seconds.append(clock(lambda: [run() for _ in range(in_a_row)], self.name) / in_a_row)
         own = torch.tensor(seconds, device=self.device, dtype=torch.float64)
         slowest = torch.stack(comm.gather(own, self.group)).amax(0)
         peak = torch.cuda.max_memory_allocated() / 2**20 if self.name == "cuda" else float("nan")
@@ -930,10 +939,15 @@ def steps(args, ranks: Ranks, lengths: list[int]) -> Iterable[dict]:
         for name in args.rows or CUT:
             for side in args.sides:
                 head = {"row": name, "side": side, "what": "step", "ranks": ranks.size, "tokens": n}
-                head |= {"preset": args.preset, "recompute": args.recompute}
+                head |= {
+                    "preset": args.preset,
+                    "recompute": args.recompute,
+                    "reshard": args.reshard,
+                    "in_a_row": IN_A_ROW,
+                }
                 sizes = lambda place, n=n: (n * place.sequence_size, place.data_size, 1)
                 build = functools.partial(step_of, args, ranks, name, ways[side], sizes)
-                line = ranks.measured(head, build, args.steps, first=40.0)
+                line = ranks.measured(head, build, args.steps, first=40.0, in_a_row=IN_A_ROW)
                 yield ranks.beside(("step", name, n), line, lambda line: line["tokens_s"] / line["used"])
 
 
@@ -957,10 +971,10 @@ def meshes_of(args, ranks: Ranks) -> Iterable[dict]:
         for side, degrees in ways.items():
             head = {"row": name, "side": side, "what": "mesh", "ranks": ranks.size}
             head |= {"tokens": args.samples * args.sample_tokens, "samples": args.samples}
-            head |= {"preset": args.preset, "recompute": args.recompute}
+            head |= {"preset": args.preset, "recompute": args.recompute, "reshard": args.reshard, "in_a_row": IN_A_ROW}
             sizes = lambda _: (args.sample_tokens, args.samples, max(half, 1))
             build = functools.partial(step_of, args, ranks, name, degrees, sizes)
-            line = ranks.measured(head, build, args.steps)
+            line = ranks.measured(head, build, args.steps, in_a_row=IN_A_ROW)
             yield ranks.beside(("mesh", name), line, lambda line: line["tokens_s"] / line["used"])
 
 
@@ -972,7 +986,8 @@ def step_of(args, ranks: Ranks, name: str, degrees, sizes: Callable) -> tuple[Ca
     import train
     from parallel import mesh as meshes
 
-    place = ranks.placed(degrees) if degrees else meshes.Mesh()
+    degrees = degrees and replace(degrees, reshard=args.reshard)
+    place = ranks.placed(degrees)._replace(reshard=args.reshard) if degrees else meshes.Mesh()
     _, config = train.PRESETS[args.preset]
     length, batch, micro = sizes(place)
     config = replace(
@@ -989,13 +1004,14 @@ def step_of(args, ranks: Ranks, name: str, degrees, sizes: Callable) -> tuple[Ca
     ops = train.ops_on(config, place, ranks.device)
     model, how, matrices = train.built(config, ops, place, ranks.device)
     filled(model, how)
-    optimizer, said, count = train.optimizer_of(config, model, matrices), [], iter(range(1000))
+    optimizer, done, said, count = train.optimizer_of(config, model, matrices), [], [], iter(range(1000))
     feed, samples = train.feed_of(config, place), Samples(config.model.vocabulary, length)
 
     def run():
         step = next(count)
         batches = train.micro_batches(config, samples, feed, place, step, ranks.device)
-        said.append(train.one_step(config, model, ops, optimizer, batches, step, False).loss)
+        done.append(train.one_step(config, model, ops, optimizer, batches, step, False))
+        said.extend(result.loss for result in done[len(said) : -1])  # the trainer, too, looks at the step before
 
     facts = {
         "used": place.size,

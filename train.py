@@ -20,7 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -375,7 +376,27 @@ def micro_batches(config: Train, stream: Stream, feed: Feed, mesh, step: int, de
     first = step * config.batch + feed.first
     batches = [stream.batch(range(first + i * feed.rows, first + (i + 1) * feed.rows)) for i in range(feed.times)]
     batches = [posed(config, batch, seed_of(config.seed, "masks")) for batch in batches]
-    return [Batch(*(x.to(device) for x in lasp.cut(b, mesh.sequence_size, mesh.sequence_rank))) for b in batches]
+    mine = [lasp.cut(batch, mesh.sequence_size, mesh.sequence_rank) for batch in batches]
+    return [Batch(*(sent(x, device) for x in batch)) for batch in mine]
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, where it arrives behind all that is asked of it by now; the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def fetched(x: Tensor) -> Callable[[], list]:
+    """Sends x's numbers to the host; what comes back waits for them, and not for what is asked of the device later."""
+    there, sent = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
+    if sent is not None:
+        sent.record()
+
+    def numbers() -> list:
+        if sent is not None:
+            sent.synchronize()
+        return there.tolist()
+
+    return numbers
 
 
 def posed(config: Train, batch: Batch, key: int) -> Batch:
@@ -411,7 +432,7 @@ def aside(config: Train, ops, times: int, loads: Load | None, inside, model) -> 
     if loads is not None:
         weights = config.balances()
         if "penalty" in weights:
-            weights["penalty"] *= float(expert_layers(model)[0].penalty)
+            weights["penalty"] = weights["penalty"] * expert_layers(model)[0].penalty
         own, load = asked(weights, loads, ops, config.model.top_k, config.model.groups)
         loss = loss + own / times
     return loss, load
@@ -443,22 +464,39 @@ def asked(weights: dict[str, float], mine: Load, ops, k: int, groups: int = 1) -
     return sum((w * LOSS[name].value(total, mine, k, groups).sum() for name, w in weights.items()), zero), total
 
 
-class Result(NamedTuple):
-    """What a step did."""
+class Result:
+    """What a step did. Who asks for its numbers waits until the device has them."""
 
-    loss: float  # nats a token that was asked for
-    norm: float
-    finite: bool
-    stop: bool
-    load: Load | None  # of the routers, by layer
+    def __init__(self, step: int, numbers: Callable[[], list[float]], load: Load | None):
+        self.step, self.numbers = step, functools.cache(numbers)
+        self.load = load  # of the routers, by layer
+
+    @property
+    def loss(self) -> float:
+        """Nats a token that was asked for."""
+        return self.numbers()[0]
+
+    @property
+    def norm(self) -> float:
+        return self.numbers()[1]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.norm)
+
+    @property
+    def stop(self) -> bool:
+        """Whether some rank asked for it."""
+        return self.numbers()[2] > 0
 
 
 def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: int, stop: bool) -> Result:
-    """Gradients of all micro-batches, then the parameters' move, unless a gradient is not finite."""
+    """Gradients of all micro-batches, then the parameters' move, unless a gradient is not finite. The host waits for
+    nothing (but for optimizers that are not fused): it can be a step ahead of the device."""
     device = batches[0].tokens.device
     piped = isinstance(model, pipeline.Part)
     mine = sum((b.labels >= 0).sum() for b in batches) * (model.has_head if piped else 1)
-    everyone = ops.total(torch.stack([mine.double(), torch.tensor(float(stop), device=device, dtype=torch.float64)]))
+    everyone = ops.total(torch.stack([mine.double(), torch.full((), float(stop), device=device, dtype=torch.float64)]))
     tokens = everyone[0].clamp(min=1).to(torch.float64 if config.precision == "float64" else torch.float32)
     if piped:
         sums = [through_stages(config, model, ops, batches, tokens, step)]
@@ -468,31 +506,29 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
     load = Load(*map(sum, zip(*(s.load for s in sums), strict=True))) if sums[0].load is not None else None
     norm = shard.grad_norm(pipeline.once(model), apart=piped)
     mean = ops.total(loss) / everyone[0].clamp(min=1)
-    # Of this function the host waits here alone: while parameters move it is on its way to the next step.
-    mean, norm, stop = torch.stack([x.to(everyone) for x in (mean, norm, everyone[1])]).tolist()
-    finite = math.isfinite(norm)
-    if finite:
-        shard.clip_(model.parameters(), norm, config.optimizer.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(config, step)
-        optimizer.step()
-        move_balance(config, model, load)
+    numbers = fetched(torch.stack([x.to(everyone) for x in (mean, norm, everyone[1])]))
+    for group in optimizer.param_groups:
+        group["lr"] = rate(config, step)
+    shard.move(optimizer, norm, config.optimizer.clip)
+    move_balance(config, model, load, norm.isfinite())
     optimizer.zero_grad(set_to_none=True)
-    return Result(mean, norm, finite, stop > 0, load)
+    return Result(step + 1, numbers, load)
 
 
 def expert_layers(model) -> list[MoE]:
     return [m for m in model.modules() if isinstance(m, MoE)]
 
 
-def move_balance(config: Train, model, load: Load | None) -> None:
-    """Once a step, over all ranks: overloaded experts become less attractive, underloaded ones more (2408.15664);
-    ReMoE's penalty grows while tokens visit too many experts (2412.14711)."""
+def move_balance(config: Train, model, load: Load | None, moves: Tensor) -> None:
+    """Once a step that `moves`, over all ranks: overloaded experts become less attractive, underloaded ones more
+    (2408.15664); ReMoE's penalty grows while tokens visit too many experts (2412.14711)."""
     for i, layer in zip(pipeline.numbers(model), expert_layers(model), strict=True):
         if layer.bias is not None:
-            layer.bias.copy_(updated_bias(layer.bias, load.counts[i], config.bias_rate))
+            bias = updated_bias(layer.bias, load.counts[i], config.bias_rate)
+            layer.bias.copy_(torch.where(moves, bias, layer.bias))
         if layer.penalty is not None:
-            layer.penalty.copy_(updated_penalty(layer.penalty, load.counts, load.tokens, config.model.top_k))
+            penalty = updated_penalty(layer.penalty, load.counts, load.tokens, config.model.top_k)
+            layer.penalty.copy_(torch.where(moves, penalty, layer.penalty))
 
 
 FIXED = seed_of("masks of validation")
@@ -686,6 +722,39 @@ def failures(config: Train, place: Place) -> Iterator[None]:
         )
 
 
+class Course:
+    """What the host has seen of the run: steps that were skipped, those in a row (`bad`), and whether to stop."""
+
+    def __init__(self, config: Train, folder: Folder, place: Place, skipped: int, device: torch.device):
+        self.config, self.folder, self.place, self.device = config, folder, place, device
+        self.skipped, self.bad, self.stopped = skipped, 0, False
+        self.start, self.since = time.perf_counter(), place.step  # of the time that speed is of
+
+    def see(self, result: Result, part: float | None) -> None:
+        """Waits for a step; what there is to say of it is written down. `part`: what part of the validation gave."""
+        self.place.step = result.step
+        self.place.bar.update()
+        self.stopped |= result.stop
+        self.bad = 0 if result.finite else self.bad + 1
+        self.skipped += not result.finite
+        last = result.step == self.config.steps
+        if result.step % self.config.log_every == 0 or part is not None or last or self.bad or self.stopped:
+            self.say(result, part, last)
+
+    def say(self, result: Result, part: float | None, last: bool) -> None:
+        tokens = (result.step - self.since) * self.config.batch * self.config.length
+        line = line_of(self.config, result, self.skipped, tokens / (time.perf_counter() - self.start), self.device)
+        if part is not None:
+            line[f"{self.folder.goal.prefix}validation_part"] = part
+            self.start, self.since = time.perf_counter(), result.step
+        if (part is not None or last) and result.load is not None:
+            line |= {"counts": result.load.counts.tolist(), "full": result.load.dropped.tolist()}
+            self.folder.heat(result.step, result.load)
+        self.folder.log(**line)
+        if self.folder.first:
+            self.place.bar.write(spoken(self.folder.goal, line, result))
+
+
 def train(config: Train, place: Place) -> None:
     """The whole run: build, resume, loop, save, report."""
     with command.mistakes("train.py"):
@@ -709,60 +778,48 @@ def train(config: Train, place: Place) -> None:
     )
     say = print if mesh.rank == 0 else (lambda *_: None)
     introduce(say, config, model, mesh, ops, device, step)
-    flag, bad, start, tokens = Flag(), 0, time.perf_counter(), 0
-    bar = tqdm(total=config.steps, initial=step, disable=mesh.rank > 0, unit="step", dynamic_ncols=True)
-    place.bar = bar
-    stopped = False
-    while step < config.steps and not stopped:
+    flag, course = Flag(), Course(config, folder, place, skipped, device)
+    waiting: deque[Result] = deque()  # steps that are asked of the device: the host looks at the one before, if it may
+    bar = place.bar = tqdm(total=config.steps, initial=step, disable=mesh.rank > 0, unit="step", dynamic_ncols=True)
+    while step < config.steps and not course.stopped:
         batches = micro_batches(config, stream, feed, mesh, step, device)
-        result = one_step(config, model, ops, optimizer, batches, step, flag.up or saver.failed())
-        step, stopped, tokens = step + 1, result.stop, tokens + config.batch * config.length
-        place.step = step
-        bar.update()
-        bad = 0 if result.finite else bad + 1
-        skipped += not result.finite
-        last = step == config.steps
-        look = step % config.evaluate_every == 0 and not last
-        if step % config.log_every == 0 or look or last or not result.finite or stopped:
-            line = line_of(config, result, step, skipped, tokens / (time.perf_counter() - start), device)
-            if look:
-                line[f"{folder.goal.prefix}validation_part"] = validate(
-                    config, model, ops, mesh, validation, device, config.evaluate_batches
+        waiting.append(one_step(config, model, ops, optimizer, batches, step, flag.up or saver.failed()))
+        step += 1
+        saves = step % config.save_every == 0 or step == config.steps
+        look = step % config.evaluate_every == 0 and step < config.steps
+        while len(waiting) > (0 if saves or look or course.stopped or step % config.log_every == 0 else 1):
+            result, part = waiting.popleft(), None
+            if look and result.step == step:
+                part = validate(config, model, ops, mesh, validation, device, config.evaluate_batches)
+            course.see(result, part)
+            if course.bad >= config.patience:
+                bar.close()
+                saver.wait()
+                flag.lower()
+                command.refuse(
+                    "train.py",
+                    f"stopped at step {result.step}: the gradients of {course.bad} steps in a row were not finite; "
+                    f"lower --optimizer.rate (now {config.optimizer.rate}) or look at the data",
                 )
-                start, tokens = time.perf_counter(), 0
-            if (look or last) and result.load is not None:
-                line |= {"counts": result.load.counts.tolist(), "full": result.load.dropped.tolist()}
-                folder.heat(step, result.load)
-            folder.log(**line)
-            bar.write(spoken(folder.goal, line, result)) if mesh.rank == 0 else None
-        if bad >= config.patience:
-            bar.close()
-            saver.wait()
-            flag.lower()
-            command.refuse(
-                "train.py",
-                f"stopped at step {step}: the gradients of {bad} steps in a row were not finite; "
-                f"lower --optimizer.rate (now {config.optimizer.rate}) or look at the data",
-            )
-        if step % config.save_every == 0 or last or stopped:
-            saver.save(step, state_of(model, optimizer, step, skipped))
+        if saves or course.stopped:
+            saver.save(step, state_of(model, optimizer, step, course.skipped))
     bar.close()
     saver.wait()
     flag.lower()
     folder.plot()
-    if stopped and step < config.steps:
+    if course.stopped and step < config.steps:
         say(f"stopped at step {step} of {config.steps}; the same command goes on from there")
     elif config.report:
         report(say, config, model, ops, mesh, folder, training, validation, device)
 
 
-def line_of(config: Train, result: Result, step: int, skipped: int, speed: float, device) -> dict:
+def line_of(config: Train, result: Result, skipped: int, speed: float, device) -> dict:
     line = {
-        "step": step,
+        "step": result.step,
         "loss": result.loss,
         f"{objective(config.objective).prefix}bits": result.loss / math.log(2),
         "norm": result.norm,
-        "rate": rate(config, step - 1),
+        "rate": rate(config, result.step - 1),
         "skipped": skipped,
         "tokens_per_second": round(speed),
         "memory_mib": round(memory_mib(device)),

@@ -87,10 +87,42 @@ def enter(span: Span, group: Group) -> Float[Tensor, "b h k v"]:
 
     One gather forward, of (A, S), and one backward, of the memories' cotangents, on every rank: the first takes part
     though nothing comes before it, the last though nothing comes after. A rank that stayed away would meet the others
-    in the next layer's gather.
+    in the next layer's gather. A block that runs again finds what it gathered.
     """
     wire = Wire(span.A, [], "")
-    return arrived(departed(span, wire, group), span, wire, group)
+    if looked_on():
+        return arrived(departed(span, wire, group), span, wire, group)
+
+    def entering() -> tuple[Tensor, Tensor]:
+        how = *wire, span.kind, False, group.group_name
+        underway = _depart(span.A, span.S, *how)
+        return underway, _arrive(underway, span.A, span.S, *how)
+
+    return _Entered.apply(span.A, span.S, *once(entering), span.kind, group)
+
+
+def looked_on() -> bool:
+    """By a compiler or a dispatch mode: they see registered ops, and no closures."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+class _Entered(torch.autograd.Function):
+    """M, which enters my segment, from all ranks' spans, which stand in `underway`. By way of torch's own operators the
+    host would need several times as long."""
+
+    @staticmethod
+    def forward(ctx, A, S, underway, M, kind, group):
+        ctx.kind, ctx.group = kind, group.group_name
+        ctx.save_for_backward(A, S, underway)
+        return M.view_as(M)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, G):
+        A, S, underway = ctx.saved_tensors
+        returning = _depart_back(G.contiguous(), underway, ctx.group)
+        dA, dS = _arrive_back(returning, underway, A, S, A, [], "", ctx.kind, False, ctx.group)
+        return dA if ctx.needs_input_grad[0] else None, dS, *[None] * 4
 
 
 def departed(span: Span, wire: Wire, group: Group, both: bool = False) -> Float[Tensor, " n"]:
@@ -288,9 +320,7 @@ def runs(ops: Ops, group: Group, row, ways: list[tuple[dict, Tensor | None]], co
     do all rows where that is less work than the addition, which is plain PyTorch in float32 (`ops.again`: by kernels).
     """
     both, one = len(ways) > 1, lines(ways[0][1]) == 1
-    # Whoever looks on, a compiler or a dispatch mode, sees registered ops, and no closures.
-    skips = ops.ends is not None and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
-    if skips and one and not both and ops.ends.takes(row, ways[0][0]):
+    if ops.ends is not None and not looked_on() and one and not both and ops.ends.takes(row, ways[0][0]):
         return [by_ends(ops, group, row, *ways[0], constants)]
     inputs, late = [*ways[0][0].values(), *constants.values()], one and comes_late(row) and not ops.again
     span_of = span_of_late if late else partial(span_of_lines, ops)
@@ -320,7 +350,7 @@ def by_ends(ops: Ops, group: Group, row, tokens: dict, cu_seqlens, constants: di
     def entering() -> tuple:
         span, kept = ops.ends.span(row, tokens, constants, cu_seqlens)
         how = *wire_of(span, [None]), span.kind, False, group.group_name
-        underway = _depart(span.A, span.S, *how)  # nobody looks on: not by way of torch's operators
+        underway = _depart(span.A, span.S, *how)
         return span, kept, underway, for_first(_arrive(underway, span.A, span.S, *how), cu_seqlens)
 
     span, kept, underway, M = once(entering)
@@ -480,12 +510,33 @@ def short_convolution(ops: Ops, group: Group) -> Callable:
         refuse("short_convolution", taps)
         if weight.shape[-1] == 1:
             return ops.short_convolution(x, weight, bias, activation, None, end_to_end(cu_seqlens))
-        before = enter(window(x, weight.shape[-1] - 1, cu_seqlens), group)
+        reach = weight.shape[-1] - 1
+        if replaces(x, reach, cu_seqlens):
+            x, last = _WithLast.apply(x, reach)
+            span = pushed_out(last, x.shape[1], cu_seqlens)
+        else:
+            span = window(x, reach, cu_seqlens)
+        before = enter(span, group)
         first = for_first(before[:, 0], cu_seqlens)
         y, taps = ops.short_convolution(x, weight, bias, activation, first, end_to_end(cu_seqlens))
         return attached(y, [before], [x, weight, bias]), taps
 
     return run
+
+
+class _WithLast(torch.autograd.Function):
+    """x, and its last n tokens, whose gradient is added to that of x in place: this is the convolution's own, which
+    nobody else has, and torch's sum of two gradients would be four passes over all of x for a few tokens."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        return x.view_as(x), x[:, x.shape[1] - n :].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dlast):
+        dx[:, dx.shape[1] - dlast.shape[1] :] += dlast
+        return dx, None
 
 
 def token_shift(ops: Ops, group: Group) -> Callable:
@@ -521,8 +572,10 @@ def window(x: Float[Tensor, "b t c"], reach: int, cu_seqlens) -> Span:
     A span like any other, of one head, with places for key channels: A is 1 where an old input moves to. Segments
     shorter than `reach`, and empty ones, pass on what they got.
     """
+    t = x.shape[1]
+    if replaces(x, reach, cu_seqlens):
+        return pushed_out(x[:, t - reach :], t, cu_seqlens)
     if cu_seqlens is None:
-        t = x.shape[1]
         new = min(t, reach)
         A, S = torch.diag(x.new_ones(reach - new), new), F.pad(x[:, t - new :], (0, 0, reach - new, 0))
         return Span(A.expand(len(x), 1, reach, reach), S[:, None], "matrix")
@@ -533,6 +586,19 @@ def window(x: Float[Tensor, "b t c"], reach: int, cu_seqlens) -> Span:
     moved = place == place[:, None] + (stop - start)[..., None]
     A = (moved & (documents.shape[1] == 2)).to(x.dtype)  # a border: only the last document goes on
     return Span(A[:, None], S[:, None], "matrix")
+
+
+def replaces(x: Float[Tensor, "b t c"], reach: int, cu_seqlens) -> bool:
+    """Whether a segment surely leaves nothing of what it got: `pushed_out`."""
+    return x.shape[1] >= reach and lines(cu_seqlens) == 1
+
+
+def pushed_out(last: Float[Tensor, "b w c"], t: int, cu_seqlens) -> Span:
+    """`window` of a segment of t tokens, no fewer than w, of which these are the last; A is 0."""
+    b, w, _ = last.shape
+    if cu_seqlens is not None and cu_seqlens.shape[-1] > 2:  # those of the last document
+        last = last.where((torch.arange(t - w, t, device=last.device) >= cu_seqlens.flatten()[-2])[:, None], 0)
+    return Span(last.new_zeros(b, 1, w, w), last[:, None], "matrix")
 
 
 def lines(cu_seqlens) -> int:

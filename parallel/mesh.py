@@ -43,6 +43,9 @@ class Degrees:
     replicas: int = 1
     """Groups of ranks that hold all parameters (of a stage), each cut over its group (1: parameters are cut over all
     ranks)."""
+    reshard: bool = True
+    """Whether what is gathered of the parameters goes after a block's forward pass and is gathered again for the way
+    back; else it stays from the one to the other (half of the gathers, for memory of all parameters of a replica)."""
     pipeline: int = 1
     """Ranks that share the blocks, one part of the stack each (with schedules of two stages: two parts)."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"] = "1f1b"
@@ -65,6 +68,7 @@ class Mesh(NamedTuple):
     expert_size: int = 1
     dispatch: str = "pair"
     replicas: int = 1
+    reshard: bool = True
     everyone: comm.Group = None  # over whom losses and counts are summed
     sequence: comm.Group = None  # who shares a sequence with me, in the order of its segments
     tensor: comm.Group = None  # who shares the heads with me, in their order
@@ -141,6 +145,7 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
         expert_size=expert,
         dispatch=degrees.dispatch,
         replicas=replicas,
+        reshard=degrees.reshard,
         everyone=group,
         sequence=batch.get_group("sequence") if degrees.sequence > 1 else None,
         tensor=heads.get_group("tensor") if heads else None,

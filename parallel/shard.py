@@ -77,13 +77,15 @@ def cut(
     # It warns of outputs that are views, which must not be changed in place. Nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (*blocks, model):
-        summed(fully_shard(part, mesh=mesh.shards, ignored_params=own))
+        again = mesh.reshard and part is not model  # the model's own are the last that are used, and the first back
+        summed(fully_shard(part, mesh=mesh.shards, reshard_after_forward=again, ignored_params=own))
     # Torch begins with the innermost module, whose parameters are then all its own. Here a layer's are those that are
     # on another mesh or in another dtype than what stands beside them, so layers come last.
     for layer, mine in apart.items():
         others, narrower = set(layer.parameters()) - mine, narrow if layer in layers else None
         policy = MixedPrecisionPolicy(narrower, torch.float32 if narrower else None, cast_forward_inputs=False)
-        summed(fully_shard(layer, **over_whom(layer, mesh), mp_policy=policy, ignored_params=others))
+        how = {"mp_policy": policy, "reshard_after_forward": mesh.reshard}
+        summed(fully_shard(layer, **over_whom(layer, mesh), **how, ignored_params=others))
     gather_ahead(model, blocks, apart)
 
 
@@ -153,16 +155,26 @@ def grad_norm(parameters: Iterable[Tensor], apart: bool = False) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.tensor(0.0)
-    norms = torch.stack(torch._foreach_norm([local(g) for g in grads])).double()
-    shares = norms.new_tensor([1 / copies(g) for g in grads])
+    alike: dict[int, list[Tensor]] = {}
+    for g in grads:
+        alike.setdefault(copies(g), []).append(local(g))
+    mine = sum(torch.stack(torch._foreach_norm(own)).double().square().sum() / n for n, own in alike.items())
     group = comm.world() if apart or any(isinstance(g, DTensor) for g in grads) else None
-    return comm.total((norms.square() * shares).sum(), group).sqrt().to(grads[0].dtype)
+    return comm.total(mine, group).sqrt().to(grads[0].dtype)
 
 
-@torch.no_grad()
-def clip_(parameters: Iterable[Tensor], norm: float, limit: float) -> None:
-    """Scale all gradients, in place, so that their norm, now `norm`, is at most `limit`."""
-    grads = [local(p.grad) for p in parameters if p.grad is not None]
-    scale = limit / (norm + 1e-6)
-    if grads and scale < 1:
-        torch._foreach_mul_(grads, scale)
+def move(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> None:
+    """The optimizer's step with gradients, whose norm is `norm`, scaled so that it is at most `limit`; none, so that
+    nothing of its state moves either, if it is not finite.
+
+    Torch's fused steps do both on the device, as they must for loss scaling, so that the host need not wait for the
+    norm. (It has none of SGD for parameters that are cut.)
+    """
+    shrink = ((norm + 1e-6) / limit).clamp(min=1.0).float()
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = shrink, 1.0 - norm.isfinite().float()
+        optimizer.step()
+    elif norm.isfinite():
+        grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_div_(grads, shrink)
+        optimizer.step()

@@ -775,8 +775,8 @@ MUTANTS = [
     Mutant(
         "replicas count in the norm each",
         "parallel/shard.py",
-        "[1 / copies(g) for g in grads]",
-        "[1.0 for g in grads]",
+        ".sum() / n for n, own in alike.items()",
+        ".sum() for n, own in alike.items()",
         "tests/test_experts.py -k every_mesh",
     ),
     Mutant(

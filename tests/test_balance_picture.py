@@ -34,7 +34,7 @@ def result(counts, dropped=0, loss=1.0):
     load |= {"counts": counts, "tokens": tokens, "probability": p * tokens[:, None]}
     load |= {"dropped": torch.tensor([[dropped, *[0] * (counts.shape[1] - 1)]])}
     load |= {"entropy": torch.special.entr(p).sum(-1) * tokens}
-    return Result(loss * math.log(2), 0.0, True, False, Load(**load))
+    return Result(1, lambda: [loss * math.log(2), 0.0, 0.0], Load(**load))
 
 
 # ---------------------------------------------------------------------------------------------------------- the runs

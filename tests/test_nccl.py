@@ -75,6 +75,7 @@ MESHES = {
     "sequence": mesh.Degrees(sequence=2),
     "experts by pair": mesh.Degrees(expert=2),
     "experts by rank": mesh.Degrees(sequence=2, expert=2, dispatch="rank"),
+    "parameters stay": mesh.Degrees(sequence=2, reshard=False),
     "replicas": mesh.Degrees(replicas=2),
     "replicas of a sequence": mesh.Degrees(sequence=2, replicas=2),
 }
