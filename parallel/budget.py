@@ -46,6 +46,8 @@ class Degrees:
     """stages, each with a share of the blocks"""
     replicas: int = 1
     """groups that hold all parameters, each sharded over its group"""
+    reshard: bool = True
+    """whether what is gathered of parameters goes after the forward pass and is gathered again for the backward pass"""
     attention: Literal["gather", "ring", "ulysses"] = "gather"
     """how softmax layers see other GPUs' tokens"""
     states: Literal["gather", "ring"] = "gather"
@@ -70,8 +72,8 @@ class Degrees:
         return self.shards // self.expert
 
     def __str__(self) -> str:
-        used = [f"{n} {name}" for name, n in asdict(self).items() if n not in (1, *WORDS)]
-        return " x ".join(used) or "1 GPU"
+        used = [f"{n} {name}" for name, n in asdict(self).items() if n not in (1, *WORDS) and name != "reshard"]
+        return (" x ".join(used) or "1 GPU") + ", parameters stay" * (not self.reshard)
 
 
 WORDS = ("gather", "ring", "ulysses", "pair", "rank", "repeated", "cut")
@@ -493,6 +495,10 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
     copied = (block if run.recompute or (bf16 and wire(given) == 4) else everything).copied
     lasting = {"parameters": 4 * held, "optimizer state": 8 * held, "workspace": given.workspace * 1e9}
     rest = {"gathered: the rest": (root.gathered(given) + 4 * root.here * (not several)) * cut}
+    blocks = where.inside.times(stage)
+    stays = {} if mesh.reshard else {"gathered: blocks, which stay": blocks.gathered(given) * cut}
+    sums = 2 * 4 * block.here * (not several)  # gradients of the block at hand and of the one that is summed
+    two = {"gathered: two blocks": (2 * block.gathered(given) * mesh.reshard + sums) * cut}
 
     def casts(placed: Placed) -> float:
         return 2 * (placed.used - placed.narrow) * (bf16 and given.gathered == "float32")
@@ -500,6 +506,7 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
     return {
         "loss": lasting
         | rest
+        | stays
         | {
             "gradients": gradients if several else 4 * root.here * (not cut),
             "bf16 copies of parameters": casts(root if run.recompute else everything),
@@ -508,9 +515,10 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
         | loss(asked, shape),
         "backward": lasting
         | rest
+        | stays
+        | two
         | {
             "gradients": gradients,
-            "gathered: two blocks": 2 * (block.gathered(given) + 4 * block.here * (not several)) * cut,
             "cut out of what was gathered": copied * wire(given),
             "bf16 copies of parameters": casts(block if run.recompute else everything),
             "saved activations": saved(asked, counted),
@@ -590,19 +598,20 @@ def traffic(asked: Asked, counted: Counted) -> list[Traffic]:
 
 
 def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
-    """FSDP: a block is gathered before its forward and before its backward pass, the rest of the model once; the last
-    micro-batch's backward pass sums gradients."""
+    """FSDP: a block is gathered before its forward and, unless it stays, before its backward pass, the rest of the model
+    once; the last micro-batch's backward pass sums gradients."""
     mesh = asked.mesh
     if mesh.shards == 1:
         return
     inside, root = places(asked).inside.times(shape.blocks / counted.blocks), places(asked).root
 
     calls, numbers = shape.blocks + inside.layers_apart(mesh), inside.received(mesh) + root.received(mesh)
+    often = 1 + mesh.reshard
     yield Traffic(
         "shards",
         "gather parameters",
-        (2 * calls + 1) * shape.times,
-        (2 * inside.received_bytes(mesh, asked.given) + root.received_bytes(mesh, asked.given)) * shape.times,
+        (often * calls + 1) * shape.times,
+        (often * inside.received_bytes(mesh, asked.given) + root.received_bytes(mesh, asked.given)) * shape.times,
         mesh.shards,
         hidden="weights",
     )

@@ -86,6 +86,9 @@ def cut(
         policy = MixedPrecisionPolicy(narrower, torch.float32 if narrower else None, cast_forward_inputs=False)
         how = {"mp_policy": policy, "reshard_after_forward": mesh.reshard}
         summed(fully_shard(layer, **over_whom(layer, mesh), **how, ignored_params=others))
+    for part in model.modules():
+        if isinstance(part, FSDPModule):  # NCCL reads and writes buffers of its own kind without copies
+            part.set_allocate_memory_from_process_group_for_comm(True)
     gather_ahead(model, blocks, apart)
 
 

@@ -116,7 +116,8 @@ def tracing(crossings: list[Crossing], fused: bool, causal: bool = True) -> Ops:
 
     def running_sum(x, last=None, cu_seqlens=None):
         y, last = reference.running_sum(x, last, cu_seqlens)
-        crossings.append(Crossing("running_sum", last.element_size(), x.shape[-1] * last.element_size()))
+        size = last.element_size()
+        crossings.append(Crossing("running_sum", size, x.shape[-1] * size, once=True))
         return y, last
 
     def attention(q, k, v, past=None, cu_seqlens=None, window=None, scale=None):
@@ -189,7 +190,8 @@ def by_ends(row, crossing: Crossing, lines: int) -> bool:
 
 
 def window(kind: str, x: Tensor, reach: int, lines: int) -> Crossing:
-    return Crossing(kind, lines * reach**2 * x.element_size(), lines * reach * x.shape[-1] * x.element_size())
+    size = lines * reach * x.element_size()
+    return Crossing(kind, size * reach, size * x.shape[-1], once=True)
 
 
 def without_gradient(function):

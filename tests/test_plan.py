@@ -510,6 +510,7 @@ COLLECTIVES = {
 }
 MESHES = [
     (2, {}),
+    (2, {"reshard": False}),
     (2, {"tensor": 2}),
     (4, {"tensor": 2}),
     (4, {"tensor": 2, "replicas": 2}),
