@@ -1186,6 +1186,27 @@ MUTANTS = [
         "tests/test_fast.py -k normalized",
     ),
     Mutant(
+        "a weighted mean's weights are summed before they are rounded",
+        "fast/kernels/decay.py",
+        "tl.sum(scores.to(bz.dtype).to(tl.float32), 1) +",
+        "tl.sum(scores, 1) +",
+        "tests/test_fast.py -k same_a_query",
+    ),
+    Mutant(
+        "what divides a weighted mean has its gradient of numbers that were not rounded yet",
+        "fast/kernels/decay.py",
+        "down = (tl.load(do + at, mask=ok, other=0.0).to(tl.float32) / by[:, None]).to(dx.dtype.element_ty)",
+        "down = tl.load(do + at, mask=ok, other=0.0).to(tl.float32) / by[:, None]",
+        "tests/test_fast.py -k same_a_query",
+    ),
+    Mutant(
+        "what a row of pairs of a weighted mean loses to sixteen bits is lost",
+        "fast/kernels/decay.py",
+        "seen += lost[:, None] * bz.to(tl.float32)",
+        "seen += 0.0 * lost[:, None] * bz.to(tl.float32)",
+        "tests/test_fast.py -k same_a_query",
+    ),
+    Mutant(
         "the sum of the weights starts anew in every segment",
         "fast/kernels/decay.py",
         "side_entry + (nh * slots + segment) * WIDTH",

@@ -46,6 +46,7 @@ ALL = list({(*LSM[name][:3], LSM[name].features): name for name in reversed(quic
 # token by token: few, in the interpreter
 SCANNED = [name for name in ALL if by_element.has_form(LSM[name])]
 FEATURED = [name for name in ALL if LSM[name].features]
+WEIGHTED = [name for name in ALL if LSM[name].update is exact.counted]  # means, by weights
 LOOSE = [name for name in ALL if name in PRINTED and name not in SCANNED]  # other mixtures of what the families know
 ROWS = [name for name in ALL if name not in SCANNED and name not in PRINTED]
 GATED = (
@@ -237,6 +238,33 @@ def test_rules_as_they_are_printed(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_sixteen_bits(name, dtype):
     compare(name, dtype, t=83, k=33, v=20)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_cancels_in_the_gradient_of_a_weighted_mean(dtype):
+    """The first few tokens' queries have the largest gradients: what is left of terms of 16 bits that cancel."""
+    for seed in range(3):
+        sizes = {"t": 512, "h": 8, "k": 64, "v": 64} if CUDA else {"t": 64, "h": 4, "k": 64, "v": 64}
+        compare("linear_attention_normalized", dtype, **sizes, seed=seed, bare=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", WEIGHTED[:1])
+def test_where_all_keys_are_the_same_a_query_has_no_gradient(name, dtype):
+    """The output is the mean of all values so far, whatever the query is: to the last bit where 16 bits hold it, as
+    after 1, 2, 4, ... tokens. Then nothing is left of the query's gradient but rounding in float32."""
+    row, tokens, _ = some(name, t=64)
+    rng, exact_at = torch.Generator().manual_seed(0), torch.tensor([1, 2, 4, 8, 16, 32, 64]) - 1
+    tokens["k"] = tokens["k"][:, :1].expand_as(tokens["k"])
+    tokens["v"] = torch.randint(-2, 3, tokens["v"].shape, generator=rng).to(tokens["v"])
+    do = torch.randn(tokens["v"].shape, generator=rng).to(tokens["v"])
+    tokens = {n: x.to(dtype) for n, x in tokens.items()}
+    given = leaves(tokens)
+    o, _ = quick.recurrence(row, tokens)
+    dq, *_ = torch.autograd.grad(o, given, do.to(dtype))
+    mean = tokens["v"].float().cumsum(1) / torch.arange(1, 65, device=DEVICE)[:, None, None]
+    assert (o.float() == mean)[:, exact_at].all()
+    assert dq[:, exact_at].abs().max() < 1e-6 < dq.abs().max()
 
 
 @pytest.mark.parametrize("name", ROWS)
