@@ -192,6 +192,8 @@ def products(q, k, v) -> None:
         given = (q, k, v, memory, borders)
         _, _, states = features.forward(*given, size, kind, segments, True)
         features.backward(v, memory, *given, states, size, kind)
+    o = features.quotient(v.float(), v.shape[-1] - 2, 1e-5, v.dtype)
+    features.quotient_gradients(o, v.float(), 1e-5)
 
 
 def losses(q) -> None:

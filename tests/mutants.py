@@ -1195,8 +1195,8 @@ MUTANTS = [
     Mutant(
         "what divides a weighted mean has its gradient of numbers that were not rounded yet",
         "fast/kernels/decay.py",
-        "down = (tl.load(do + at, mask=ok, other=0.0).to(tl.float32) / by[:, None]).to(dx.dtype.element_ty)",
-        "down = tl.load(do + at, mask=ok, other=0.0).to(tl.float32) / by[:, None]",
+        "dx = (do.to(tl.float32) / by[:, None]).to(do.dtype)",
+        "dx = do.to(tl.float32) / by[:, None]",
         "tests/test_fast.py -k same_a_query",
     ),
     Mutant(
@@ -1204,6 +1204,20 @@ MUTANTS = [
         "fast/kernels/decay.py",
         "seen += lost[:, None] * bz.to(tl.float32)",
         "seen += 0.0 * lost[:, None] * bz.to(tl.float32)",
+        "tests/test_fast.py -k same_a_query",
+    ),
+    Mutant(
+        "what a row of pairs of features loses to sixteen bits is lost",
+        "fast/kernels/features.py",
+        "more += tl.sum(d - d",
+        "more += 0.0 * tl.sum(d - d",
+        "tests/test_fast.py -k same_a_query",
+    ),
+    Mutant(
+        "the gradient of the sum of features' weights is rounded to sixteen bits",
+        "fast/kernels/features.py",
+        "tl.where(iz == 1, (change - rough)[:, None], 0.0)",
+        "tl.where(iz == 1, 0.0 * (change - rough)[:, None], 0.0)",
         "tests/test_fast.py -k same_a_query",
     ),
     Mutant(

@@ -580,20 +580,27 @@ def decay_counts(
     tl.store(counts + ((n * heads + h) * segments + segment).to(tl.int64) * X + ix, N, mask=ix < X)
 
 
+@triton.jit
+def through_quotient(do, o, by):
+    """Back through o = x / by, rows by their own numbers: dx in do's dtype, and of this dx dby = -Σ_v dx o."""
+    dx = (do.to(tl.float32) / by[:, None]).to(do.dtype)
+    return dx, -tl.sum(dx.to(tl.float32) * o.to(tl.float32), 1)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def decay_quotient(
     do, o, weights, dx, dweights, rows, least, V: tl.constexpr, BV: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
-    """Back through o = x / (weights + least): dx, and dweights = -Σ_v dx o. Reads do and o, writes dx: 3 U."""
+    """Back through o = x / (weights + least). Reads do and o, writes dx: 3 U."""
     row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     iv = tl.arange(0, BV)
     at = row[:, None] * V + iv[None, :]
     ok = (row < rows)[:, None] & (iv < V)[None, :]
     by = tl.load(weights + row, mask=row < rows, other=1.0) + least
-    down = (tl.load(do + at, mask=ok, other=0.0).to(tl.float32) / by[:, None]).to(dx.dtype.element_ty)
-    bo = tl.load(o + at, mask=ok, other=0.0).to(tl.float32)
+    bdo = tl.load(do + at, mask=ok, other=0.0)
+    down, change = through_quotient(bdo, tl.load(o + at, mask=ok, other=0.0), by)
     tl.store(dx + at, down, mask=ok)
-    tl.store(dweights + row, -tl.sum(down.to(tl.float32) * bo, 1), mask=row < rows)
+    tl.store(dweights + row, change, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
@@ -1008,6 +1015,11 @@ def ratio(q, k, v, memory, count, borders, segments: int, least: float) -> tuple
     return o, last, total, weights, states, counts
 
 
+def rows_at_once(columns: int) -> int:
+    """How many rows of so many columns a program of elementwise kernels has."""
+    return max(1, 4096 // padded(columns))
+
+
 def ratio_gradients(
     do, dlast, dtotal, q, k, v, memory, count, borders, o, weights, states, counts, least: float
 ) -> tuple[Tensor, ...]:
@@ -1016,7 +1028,7 @@ def ratio_gradients(
     cut = states.numel() > 0
     segments = states.shape[2] - 1 if cut else 1
     run = {"segments": segments, "slots": segments + 1 if cut else 1}
-    dx, dweights, rows = torch.empty_like(do), torch.empty_like(weights), max(1, 4096 // padded(V))
+    dx, dweights, rows = torch.empty_like(do), torch.empty_like(weights), rows_at_once(V)
     launch(
         decay_quotient, cdiv(rows_of(q), rows), do, o, weights, dx, dweights, rows_of(q), least,
         V=V, BV=padded(V), N=rows,
