@@ -1048,15 +1048,15 @@ MUTANTS = [
     Mutant(
         "a pair's rank forgets the tiles before its own",
         "fast/kernels/routers.py",
-        "next_one = end - total + before",
-        "next_one = end - total",
+        "start + me * tiles + at, end + tl.cumsum",
+        "start + me * tiles + at, before + tl.cumsum",
         "tests/test_fast_experts.py -k are_sorted",
     ),
     Mutant(
         "an expert's last token comes first",
         "fast/kernels/routers.py",
-        "tl.cumsum(own, 0) - 1",
-        "tl.cumsum(own, 0, reverse=True) - 1",
+        "(i[:, None] < i[None, :])",
+        "(i[:, None] > i[None, :])",
         "tests/test_fast_experts.py -k are_sorted",
     ),
     Mutant(

@@ -1334,6 +1334,7 @@ def test_features_and_routers_compile_for_hopper_without_one_and_do_not_spill(tm
         "decay_fold",
         "top_rows",
         "counts",
+        "starts",
         "ranks",
     }
     assert all(line.endswith(" 0 bytes of stack") for line in said), said
