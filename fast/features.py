@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fast import decay
 from fast.kernels import features as kernels
-from fast.operators import even, operator, packed, results
+from fast.operators import even, of_dtype, operator, packed, results
+from fast.ratio import LEAST
 from reference import recurrence as words
 from reference.normal import ASKED, WRITTEN, Normal
 from reference.recurrence import Inputs, Row, with_one
@@ -18,24 +19,26 @@ POLYNOMIALS = {words.taylor: kernels.TAYLOR, words.squares: kernels.SQUARES}
 
 
 class Polynomial(NamedTuple):
-    """M_t = M_{t-1} + φ(k_t)ᵀ v_t, o_t = finish(φ(q_t) M_t). `counted`: the last column of v is ones."""
+    """M_t = M_{t-1} + φ(k_t)ᵀ v_t, o_t = finish(φ(q_t) M_t). `least`: the last column of v is ones, and the sum of
+    weights that it makes, which starts from there, divides the other columns of o; or None."""
 
     q: Float[Tensor, "b t h k"]
     k: Float[Tensor, "b t h k"]
     v: Float[Tensor, "b t h v"]
     features: Callable[[Tensor], Tensor]
-    counted: bool
+    least: float | None
     finish: Callable[[Tensor], Tensor]
 
 
 def has_form(row: Row) -> bool:
-    kept = row.decay is words.keep and row.update in (words.outer, words.counted)
-    return kept and row.features in POLYNOMIALS and row.read in (words.inclusive, words.ratio, words.damped)
+    mean = row.update is words.counted and row.read in LEAST
+    summed = mean or (row.update in (words.outer, words.counted) and row.read is words.inclusive)
+    return row.decay is words.keep and summed and row.features in POLYNOMIALS
 
 
 def form(row: Row, x: Inputs) -> Polynomial:
-    v, counted = WRITTEN[row.update](x)["v"], row.update is words.counted
-    return Polynomial(x["q"], x["k"], v, row.features, counted, **ASKED[row.read](x))
+    v, least = WRITTEN[row.update](x)["v"], LEAST.get(row.read)
+    return Polynomial(x["q"], x["k"], v, row.features, least, **ASKED[row.read](x))
 
 
 def takes(x) -> bool:
@@ -54,30 +57,21 @@ def fits(title: str, x: Polynomial) -> None:
 
 def run(x: Polynomial, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
     size, V, polynomial = x.k.shape[-1], x.v.shape[-1], POLYNOMIALS[x.features]
-    v, count = x.v, -1
-    if x.counted and v.element_size() == 2:  # a second count, for what `split` adds
-        v, count = with_one(v), V - 1
+    v, values, least = x.v, -1, x.least or 0.0
+    if x.least is not None:  # a second column of ones, for what the first one's gradient loses to 16 bits
+        v, values = with_one(v), V - 1
         memory = None if memory is None else torch.cat([memory, memory[..., -1:]], -1)
     q, k, v = even(x.q), even(x.k), even(v)
     memory = None if memory is None else even(memory)
     segments = kernels.segments_for(q, v, sequences)
-    o, last, _ = features(q, k, v, memory, cu_seqlens, size, polynomial, count, segments, wide)
-    return x.finish(o[..., :V]).to(x.q.dtype), last[..., :V]
+    o, last, *_ = features(q, k, v, memory, cu_seqlens, size, polynomial, values, least, segments)
+    return o[..., :V], last[..., :V]
 
 
 def step(x: Polynomial, memory: Tensor) -> Tensor:
     """The features of one token are few: they are made, and the memory is one that does not fade."""
     q, k = (x.features(y[:, 0].float()).contiguous() for y in (x.q, x.k))
     return decay.step(Normal(q, k, x.v[:, 0].contiguous(), None), memory)
-
-
-def split(do: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """do in 16 bits; the count's, which nearly cancels what the values' columns give dq, in two: the second column of
-    ones has what the first lost."""
-    rounded = do.to(dtype)
-    if count >= 0:
-        rounded[..., count + 1] = do[..., count] - rounded[..., count]
-    return rounded
 
 
 # ------------------------------------------------------------------------------------- the operators, as torch sees
@@ -92,18 +86,21 @@ def features(
     cu_seqlens: Tensor | None,
     size: int,
     polynomial: int,
-    count: int,
+    values: int,
+    least: float,
     segments: int,
-    wide: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, the last memory, the memories between segments). `size`: columns of q and k before those filled in; `count`:
-    the first of two columns of v that are ones, or -1; `wide`: o in float32."""
-    return kernels.forward(*packed(q, k, v, memory, cu_seqlens), size, polynomial, segments, wide)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last memory, the memories between segments, what was divided). `size`: columns of q and k before those
+    filled in; `values`: columns of v before two of ones, whose sum of weights divides o, or -1: nothing is divided."""
+    given, mean = packed(q, k, v, memory, cu_seqlens), values >= 0
+    o, last, states = kernels.forward(*given, size, polynomial, segments, mean)
+    return (kernels.quotient(o, values, least, v.dtype), last, states, o) if mean else (o, last, states, o.new_empty(0))
 
 
 @features.register_fake
-def _(q, k, v, memory, cu_seqlens, size, polynomial, count, segments, wide):
-    return results(q, v, cu_seqlens, segments, wide, kernels.features(size, polynomial))
+def _(q, k, v, memory, cu_seqlens, size, polynomial, values, least, segments):
+    o, *others = results(q, v, cu_seqlens, segments, values >= 0, kernels.features(size, polynomial))
+    return (v.new_empty(*v.shape[:3], values), *others, o) if values >= 0 else (o, *others, o.new_empty(0))
 
 
 @operator("features_gradients")
@@ -116,31 +113,36 @@ def features_gradients(
     memory: Tensor | None,
     cu_seqlens: Tensor | None,
     states: Tensor,
+    divided: Tensor,
     size: int,
     polynomial: int,
-    count: int,
+    least: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dmemory)."""
-    do, dlast = packed(split(do.contiguous(), v.dtype, count), dlast)
+    do, dlast = packed(of_dtype(do, v.dtype), dlast)
+    if divided.ndim > 1:
+        do = kernels.quotient_gradients(do, divided, least)
     return kernels.backward(do, dlast, *packed(q, k, v, memory, cu_seqlens), states, size, polynomial)
 
 
 @features_gradients.register_fake
-def _(do, dlast, q, k, v, memory, cu_seqlens, states, size, polynomial, count):
+def _(do, dlast, q, k, v, memory, cu_seqlens, states, divided, size, polynomial, least):
     _, dmemory, _ = results(q, v, cu_seqlens, 1, False, kernels.features(size, polynomial))
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmemory
 
 
 def features_context(ctx, inputs, output) -> None:
-    q, k, v, memory, cu_seqlens, ctx.size, ctx.polynomial, ctx.count, _, _ = inputs
+    *given, ctx.size, ctx.polynomial, _, ctx.least, _ = inputs
+    o, _, *kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, memory, cu_seqlens, output[2])
+    ctx.save_for_backward(*given, *kept)
+    ctx.like = o.shape
 
 
-def features_backward(ctx, do, dlast, _):
+def features_backward(ctx, do, dlast, *_):
     given = ctx.saved_tensors
-    do = torch.zeros_like(given[2]) if do is None else do
-    *grads, dmemory = features_gradients(do, dlast, *given, ctx.size, ctx.polynomial, ctx.count)
+    do = given[2].new_zeros(ctx.like) if do is None else do
+    *grads, dmemory = features_gradients(do, dlast, *given, ctx.size, ctx.polynomial, ctx.least)
     return *grads, dmemory if ctx.needs_input_grad[3] else None, *[None] * 6
 
 

@@ -1,4 +1,4 @@
-"""Choosing experts and sorting pairs by them on Triton kernels: one launch and two."""
+"""Choosing experts and sorting pairs by them on Triton kernels: one launch and three."""
 
 import torch
 from jaxtyping import Bool, Float, Int

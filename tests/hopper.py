@@ -173,6 +173,10 @@ def whole(q, k, v) -> None:
         _, last, states = decay.forward(*given, 2, False)
         decay.backward(v, memory, *given, last, states, g is not None)
         decay.step(q[:, 0], k[:, 0], v[:, 0], g if g is None or g.ndim == 1 else g[:, 0], memory)
+    count = torch.empty(1, h, K)
+    given = (q, k, v, memory, count, borders)
+    o, _, _, *kept = decay.ratio(*given, 2, 1e-10)
+    decay.ratio_gradients(v, memory, count, *given, o, *kept, 1e-10)
     given = (q, k, v, beta, beta, memory, borders)
     _, _, *kept = delta.forward(*given, 2, False, True)
     delta.backward(v, memory, *given, *kept, True)
@@ -188,6 +192,8 @@ def products(q, k, v) -> None:
         given = (q, k, v, memory, borders)
         _, _, states = features.forward(*given, size, kind, segments, True)
         features.backward(v, memory, *given, states, size, kind)
+    o = features.quotient(v.float(), v.shape[-1] - 2, 1e-5, v.dtype)
+    features.quotient_gradients(o, v.float(), 1e-5)
 
 
 def losses(q) -> None:

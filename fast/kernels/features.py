@@ -21,15 +21,19 @@ chunk:
         dk    x = k    y = q    a = v    z = do     backwards    the state is dM
     features_pairs        dq += E k, dk += Eᵀ q                 E = tril(w'(s) / √D ⊙ (do vᵀ))
 
+A weighted mean has two columns of ones beside v, so that sums of weights come with the values; `features_quotient`
+divides. Backwards the second of them has what the first one's gradient loses to 16 bits: as `fast/kernels/decay.py`
+says of means, what cancels in dq must be rounded alike, and what a row of E loses goes with the token's own key.
+
 A program owns a slice of z's columns and streams through time. The number of products is no power of two (136 for
 D = 16): the state has three blocks of them (64, 64 and 16), which is also what registers hold at a time. dq and dk of a
 slice are parts that are summed afterwards: D columns are few. Long sequences of few heads are cut in segments: what a
 segment does to a memory is `features_sweep` without its output, and `decay_fold` makes the memories between them.
 
 Bytes and operations. In U = one b t h V tensor: a sweep reads U and writes U, gradients read 2 U and so do pairs: 10 U
-with all five, against a floor of 2 + 3; and q, k of D columns each for every slice (from the L2 cache), and D float32
-numbers a slice for each gradient, twice. The four sweeps do, a token and head, 2·F·V multiply-adds for the state and,
-in each slice, 4·D·F (gradients 6·D·F) for features.
+with all five, against a floor of 2 + 3, and 8 more where a mean is divided (o of the sweep is in float32); and q, k of
+D columns each for every slice (from the L2 cache), and D float32 numbers a slice for each gradient, twice. The four
+sweeps do, a token and head, 2·F·V multiply-adds for the state and, in each slice, 4·D·F (gradients 6·D·F) for features.
 
 Compilers. See `fast/kernels/decay.py`: no result of a dot is transposed, so φ(y)ᵀ is made as such by matrices turned
 over, and the gradients keep their state transposed; 16-bit lines have at least 2 stages; rows of q, k and z are
@@ -58,9 +62,11 @@ from fast.kernels.decay import (
     multiprocessors,
     next_power_of_2,
     padded,
+    rows_at_once,
     rows_of,
     sequences_of,
     stretch_of,
+    through_quotient,
 )
 
 SQUARES, TAYLOR = 0, 1  # the polynomials
@@ -347,8 +353,45 @@ def features_pairs(
             across = tl.dot(bv, tl.trans(bdo), across, input_precision="ieee")
         d = tl.where(ic[:, None] >= ic[None, :], sloped(bq, bk, d, D, POLYNOMIAL), 0.0)
         across = tl.where(ic[:, None] <= ic[None, :], sloped(bk, bq, across, D, POLYNOMIAL), 0.0)
-        tl.store(dq + row * X + at_x, tl.dot(d.to(bk.dtype), bk, input_precision="ieee"), mask=inside)
+        more = tl.dot(d.to(bk.dtype), bk, input_precision="ieee")
+        if bk.dtype != tl.float32:  # what a row loses goes with the token's own key: of a ratio a row nearly cancels
+            more += tl.sum(d - d.to(bk.dtype).to(tl.float32), 1)[:, None] * bk.to(tl.float32)
+        tl.store(dq + row * X + at_x, more, mask=inside)
         tl.store(dk + row * X + at_x, tl.dot(across.to(bq.dtype), bq, input_precision="ieee"), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def features_quotient(x, o, rows, least, V: tl.constexpr, BV: tl.constexpr, Z: tl.constexpr, N: tl.constexpr):
+    """o = x / (weights + least) of V columns; the weights' sums are x's next one. Reads x in float32, writes o: 3 U."""
+    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    iv = tl.arange(0, BV)
+    ok = (row < rows)[:, None] & (iv < V)[None, :]
+    by = tl.load(x + row * Z + V, mask=row < rows, other=1.0) + least
+    value = tl.load(x + row[:, None] * Z + iv[None, :], mask=ok, other=0.0) / by[:, None]
+    tl.store(o + row[:, None] * V + iv[None, :], value, mask=ok)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def features_quotient_gradients(
+    do, x, dx, rows, least, V: tl.constexpr, BV: tl.constexpr, Z: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """dx of Z columns: V of values, the weights' in two, the second what the first loses to 16 bits, and zeros.
+
+    Reads do and x (in float32: of keys that are much alike the rounding of o would be all that a query gets), writes
+    dx: 4 U.
+    """
+    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    iv = tl.arange(0, BV)
+    at = row[:, None] * Z + iv[None, :]
+    ok = (row < rows)[:, None] & (iv < V)[None, :]
+    by = tl.load(x + row * Z + V, mask=row < rows, other=1.0) + least
+    bdo = tl.load(do + row[:, None] * V + iv[None, :], mask=ok, other=0.0)
+    down, change = through_quotient(bdo, tl.load(x + at, mask=ok, other=0.0) / by[:, None], by)
+    tl.store(dx + at, down, mask=ok)
+    iz = tl.arange(0, 32)[None, :]  # 2 columns, and fewer than 16 that fill a tile
+    rough = change.to(dx.dtype.element_ty).to(tl.float32)
+    rest = tl.where(iz == 0, rough[:, None], tl.where(iz == 1, (change - rough)[:, None], 0.0))
+    tl.store(dx + row[:, None] * Z + V + iz, rest, mask=(row < rows)[:, None] & (V + iz < Z))
 
 
 # ------------------------------------------------------------------------------------------------ the launchers
@@ -457,6 +500,27 @@ def forward(
     F = features(size, polynomial)
     last = q.new_empty(sequences_of(q, borders), q.shape[2], F, v.shape[-1], dtype=torch.float32)
     return sweep(q, k, v, *kind, memory, end=last, wide=wide), last, last.new_empty(0)
+
+
+def quotient(x: Tensor, values: int, least: float, dtype: torch.dtype) -> Tensor:
+    """o : b t h values of numerators in float32, whose next column is the sums of weights."""
+    o, rows = x.new_empty(*x.shape[:3], values, dtype=dtype), rows_at_once(values)
+    decay.launch(
+        features_quotient, cdiv(rows_of(x), rows), x, o, rows_of(x), least,
+        V=values, BV=padded(values), Z=x.shape[-1], N=rows,
+    )  # fmt: skip
+    return o
+
+
+def quotient_gradients(do: Tensor, x: Tensor, least: float) -> Tensor:
+    """The gradient of what was divided, in do's dtype."""
+    values, dx = do.shape[-1], torch.empty_like(x, dtype=do.dtype)
+    rows = rows_at_once(values)
+    decay.launch(
+        features_quotient_gradients, cdiv(rows_of(x), rows), do, x, dx, rows_of(x), least,
+        V=values, BV=padded(values), Z=x.shape[-1], N=rows,
+    )  # fmt: skip
+    return dx
 
 
 def backward(
