@@ -598,8 +598,8 @@ def traffic(asked: Asked, counted: Counted) -> list[Traffic]:
 
 
 def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
-    """FSDP: a block is gathered before its forward and, unless it stays, before its backward pass, the rest of the model
-    once; the last micro-batch's backward pass sums gradients."""
+    """FSDP: a block is gathered before its forward pass and, unless it stays, before its backward pass, the rest of the
+    model once; the last micro-batch's backward pass sums gradients."""
     mesh = asked.mesh
     if mesh.shards == 1:
         return

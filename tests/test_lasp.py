@@ -103,14 +103,18 @@ ENDS = {  # as with kernels that skip the outputs
     f"{name}, ends": CALLS[name] for name in ("lightning", "mamba2", "gla", "rwkv6", "gated_delta_net", "kda", "rwkv7")
 }
 CALLS |= ENDS
-ENDS |= {  # in blocks that run again in the backward pass, where nothing is gathered again
-    f"{name}, recomputed": (partial(checkpoint, call, use_reentrant=False, context_fn=twice), inputs)
-    for name in ("mamba2, ends", "kda, ends")
-    for call, inputs in [CALLS[name]]
-}
-CALLS |= ENDS
 CALLS |= {f"convolution {w}": call_convolution(w) for w in (1, 2, 4)}
 CALLS |= {"token_shift": call_shift(), "running_sum": call_sum()}
+
+
+def recomputed(name: str) -> dict[str, tuple]:
+    """In a block that runs again in the backward pass, where nothing is gathered again."""
+    call, inputs = CALLS[name]
+    return {f"{name}, recomputed": (partial(checkpoint, call, use_reentrant=False, context_fn=twice), inputs)}
+
+
+ENDS |= recomputed("mamba2, ends") | recomputed("kda, ends")
+CALLS |= ENDS | recomputed("convolution 4") | recomputed("token_shift") | recomputed("running_sum")
 ATTENTION = {
     "attention": {},
     "attention, window 1": {"window": 1},

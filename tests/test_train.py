@@ -220,7 +220,9 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(corpus, tmp_path)
     assert metrics(tmp_path / "run")[-1]["skipped"] >= 3
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_changes_no_parameter():
+@pytest.mark.parametrize("router, moved", [("deepseek_v3", "bias"), ("remoe", "penalty")])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_no_parameter(router, moved):
+    """Nor what balances the experts; the next step changes both."""
     import train
     from data.corpus import Document
     from data.stream import Stream
@@ -229,19 +231,26 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_parameter():
     from reference.model import LanguageModel, decayed, initialize
     from reference.presets import Model
 
-    config = train.Train(model=Model(pattern="LN", width=16, heads=2, experts=2, expert_width=8), batch=2)
+    sizes = {"width": 16, "heads": 2, "experts": 4, "expert_width": 8, "groups": 1, "groups_kept": 1}
+    balance = {"penalty": 1.0} if router == "remoe" else {}
+    config = train.Train(model=Model(pattern="LN", router=router, **sizes), batch=2, balance=balance, bias_rate=0.1)
     model = LanguageModel(config.model, ops)
     initialize(model, 0)
     with torch.no_grad():
         model.head[5, 3] = torch.inf
-    before = {n: p.clone() for n, p in model.named_parameters()}
+    before = {n: p.clone() for n, p in model.state_dict().items()}
     optimizer = train.optimizer_of(config, model, decayed(model))
     mesh = meshes.make(meshes.Degrees(), torch.device("cpu"))
     stream = Stream([Document("a", bytes(range(200)) * 9)], config.length, 0)
     batches = train.micro_batches(config, stream, train.feed_of(config, mesh), mesh, 0, torch.device("cpu"))
     result = train.one_step(config, model, ops, optimizer, batches, 0, False)
     assert not result.finite
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    with torch.no_grad():
+        model.head[5, 3] = 0
+    assert train.one_step(config, model, ops, optimizer, batches, 0, False).finite
+    changed = {n.split(".")[-1] for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
+    assert {moved, "head"} <= changed
 
 
 def test_routers_inside_mixers_are_balanced_with_their_own_number_of_visits():
