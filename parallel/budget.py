@@ -496,7 +496,8 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
     lasting = {"parameters": 4 * held, "optimizer state": 8 * held, "workspace": given.workspace * 1e9}
     rest = {"gathered: the rest": (root.gathered(given) + 4 * root.here * (not several)) * cut}
     blocks = where.inside.times(stage)
-    stays = {} if mesh.reshard else {"gathered: blocks, which stay": blocks.gathered(given) * cut}
+    stays = blocks.gathered(given) * cut * (not mesh.reshard)  # of one micro-batch they go as gradients come
+    beside = stays if several else max(stays - gradients, 0.0)
     sums = 2 * 4 * block.here * (not several)  # gradients of the block at hand and of the one that is summed
     two = {"gathered: two blocks": (2 * block.gathered(given) * mesh.reshard + sums) * cut}
 
@@ -506,8 +507,8 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
     return {
         "loss": lasting
         | rest
-        | stays
         | {
+            "gathered: blocks, which stay": stays,
             "gradients": gradients if several else 4 * root.here * (not cut),
             "bf16 copies of parameters": casts(root if run.recompute else everything),
             "saved activations": saved(asked, counted, one=False),
@@ -515,9 +516,9 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
         | loss(asked, shape),
         "backward": lasting
         | rest
-        | stays
         | two
         | {
+            "gathered: blocks, which stay": beside,
             "gradients": gradients,
             "cut out of what was gathered": copied * wire(given),
             "bf16 copies of parameters": casts(block if run.recompute else everything),
