@@ -1426,8 +1426,8 @@ MUTANTS = [
     Mutant(
         "an angle's gradient turns the other way at the end of a stretch",
         "fast/kernels/cross.py",
-        "(M * E - N * D)",
-        "(N * D - M * E)",
+        "tl.sum(M * E - N * D, 1)",
+        "tl.sum(N * D - M * E, 1)",
         "tests/test_fast.py -k 'values and gate_loop'",
     ),
     Mutant(
@@ -1436,6 +1436,13 @@ MUTANTS = [
         "turned = ba * (s * a_0 - c * a_1) + bb * (s * b_0 - c * b_1)",
         "turned = ba * (s * a_0 - c * a_1)",
         "tests/test_fast.py -k 'values and gate_loop'",
+    ),
+    Mutant(
+        "what is summed for a column's gate is the last rows' alone",
+        "fast/kernels/cross.py",
+        "total += tl.sum(both, 0)",
+        "total = tl.sum(both, 0)",
+        "tests/test_fast.py -k 'test_values and gated_fast_weights'",
     ),
     Mutant(
         "a stretch turns on from the one before it alone",

@@ -431,6 +431,23 @@ def test_heads_that_fade_little_and_heads_that_fade_much(name, segments, dtype, 
     compare(name, dtype, h=4, t=150, k=16, v=16, change=change, but=("dg",) if name == "retention" else ())
 
 
+def test_angles_of_a_long_sequence():
+    """As exact at its end as at its beginning; each document begins anew."""
+    theta = 3 * torch.randn(1, 700, 1, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    borders = torch.tensor([0, 30, 30, 700], dtype=torch.int32, device=DEVICE)
+    angle = torch.cat([x.double().cumsum(1) for x in theta.split([30, 670], 1)], 1)
+    turns = crosses.turns_of(theta, theta, borders).double()
+    assert (turns - torch.cat([angle.cos(), -angle.sin()], -1)).abs().max() < 2**-23
+
+
+def test_gates_of_rows_and_columns_are_cut_where_few_programs_would_run(monkeypatch):
+    """Eight heads of 16,384 tokens: two programs a multiprocessor; of 64 heads nothing is cut."""
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 132)
+    for h, want in ((8, 8), (64, 1)):
+        x = torch.empty(1, 16384, h, 128, dtype=torch.bfloat16, device="meta")
+        assert crosses.segments_for(x, x, None, 1) == crosses.segments_for(x, x, x, 1) == want
+
+
 def with_slots(m, strength=1.0):
     """So many slots, whose gates are that strong."""
 
@@ -853,7 +870,9 @@ def test_only_what_is_asked_is_computed_by_row_and_column(name, gates, turns, la
     given = leaves(tokens)
     o, _ = quick.recurrence(row, tokens)
     torch.autograd.grad(o.sum(), given)
-    assert launched == forwards + Counter({"cross_prepare": 2, "cross_sweep": 3, "cross_gradients": gates})
+    assert launched == forwards + Counter(
+        {"cross_prepare": 2, "cross_sweep": 3, "cross_ends": 1, "cross_gradients": gates}
+    )
 
 
 @pytest.mark.parametrize("name", FEATURED)
@@ -1335,6 +1354,7 @@ def test_features_routers_and_gates_of_columns_compile_for_hopper_without_one_an
         "cross_prepare",
         "cross_sweep",
         "cross_fold",
+        "cross_ends",
         "cross_gradients",
         "cross_step",
         "top_rows",

@@ -54,8 +54,9 @@ Exponentials: 3·X once, 2·Z a sweep whose z has gates; where blocks are not mi
 
 Compilers: what `decay.py` says. No operand of a product is a result transposed: y is loaded in columns. With two stages
 the loads of the next block are asked for ahead, and barriers are 10 a block, with one 27. Compiled for sm_90 (Triton
-3.7.1, tests/hopper.py) sweeps of bfloat16 do not spill up to 256 rows, but for 8 bytes of GateLoop's dv; others of 256
-rows and more do, up to 0.5 KiB a thread, and so does the library's cosine, 32 bytes for angles that do not occur.
+3.7.1, tests/hopper.py) sweeps of bfloat16 do not spill up to 128 rows, with 256 up to 8 bytes a thread; those of
+float16 and float32 spill up to 0.4 KiB with 256 rows, and any with 512 (GateLoop with K = 256) up to 2.4 KiB. So does
+the library's cosine, 32 bytes for angles that do not occur.
 """
 
 import functools
@@ -238,6 +239,13 @@ def cross_prepare(
     tl.store(scores + row * C + here * (heads * C) + there, A, mask=inside[:, None])
 
 
+@triton.jit
+def kept_if(due, marks, mark, S, in_cell):
+    """A branch: with a mask alone S would be brought in order for the store in every block."""
+    if due:
+        tl.store(marks + mark, S, mask=in_cell)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots"])
 def cross_sweep(
     x, y, z, turns, x_sums, z_sums, scores, borders, entry, out, wide, end, marks, x_totals, z_totals,
@@ -291,12 +299,10 @@ def cross_sweep(
             b_end = sums_of(z_sums, row, heads, count - 1, iz, in_z, ZW, Z_TURNS)
             end_fade = tl.exp2(b_end).to(tl.float32)[None, :]
             from_start = tl.exp2(b).to(tl.float32)
-        due = False
-        if MARKS:
-            due = ((begin + count) % STRETCH == 0) | (begin + count == length)
-            mark = marks + (place_of(start, n, begin, STRETCH) * heads + h).to(tl.int64) * X * Z
-        if due & REVERSE:  # D behind the block
-            tl.store(mark + cell, S, mask=in_cell)
+        mark = (place_of(start, n, begin, STRETCH) * heads + h).to(tl.int64) * X * Z + cell
+        due = ((begin + count) % STRETCH == 0) | (begin + count == length)
+        if MARKS & REVERSE:  # D behind the block
+            kept_if(due, marks, mark, S, in_cell)
         if not SPAN:
             bx = tl.load(x + row * X + here * (heads * X) + ix[None, :], mask=ok_x, other=0.0).to(tl.float32)
             found = tl.dot(bx, S, input_precision=PRECISION)
@@ -352,8 +358,8 @@ def cross_sweep(
             S = plus_product(S, by, written, in_x[:, None], PRECISION)
         else:
             S = tl.dot(by, written, S, input_precision=PRECISION)
-        if due & (not REVERSE):  # M behind the block
-            tl.store(mark + cell, S, mask=in_cell)
+        if MARKS & (not REVERSE):  # M behind the block
+            kept_if(due, marks, mark, S, in_cell)
 
     if END:
         slot = nh
@@ -395,6 +401,34 @@ def cross_fold(
         M += tl.load(slot, mask=inside, other=0.0)
         tl.store(slot, M, mask=inside)
     tl.store(last + nh * X * Z + cell, M, mask=inside)
+
+
+@triton.jit
+def cross_ends(
+    marks, behind, rows, columns, angles,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TURNED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """<M, D> at the end of a stretch by row and by column, and with TURNED <M, i D> by row. Reads M and D once."""
+    pid = tl.program_id(0).to(tl.int64)
+    size: tl.constexpr = K * V * (2 if TURNED else 1)
+    iv = tl.arange(0, BV)
+    total = tl.zeros((BV,), tl.float32)
+    for s in range(0, (K + BK - 1) // BK):
+        ik = s * BK + tl.arange(0, BK)
+        inside = (ik < K)[:, None] & (iv < V)[None, :]
+        cell = pid * size + ik[:, None] * V + iv[None, :]
+        M, D = tl.load(marks + cell, mask=inside, other=0.0), tl.load(behind + cell, mask=inside, other=0.0)
+        both = M * D
+        if TURNED:
+            N = tl.load(marks + cell + K * V, mask=inside, other=0.0)
+            E = tl.load(behind + cell + K * V, mask=inside, other=0.0)
+            both += N * E
+            tl.store(angles + pid * K + ik, tl.sum(M * E - N * D, 1), mask=ik < K)
+        tl.store(rows + pid * K + ik, tl.sum(both, 1), mask=ik < K)
+        if COLUMNS:
+            total += tl.sum(both, 0)
+    if COLUMNS:
+        tl.store(columns + pid * V + iv, total, mask=iv < V)
 
 
 @triton.jit
@@ -669,15 +703,26 @@ def backward(do, dlast, q, k, v, memory, borders, states, g_sums, f_sums, turns,
     sides = {"sums": sums[::-1], "scores": pairs, "borders": borders, "transposed": True, **run}
     sweep(asking, answered, k, turns, entry=start, wide=dq, **sides)
     sweep(answered, asking, q, turns, entry=far, wide=dk, reverse=True, **sides)
-    both, angles, df = marks * behind, None, None
-    ends = both.sum(-1)
-    if turns is not None:
-        (M, N), (D, E) = marks.chunk(2, -2), behind.chunk(2, -2)
-        ends, angles = sum(ends.chunk(2, -1)), (M * E - N * D).sum(-1)
+    ends, columns, angles = ends_of(marks, behind, f_sums is not None, turns is not None)
     *rows, dg, dtheta = gradients(q, k, dq, dk, turns, pairs, ends, angles, borders)
+    df = None
     if wide is not None:
-        _, dv, df, _ = gradients(do, v, wide, found["wide"], None, scores, both.sum(-2), None, borders, one=True)
+        _, dv, df, _ = gradients(do, v, wide, found["wide"], None, scores, columns, None, borders, one=True)
     return *rows, dv, dg, df, dtheta, dmemory
+
+
+def ends_of(marks: Tensor, behind: Tensor, columns: bool, turned: bool) -> tuple[Tensor | None, ...]:
+    """`cross_ends`: by row, by column and of angles, of all stretches."""
+    places, h, K, V = marks.shape
+    K //= 1 + turned
+    rows = marks.new_empty(places, h, K)
+    by_column = marks.new_empty(places, h, V) if columns else None
+    angles = torch.empty_like(rows) if turned else None
+    decay.launch(
+        cross_ends, places * h, marks, behind, rows, by_column, angles,
+        K=K, V=V, BK=16, BV=padded(V), TURNED=turned, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return rows, by_column, angles
 
 
 def gradients(a, b, da, db, turns, scores, ends, angles, borders, one=False) -> tuple[Tensor | None, ...]:
