@@ -403,32 +403,37 @@ def cross_fold(
     tl.store(last + nh * X * Z + cell, M, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
 def cross_ends(
-    marks, behind, rows, columns, angles,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TURNED: tl.constexpr, COLUMNS: tl.constexpr,
+    marks, behind, borders, rows, columns, angles, tokens, heads, sequences,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STRETCH: tl.constexpr,
+    TURNED: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """<M, D> at the end of a stretch by row and by column, and with TURNED <M, i D> by row. Reads M and D once."""
-    pid = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(0) % heads
+    n, start, begin, count = chunk_of(borders, tl.program_id(0) // heads, tokens, sequences, STRETCH, PACKED)
+    if count <= 0:
+        return
+    line = (place_of(start, n, begin, STRETCH) * heads + h).to(tl.int64)
     size: tl.constexpr = K * V * (2 if TURNED else 1)
     iv = tl.arange(0, BV)
     total = tl.zeros((BV,), tl.float32)
     for s in range(0, (K + BK - 1) // BK):
         ik = s * BK + tl.arange(0, BK)
         inside = (ik < K)[:, None] & (iv < V)[None, :]
-        cell = pid * size + ik[:, None] * V + iv[None, :]
+        cell = line * size + ik[:, None] * V + iv[None, :]
         M, D = tl.load(marks + cell, mask=inside, other=0.0), tl.load(behind + cell, mask=inside, other=0.0)
         both = M * D
         if TURNED:
             N = tl.load(marks + cell + K * V, mask=inside, other=0.0)
             E = tl.load(behind + cell + K * V, mask=inside, other=0.0)
             both += N * E
-            tl.store(angles + pid * K + ik, tl.sum(M * E - N * D, 1), mask=ik < K)
-        tl.store(rows + pid * K + ik, tl.sum(both, 1), mask=ik < K)
+            tl.store(angles + line * K + ik, tl.sum(M * E - N * D, 1), mask=ik < K)
+        tl.store(rows + line * K + ik, tl.sum(both, 1), mask=ik < K)
         if COLUMNS:
             total += tl.sum(both, 0)
     if COLUMNS:
-        tl.store(columns + pid * V + iv, total, mask=iv < V)
+        tl.store(columns + line * V + iv, total, mask=iv < V)
 
 
 @triton.jit
@@ -703,7 +708,7 @@ def backward(do, dlast, q, k, v, memory, borders, states, g_sums, f_sums, turns,
     sides = {"sums": sums[::-1], "scores": pairs, "borders": borders, "transposed": True, **run}
     sweep(asking, answered, k, turns, entry=start, wide=dq, **sides)
     sweep(answered, asking, q, turns, entry=far, wide=dk, reverse=True, **sides)
-    ends, columns, angles = ends_of(marks, behind, f_sums is not None, turns is not None)
+    ends, columns, angles = ends_of(v, marks, behind, borders, f_sums is not None, turns is not None)
     *rows, dg, dtheta = gradients(q, k, dq, dk, turns, pairs, ends, angles, borders)
     df = None
     if wide is not None:
@@ -711,16 +716,18 @@ def backward(do, dlast, q, k, v, memory, borders, states, g_sums, f_sums, turns,
     return *rows, dv, dg, df, dtheta, dmemory
 
 
-def ends_of(marks: Tensor, behind: Tensor, columns: bool, turned: bool) -> tuple[Tensor | None, ...]:
+def ends_of(v: Tensor, marks, behind, borders, columns: bool, turned: bool) -> tuple[Tensor | None, ...]:
     """`cross_ends`: by row, by column and of angles, of all stretches."""
-    places, h, K, V = marks.shape
+    (places, h, K, V), t, stretch = marks.shape, v.shape[1], STRETCH[v.element_size()]
     K //= 1 + turned
     rows = marks.new_empty(places, h, K)
     by_column = marks.new_empty(places, h, V) if columns else None
     angles = torch.empty_like(rows) if turned else None
     decay.launch(
-        cross_ends, places * h, marks, behind, rows, by_column, angles,
-        K=K, V=V, BK=16, BV=padded(V), TURNED=turned, COLUMNS=columns, num_warps=4,
+        cross_ends, chunks_of(v, borders, stretch) * h,
+        marks, behind, borders, rows, by_column, angles, t, h, sequences_of(v, borders),
+        K=K, V=V, BK=16, BV=padded(V), STRETCH=stretch, TURNED=turned, COLUMNS=columns, PACKED=borders is not None,
+        num_warps=4,
     )  # fmt: skip
     return rows, by_column, angles
 
