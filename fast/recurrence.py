@@ -2,10 +2,10 @@
 
 A row is brought to its normal form (`reference.normal`) and the form says which family of kernels runs it: memories
 that fade as a whole (`fast/decay.py`) or channel by channel (`fast/channel.py`), delta rules (`fast/delta.py`), or
-whatever else changes by a rank one (`fast/rank_one.py`). What fades or turns element by element has no such form, but
-one of its own (`fast/scan.py`); so have weighted means (`fast/ratio.py`), slots, two memories that fade by channel
-(`fast/slots.py`), and rows whose queries and keys have features (`fast/features.py`). Whatever no family takes raises;
-nothing falls back.
+whatever else changes by a rank one (`fast/rank_one.py`). What fades by row and by column, or turns by row, has no such
+form, but one of its own (`fast/cross.py`); so have what fades or turns element by element (`fast/scan.py`), weighted
+means (`fast/ratio.py`), slots, two memories that fade by channel (`fast/slots.py`), and rows whose queries and keys
+have features (`fast/features.py`). Whatever no family takes raises; nothing falls back.
 
 Queries, keys and values are float32, bfloat16 or float16 and all alike; sums, gates, write strengths and memories are
 float32. A family is two operators for torch (forward and gradient) with shape rules, so that `torch.compile` sees
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from fast import channel, decay, delta, features, gates, rank_one, ratio, scan, slots
+from fast import channel, cross, decay, delta, features, gates, rank_one, ratio, scan, slots
 from fast.kernels import decay as kernels
 from fast.kernels.delta import FOLDED
 from fast.local import DTYPES, has_kernels, runnable
@@ -32,10 +32,10 @@ from reference.lsm import LSM
 from reference.normal import PASSED_ON, Normal, is_plain, normal, passes_on
 from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
-OWN = (ratio, scan, slots, features)  # families whose form is not the normal one
+OWN = (ratio, cross, scan, slots, features)  # families whose form is not the normal one
 FAMILIES = (*OWN, decay, channel, delta, rank_one)
 LARGEST = 256  # K and V, the count column of a normalised row included
-Form = Normal | ratio.Ratio | scan.Elements | slots.Slots | features.Polynomial
+Form = Normal | ratio.Ratio | cross.Gated | scan.Elements | slots.Slots | features.Polynomial
 
 
 def recurrence(

@@ -1,4 +1,4 @@
-"""Memories scanned element by element: every element fades at a rate of its own, or turns (a complex memory)."""
+"""Memories scanned element by element: every element fades, or turns too, at a rate of its own."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,11 +19,9 @@ class Elements(NamedTuple):
 
         rate     e^{A dt}          A of an element, dt of a token and column
         erase    1 - k² dt         k² of a row, dt of a column
-        cross    e^g e^f           g of a row, f of a column
         pace     e^{A dt}          A of an element, dt of a token and row
         full     e^G               G of an element and token
-        rotate   e^{g + i θ}       of a row; M complex, o real
-        spiral   e^{g + i θ}       of an element, no token's; k is 1, and q + i p too is an element's: o = 2 Re(q M)
+        spiral   e^{g + i θ}       of an element, no token's; M complex, k is 1, q + i p an element's: o = 2 Re(q M)
 
     `rows`, `columns` and `fixed` hold what a_t (and a spiral's read) is made of; what a kind does not have is None.
     """
@@ -32,7 +30,7 @@ class Elements(NamedTuple):
     v: Float[Tensor, "b t h v"]
     q: Float[Tensor, "b t h k"] | None = None
     k: Float[Tensor, "b t h k"] | None = None
-    rows: Float[Tensor, "b t h k"] | Float[Tensor, "b t h 2*k"] | None = None
+    rows: Float[Tensor, "b t h k"] | None = None
     columns: Float[Tensor, "b t h v"] | None = None
     fixed: Float[Tensor, "n h k v"] | Float[Tensor, "b t h k v"] | None = None
 
@@ -55,11 +53,6 @@ FORM: dict[tuple[Callable, ...], Callable[[Inputs], dict]] = {
         "fixed": x["A"][None],
     },
     (words.erased, words.outer, words.inclusive): lambda x: {"kind": kernels.ERASE.value, "columns": x["dt"]},
-    (words.cross, words.outer, words.inclusive): lambda x: {
-        "kind": kernels.CROSS.value,
-        "rows": x["g"],
-        "columns": x["f"],
-    },
     (printed.stepped, printed.paced, words.inclusive): lambda x: {
         "kind": kernels.PACE.value,
         "k": (x["dt"] * x["k"]).to(x["k"].dtype),
@@ -67,10 +60,6 @@ FORM: dict[tuple[Callable, ...], Callable[[Inputs], dict]] = {
         "fixed": x["A"][None],
     },
     (printed.full, words.outer, words.inclusive): lambda x: {"kind": kernels.FULL.value, "fixed": x["G"]},
-    (words.rotating, words.real, words.above): lambda x: {
-        "kind": kernels.ROTATE.value,
-        "rows": torch.cat(turned(x["g"], x["theta"]), -1),
-    },
     (words.spiral, words.level, words.real_part): lambda x: {
         "kind": kernels.SPIRAL.value,
         # an error of z grows with every token: no larger than its last rounding

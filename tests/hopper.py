@@ -4,6 +4,7 @@ and of a loss and of routers, for a Hopper GPU without one.
     python tests/hopper.py 128 128 bfloat16                    by channel and by rank one
     python tests/hopper.py 128 128 bfloat16 whole              decays as a whole, and delta rules with one
     python tests/hopper.py 128 128 bfloat16 slots              gated slot attention with 64 of them
+    python tests/hopper.py 128 128 bfloat16 crossed turning    by row and by column, and by row as it turns
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
     python tests/hopper.py 16 64 bfloat16 features             polynomials of queries and keys
     python tests/hopper.py 151936 64 bfloat16 words            the loss over so many words
@@ -27,7 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fast.kernels import channel, decay, delta, features, head, rank_one, routers, scan
+from fast.kernels import channel, cross, decay, delta, features, head, rank_one, routers, scan
 from fast.kernels import slots as slotted
 from fast.operators import even
 
@@ -105,6 +106,8 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
             slots(q, k, v)
         elif kind == "features":
             products(q, k, v)
+        elif kind in ("crossed", "turning"):
+            gated(kind, q, k, v)
         elif kind == "words":
             losses(q)
         elif kind == "routers":
@@ -123,7 +126,7 @@ def chosen() -> None:
 def scans(kind: int, q, k, v) -> None:
     b, t, h, K = q.shape
     V, size = v.shape[-1], scan.memories(kind) * K
-    rows = {scan.CROSS.value: K, scan.PACE.value: K, scan.ROTATE.value: 2 * K}.get(kind)
+    rows = K if kind == scan.PACE.value else None
     fixed = {scan.RATE.value: (1,), scan.PACE.value: (1,), scan.FULL.value: (b, t), scan.SPIRAL.value: (4,)}.get(kind)
     q, k = (None, None) if kind == scan.SPIRAL.value else (q, k)
     rows = None if rows is None else torch.empty(b, t, h, rows)
@@ -150,6 +153,16 @@ def channels(q, k, v) -> None:
         _, _, news, states, moves, *found = rank_one.forward(q, k, v, *given, memory, borders, 2, False, True)
         rank_one.backward(v, memory, q, k, v, *given, borders, news, states, moves, found, True)
         rank_one.step(*(None if x is None else x[:, 0] for x in (q, k, v, *given)), memory)
+
+
+def gated(kind: str, q, k, v) -> None:
+    n, g, f = q.shape[2], torch.empty(q.shape), torch.empty(v.shape)
+    f, theta = (f, None) if kind == "crossed" else (None, g)
+    memory = torch.empty(1, n, cross.memory_rows(k, theta), v.shape[-1])
+    borders = torch.tensor([0, q.shape[1]], dtype=torch.int32)
+    _, _, states, *kept = cross.forward(q, k, v, g, f, theta, memory, borders, 2, True)
+    cross.backward(v, memory, q, k, v, memory, borders, states, *kept)
+    cross.step(*(x if x is None else x[:, 0] for x in (q, k, v, g, f, theta)), memory)
 
 
 def slots(q, k, v) -> None:

@@ -2,11 +2,11 @@
 
 a_t is a number an element and token, of few parts, by KIND (c is a column, a number a value channel):
 
-    RATE     e^{A_kc Δ_tc}        Mamba         ROTATE   z_tk, complex              GateLoop; o reads the real part
-    ERASE    1 - k_tk² Δ_tc       Longhorn      SPIRAL   z_kc, complex, no token's  S4; k is 1, o = Σ_k Re(r_kc M_kc)
-    CROSS    e^{g_tk + f_tc}      gated fast weights
+    RATE     e^{A_kc Δ_tc}        Mamba
+    ERASE    1 - k_tk² Δ_tc       Longhorn
     PACE     e^{A_kc Δ_tk}        S4 and Mamba as a survey prints them: Δ of a row
     FULL     e^{G_tkc}            gated fast weights as it prints them: a gate of each token's own for every element
+    SPIRAL   z_kc, complex, no token's                 S4; k is 1, o = Σ_k Re(r_kc M_kc)
 
 Chunks of tokens are no matrix products here: the sum over tokens has another weight for every pair of row and column.
 So a program owns all K rows of a slice of columns, in registers, and goes through time token by token; every input is
@@ -15,10 +15,8 @@ read once. With D_t the cotangent of M_t, its own read included, and Λ_t = D_t 
     D_t += q_tᵀ do_t     dq_t = Σ_c M_t do_t     dk_t = Σ_c D_t v_t     dv_t = Σ_k k_t D_t     D_{t-1} = conj(a_t) ⊙ D_t
     RATE     dA = Σ_t Δ_t Λ_t     dΔ_t = Σ_k A Λ_t
     ERASE    dΔ_t = -Σ_k k² D_t M_{t-1}     dk_t -= 2 k Σ_c Δ_t D_t M_{t-1}
-    CROSS    dg_t = Σ_c Λ_t     df_t = Σ_k Λ_t
     PACE     dA = Σ_t Δ_t Λ_t     dΔ_t = Σ_c A Λ_t
     FULL     dG_t = Λ_t
-    ROTATE   dz_t = Σ_c D_t conj(M_{t-1})
     SPIRAL   dz = Σ_t D_t conj(M_{t-1})     dr = Σ_t do_t conj(M_t)     D_t += conj(r) do_t     r = 2 (q + i p)
 
 The forward pass keeps the memory of every KEPT = 16th token, if a gradient will be wanted. The backward pass goes from
@@ -71,8 +69,8 @@ from torch import Tensor
 from fast.kernels import decay
 from fast.kernels.decay import LOG2_E, cdiv, next_power_of_2, padded, power_of_2, sequences_of, stretch_of
 
-# what a_t is made of; RATE ... CROSS have a gate of columns, PACE and FULL none, ROTATE and SPIRAL are complex
-RATE, ERASE, CROSS, PACE, FULL, ROTATE, SPIRAL = (tl.constexpr(i) for i in range(7))
+# what a_t is made of; RATE and ERASE have a gate of columns, PACE one of rows, and SPIRAL is complex
+RATE, ERASE, PACE, FULL, SPIRAL = (tl.constexpr(i) for i in range(5))
 
 # padded rows of the memory, how many memories it is (2: a complex one) -> (columns a program, warps, tokens at once)
 CONFIG = {
@@ -86,20 +84,10 @@ CONFIG = {
     (64, 2): (32, 8, 4),
     (128, 2): (32, 8, 2),
 }
-# the same where gradients are computed: registers hold the memories before all those tokens
+# the same where gradients are computed: registers hold the memories before all those tokens, and their decays (RATE,
+# PACE, FULL) or what becomes the gradients of four constants (SPIRAL)
 BACKWARD = {
     (16, 1): (32, 2, 4),
-    (32, 1): (32, 2, 4),
-    (64, 1): (32, 4, 4),
-    (128, 1): (64, 8, 2),
-    (256, 1): (32, 8, 2),
-    (16, 2): (32, 2, 4),
-    (32, 2): (32, 4, 4),
-    (64, 2): (32, 8, 4),
-    (128, 2): (32, 8, 2),
-}
-# and where they hold more: the decays too (RATE, PACE, FULL), what becomes the gradients of four constants (SPIRAL)
-HOLDING = {
     (32, 1): (32, 4, 4),
     (64, 1): (32, 8, 4),
     (128, 1): (32, 8, 2),
@@ -118,27 +106,20 @@ def token_of(
     v, x, k, rows, columns, at, ok, ik, iv, in_k, in_v,
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
-    """(v, k, a row's gate, its turn, a column's gate, ASKED: x) of one token in float32; nothing that changes M where
-    it is not ok."""
+    """(v, k, a row's gate, a column's gate, ASKED: x) of one token in float32; nothing that changes M where it is not
+    ok."""
     bv = tl.load(v + at * V + iv, mask=in_v & ok, other=0.0).to(tl.float32)
-    bk, gate, turn, step, bx = bv, bv, bv, bv, bv
+    bk, gate, step, bx = bv, bv, bv, bv
     if KIND != SPIRAL:
         bk = tl.load(k + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
         bx = bk
         if ASKED:
             bx = tl.load(x + at * K + ik, mask=in_k & ok, other=0.0).to(tl.float32)
-    if KIND == CROSS:
-        gate = tl.load(rows + at * K + ik, mask=in_k & ok, other=0.0) * LOG2_E
     if KIND == PACE:
         gate = tl.load(rows + at * K + ik, mask=in_k & ok, other=0.0)
-    if KIND == ROTATE:
-        gate = tl.load(rows + at * 2 * K + ik, mask=in_k & ok, other=1.0)
-        turn = tl.load(rows + at * 2 * K + K + ik, mask=in_k & ok, other=0.0)
     if KIND < PACE:
         step = tl.load(columns + at * V + iv, mask=in_v & ok, other=0.0)
-    if KIND == CROSS:
-        step *= LOG2_E
-    return bv, bk, gate, turn, step, bx
+    return bv, bk, gate, step, bx
 
 
 @triton.jit
@@ -165,7 +146,7 @@ def rate_of(fixed, rate, at, cell, inside, ok, K: tl.constexpr, V: tl.constexpr,
 
 
 @triton.jit
-def decay_of(bk, gate, turn, step, rate, spin, ok, KIND: tl.constexpr, EXACT: tl.constexpr):
+def decay_of(bk, gate, step, rate, spin, ok, KIND: tl.constexpr, EXACT: tl.constexpr):
     """a_t, and its imaginary part."""
     a, b = rate, spin
     if KIND == RATE:
@@ -178,10 +159,6 @@ def decay_of(bk, gate, turn, step, rate, spin, ok, KIND: tl.constexpr, EXACT: tl
         a = power_of_2(rate, EXACT)
     if KIND == ERASE:
         a = 1 - (bk * bk)[:, None] * step[None, :]
-    if KIND == CROSS:
-        a = power_of_2(gate, EXACT)[:, None] * power_of_2(step, EXACT)[None, :]
-    if KIND == ROTATE:
-        a, b = gate[:, None], turn[:, None]
     if KIND == SPIRAL:
         a, b = tl.where(ok, rate, 1.0), tl.where(ok, spin, 0.0)
     return a, b
@@ -243,7 +220,7 @@ def scan_forward(
     Reads its slice of v and of the columns' gates once, q, k and the rows' gates once a slice. One token, with `entry`
     as its own `end`, is a step: every program reads its tile before it writes it.
     """
-    COMPLEX: tl.constexpr = KIND >= ROTATE
+    COMPLEX: tl.constexpr = KIND == SPIRAL
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     pid = tl.program_id(0)
     s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
@@ -278,9 +255,9 @@ def scan_forward(
                 tl.store(mark + K * V + cell, N, mask=inside & due)
         for j in tl.static_range(R):
             ok = begin + j < stop
-            bv, bk, gate, turn, step, bq = now[j]
+            bv, bk, gate, step, bq = now[j]
             each = rate_of(fixed, rate, (start + begin + j) * heads + h, cell, inside, ok, K, V, KIND)
-            a, b = decay_of(bk, gate, turn, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
+            a, b = decay_of(bk, gate, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             M, N = times(a, b, M, N, COMPLEX)
             M = written(M, bk, bv, KIND)
             if KIND == SPIRAL:
@@ -302,7 +279,7 @@ def walked(
     K: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, KEPT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The memory `groups` times R tokens later than at `origin`; KEEP: every KEPT tokens it is left in `near`."""
-    COMPLEX: tl.constexpr = KIND >= ROTATE
+    COMPLEX: tl.constexpr = KIND == SPIRAL
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     for i in range(0, groups):
         begin = origin + i * R
@@ -316,10 +293,10 @@ def walked(
             v, k, k, rows, columns, start + begin, heads, h, 0, stop - begin, ik, iv, in_k, in_v, K, V, KIND, False, R
         )
         for j in tl.static_range(R):
-            bv, bk, gate, turn, step, _ = now[j]
+            bv, bk, gate, step, _ = now[j]
             ok = begin + j < stop
             each = rate_of(fixed, rate, (start + begin + j) * heads + h, cell, inside, ok, K, V, KIND)
-            a, b = decay_of(bk, gate, turn, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
+            a, b = decay_of(bk, gate, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             M, N = times(a, b, M, N, COMPLEX)
             M = written(M, bk, bv, KIND)
     return M, N
@@ -339,10 +316,10 @@ def scan_backward(
 
     The memory before R tokens comes from `marks` (at a segment's start: `entry`) where FAR = KEPT. Else the first time
     that a stretch of FAR tokens is met its memories are made from there, every KEPT tokens, and left in `near`.
-    `parts`: what its columns give the gradients of rows (dq, dk, the gate's and its turn's): · SLICES (b t h) K; count
+    `parts`: what its columns give the gradients of rows (dq, dk and the gate's): · SLICES (b t h) K; count
     is b t h. `dfixed`: what its tokens give those of constants: n segments · h K V; of FULL, each token's: b t h K V.
     """
-    COMPLEX: tl.constexpr = KIND >= ROTATE
+    COMPLEX: tl.constexpr = KIND == SPIRAL
     HELD: tl.constexpr = (KIND == RATE) | (KIND == PACE) | (KIND == FULL)
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     pid = tl.program_id(0)
@@ -415,10 +392,10 @@ def scan_backward(
             cotangents += (asked_of.to(tl.float32),)
         for j in tl.static_range(R):
             ok = begin + j < stop
-            bv, bk, gate, turn, step, _ = now[j]
+            bv, bk, gate, step, _ = now[j]
             bdo = cotangents[j]
             each = rate_of(fixed, rate, (start + begin + j) * heads + h, cell, inside, ok, K, V, KIND)
-            a, b = decay_of(bk, gate, turn, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
+            a, b = decay_of(bk, gate, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             states += (M,)
             turns += (N,)
             if HELD:
@@ -435,12 +412,12 @@ def scan_backward(
             j = R - 1 - back
             ok = begin + j < stop
             at = (start + begin + j) * heads + h
-            bv, bk, gate, turn, step, bq = now[R - 1 - back]
+            bv, bk, gate, step, bq = now[R - 1 - back]
             bdo = cotangents[R - 1 - back]
             if HELD:
                 a, b = decays[R - 1 - back], decays[R - 1 - back]
             else:
-                a, b = decay_of(bk, gate, turn, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
+                a, b = decay_of(bk, gate, step, rate, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             before, turned_before = states[R - 1 - back], turns[R - 1 - back]
             if KIND == SPIRAL:
                 D += asked * bdo[None, :]
@@ -454,33 +431,24 @@ def scan_backward(
                 line = parts + at * K + ik
                 dk = tl.sum(D * bv[None, :], 1)
                 tl.store(dv + at * V + iv, tl.sum(D * bk[:, None], 0), mask=in_v & ok)
-                if KIND == ROTATE:
-                    tl.store(line + 2 * kind, tl.sum(D * before + E * turned_before, 1), mask=in_k & ok)
-                    tl.store(line + 3 * kind, tl.sum(E * before - D * turned_before, 1), mask=in_k & ok)
-                    D, E = times(a, -b, D, E, COMPLEX)
+                if KIND == ERASE:
+                    felt = D * before
+                    dk -= 2 * bk * tl.sum(felt * step[None, :], 1)
+                    d_step = -tl.sum(felt * (bk * bk)[:, None], 0)
+                    D = a * D
                 else:
-                    if KIND == ERASE:
-                        felt = D * before
-                        dk -= 2 * bk * tl.sum(felt * step[None, :], 1)
-                        d_step = -tl.sum(felt * (bk * bk)[:, None], 0)
-                        D = a * D
-                    else:
-                        D = a * D
-                        felt = D * before
-                        if KIND == RATE:
-                            d_rate += felt * step[None, :]
-                            d_step = tl.sum(felt * rate, 0) / LOG2_E
-                        else:
-                            d_step = tl.sum(felt, 0)
-                        if KIND == CROSS:
-                            tl.store(line + 2 * kind, tl.sum(felt, 1), mask=in_k & ok)
-                        if KIND == PACE:
-                            d_rate += felt * gate[:, None]
-                            tl.store(line + 2 * kind, tl.sum(felt * rate, 1) / LOG2_E, mask=in_k & ok)
-                        if KIND == FULL:
-                            tl.store(dfixed + at.to(tl.int64) * K * V + cell, felt, mask=inside & ok)
-                    if KIND < PACE:
-                        tl.store(dcolumns + at * V + iv, d_step, mask=in_v & ok)
+                    D = a * D
+                    felt = D * before
+                    if KIND == RATE:
+                        d_rate += felt * step[None, :]
+                        d_step = tl.sum(felt * rate, 0) / LOG2_E
+                    if KIND == PACE:
+                        d_rate += felt * gate[:, None]
+                        tl.store(line + 2 * kind, tl.sum(felt * rate, 1) / LOG2_E, mask=in_k & ok)
+                    if KIND == FULL:
+                        tl.store(dfixed + at.to(tl.int64) * K * V + cell, felt, mask=inside & ok)
+                if KIND < PACE:
+                    tl.store(dcolumns + at * V + iv, d_step, mask=in_v & ok)
                 tl.store(line + kind, dk, mask=in_k & ok)
 
     if END:
@@ -505,7 +473,7 @@ def scan_span(
 ):  # fmt: skip
     """What a segment does to a memory, M -> A ⊙ M + S: S to the slot behind it, A to `totals`. REVERSE (x v = q do):
     what its outputs give the cotangent of the memory before it; A is the same, conjugate."""
-    COMPLEX: tl.constexpr = KIND >= ROTATE
+    COMPLEX: tl.constexpr = KIND == SPIRAL
     SIZE: tl.constexpr = K * V * (2 if COMPLEX else 1)
     pid = tl.program_id(0)
     s, segment, h, n, start, first, stop = stretch_of(pid, borders, tokens, heads, segments, SLICES, PACKED)
@@ -525,11 +493,11 @@ def scan_span(
             K, V, KIND, REVERSE, R,
         )  # fmt: skip
         for j in tl.static_range(R):
-            bv, bk, gate, turn, step, bx = now[R - 1 - j if REVERSE else j]
+            bv, bk, gate, step, bx = now[R - 1 - j if REVERSE else j]
             ok = (begin + R - 1 - j >= first) if REVERSE else (begin + j < stop)
             at = (start + begin + (R - 1 - j if REVERSE else j)) * heads + h
             each = rate_of(fixed, rate, at, cell, inside, ok, K, V, KIND)
-            a, b = decay_of(bk, gate, turn, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
+            a, b = decay_of(bk, gate, step, each, spin, ok, KIND, v.dtype.element_ty == tl.float32)
             if REVERSE:
                 if KIND == SPIRAL:
                     M += asked * bv[None, :]
@@ -598,9 +566,8 @@ def scan_fold(
 
 # ------------------------------------------------------------------------------------------------ the launchers
 # Tensors are contiguous; gates, constants and memories float32. q k : b t h K, v : b t h V (SPIRAL has only v);
-# rows : b t h K (CROSS, PACE) or b t h 2K (ROTATE), columns : b t h V (RATE ... CROSS), fixed : 1 h K V (RATE, PACE:
-# A), 4 h K V (SPIRAL) or b t h K V (FULL: G); memory : n h K V, complex ones n h 2K V. What a kind does not have is
-# None.
+# rows : b t h K (PACE), columns : b t h V (RATE, ERASE), fixed : 1 h K V (RATE, PACE: A), 4 h K V (SPIRAL) or b t h K V
+# (FULL: G); memory : n h K V, complex ones n h 2K V. What a kind does not have is None.
 
 
 def keys_of(k: Tensor | None, fixed: Tensor | None) -> int:
@@ -609,7 +576,7 @@ def keys_of(k: Tensor | None, fixed: Tensor | None) -> int:
 
 def memories(kind: int) -> int:
     """How many matrices of K × V a memory is."""
-    return 2 if kind >= ROTATE.value else 1
+    return 2 if kind == SPIRAL.value else 1
 
 
 def largest(kind: int) -> int:
@@ -619,13 +586,11 @@ def largest(kind: int) -> int:
 
 def row_gradients(kind: int) -> int:
     """Of how many inputs by row: q, k and their gates."""
-    return {CROSS.value: 3, PACE.value: 3, ROTATE.value: 4, SPIRAL.value: 0}.get(kind, 2)
+    return {PACE.value: 3, SPIRAL.value: 0}.get(kind, 2)
 
 
 def line_of(kind: int, K: int, backward: bool = False) -> tuple[int, int, int]:
-    size = padded(K), memories(kind)
-    full = backward and kind in (RATE.value, ERASE.value, PACE.value, FULL.value, SPIRAL.value)
-    return HOLDING[size] if full and size in HOLDING else (BACKWARD if backward else CONFIG)[size]
+    return (BACKWARD if backward else CONFIG)[padded(K), memories(kind)]
 
 
 def segments_for(kind: int, k: Tensor | None, v: Tensor, fixed: Tensor | None, sequences: int) -> int:
