@@ -54,9 +54,9 @@ Exponentials: 3·X once, 2·Z a sweep whose z has gates; where blocks are not mi
 
 Compilers: what `decay.py` says. No operand of a product is a result transposed: y is loaded in columns. With two stages
 the loads of the next block are asked for ahead, and barriers are 10 a block, with one 27. Compiled for sm_90 (Triton
-3.7.1, tests/hopper.py) sweeps of bfloat16 do not spill up to 128 rows, with 256 up to 8 bytes a thread; those of
-float16 and float32 spill up to 0.4 KiB with 256 rows, and any with 512 (GateLoop with K = 256) up to 2.4 KiB. So does
-the library's cosine, 32 bytes for angles that do not occur.
+3.7.1, tests/hopper.py) sweeps of bfloat16 spill at most 8 bytes a thread up to 128 rows, with 256 about 0.1 KiB; those
+of float16 and float32 up to 0.4 KiB with 256 rows, and any with 512 (GateLoop with K = 256) up to 2.4 KiB. So does the
+library's cosine, 32 bytes for angles that do not occur.
 """
 
 import functools

@@ -45,7 +45,7 @@ Triton 3.6 and 3.7 leave the last products of a turn of the loop running into th
 only (it is read into registers, too, by the product with REST): so the next z was written over the one that they still
 read, and some outputs beyond the first chunk were off by 1 to 6 %, other ones in every run (SQUARES, H200, 207 heads;
 compute-sanitizer sees nothing). What uses S within the turn makes it wait. `tests/hopper.py` looks for such products
-in whatever is compiled. Not seen on a GPU since: `fast/features.py` refuses SQUARES in 16 bits until then.
+in whatever is compiled. Not seen since, with as many heads.
 """
 
 import torch
