@@ -730,24 +730,25 @@ class Course:
         self.skipped, self.bad, self.stopped = skipped, 0, False
         self.start, self.since = time.perf_counter(), place.step  # of the time that speed is of
 
-    def see(self, result: Result, part: float | None) -> None:
-        """Waits for a step; what there is to say of it is written down. `part`: what part of the validation gave."""
+    def see(self, result: Result, check: Callable[[], float] | None) -> None:
+        """Waits for a step; what there is to say of it is written down, with what a part of the validation gives if
+        there is a `check` now."""
         self.place.step = result.step
         self.place.bar.update()
         self.stopped |= result.stop
         self.bad = 0 if result.finite else self.bad + 1
         self.skipped += not result.finite
         last = result.step == self.config.steps
-        if result.step % self.config.log_every == 0 or part is not None or last or self.bad or self.stopped:
-            self.say(result, part, last)
+        if result.step % self.config.log_every == 0 or check or last or self.bad or self.stopped:
+            self.say(result, check, last)
 
-    def say(self, result: Result, part: float | None, last: bool) -> None:
+    def say(self, result: Result, check: Callable[[], float] | None, last: bool) -> None:
         tokens = (result.step - self.since) * self.config.batch * self.config.length
         line = line_of(self.config, result, self.skipped, tokens / (time.perf_counter() - self.start), self.device)
-        if part is not None:
-            line[f"{self.folder.goal.prefix}validation_part"] = part
+        if check:
+            line[f"{self.folder.goal.prefix}validation_part"] = check()
             self.start, self.since = time.perf_counter(), result.step
-        if (part is not None or last) and result.load is not None:
+        if (check or last) and result.load is not None:
             line |= {"counts": result.load.counts.tolist(), "full": result.load.dropped.tolist()}
             self.folder.heat(result.step, result.load)
         self.folder.log(**line)
@@ -778,6 +779,7 @@ def train(config: Train, place: Place) -> None:
     )
     say = print if mesh.rank == 0 else (lambda *_: None)
     introduce(say, config, model, mesh, ops, device, step)
+    check = functools.partial(validate, config, model, ops, mesh, validation, device, config.evaluate_batches)
     flag, course = Flag(), Course(config, folder, place, skipped, device)
     waiting: deque[Result] = deque()  # steps that are asked of the device: the host looks at the one before, if it may
     bar = place.bar = tqdm(total=config.steps, initial=step, disable=mesh.rank > 0, unit="step", dynamic_ncols=True)
@@ -788,10 +790,8 @@ def train(config: Train, place: Place) -> None:
         saves = step % config.save_every == 0 or step == config.steps
         look = step % config.evaluate_every == 0 and step < config.steps
         while len(waiting) > (0 if saves or look or course.stopped or step % config.log_every == 0 else 1):
-            result, part = waiting.popleft(), None
-            if look and result.step == step:
-                part = validate(config, model, ops, mesh, validation, device, config.evaluate_batches)
-            course.see(result, part)
+            result = waiting.popleft()
+            course.see(result, check if look and result.step == step else None)
             if course.bad >= config.patience:
                 bar.close()
                 saver.wait()

@@ -306,3 +306,27 @@ def test_the_model_writes_and_is_evaluated(whole):
     done = run("evaluate.py", "--run", whole, "--data", path, "--length", "24")
     assert done.returncode == 0, done.stderr
     assert f"{path.stat().st_size:,} bytes" in done.stdout and "bits per byte" in done.stdout
+
+
+def test_what_validation_takes_is_not_counted_as_training(monkeypatch):
+    import train
+    from reference.objective import objective
+
+    class Written:
+        first, goal, lines = False, objective("next"), []
+
+        def log(self, **line):
+            self.lines.append(line)
+
+    now = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    config = train.Train(steps=9, batch=2, length=50, log_every=2)
+    course = train.Course(config, Written(), train.Place(bar=train.tqdm(disable=True)), 0, torch.device("cpu"))
+    for step in range(1, 5):
+        now[0] += 1.0  # of 100 tokens
+        check = (lambda: now.__setitem__(0, now[0] + 60.0) or 2.5) if step == 2 else None
+        course.see(train.Result(step, lambda: [1.0, 1.0, 0.0], None), check)
+    assert [(x["step"], x["tokens_per_second"], x.get("validation_part")) for x in Written.lines] == [
+        (2, 100, 2.5),
+        (4, 100, None),
+    ]
