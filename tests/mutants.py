@@ -598,6 +598,13 @@ MUTANTS = [
         "tests/test_fast.py -k a_compiler_sees",
     ),
     Mutant(
+        "a compiler meets an iterator where it reads how large a memory is",
+        "reference/recurrence.py",
+        """math.prod([int(part) if part.isdigit() else sizes[part] for part in term.split("*")])""",
+        """math.prod(map(lambda part: int(part) if part.isdigit() else sizes[part], term.split("*")))""",
+        "tests/test_fast.py -k 'each_way_from_a_memory and gla'",
+    ),
+    Mutant(
         "a gradient's gradient is zero instead of refused",
         "fast/operators.py",
         "(once if torch.is_grad_enabled() else backward)",
@@ -1512,7 +1519,14 @@ MUTANTS = [
         "fast/kernels/features.py",
         "S0, S1 = tl.where(chunks > 0, S0, 0.0), tl.where(chunks > 0, S1, 0.0)",
         "S0, S1 = S0, S1",
-        "tests/test_fast.py -k features_compile",
+        "tests/test_fast.py -k features_routers",
+    ),
+    Mutant(
+        "a thread has more logits than registers",
+        "fast/kernels/head.py",
+        "return 2048 // C, min(4, ",
+        "return 2048 // C, min(64, ",
+        "tests/test_fast.py -k features_routers",
     ),
     Mutant(
         "a square's two factors have its whole gradient each",

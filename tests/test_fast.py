@@ -33,7 +33,8 @@ from fast.kernels import delta as deltas
 from fast.kernels import features as polynomials
 from fast.kernels import rank_one as ones
 from fast.kernels import scan as scans
-from inputs import Made, assert_within_budget, leaves, make, start
+from fast.kernels import slots as slotted
+from inputs import Made, assert_within_budget, compiled_alike, leaves, make, start
 from reference import chunked, example, printed, span
 from reference import recurrence as exact
 from reference.bidirectional import both_ways
@@ -1283,6 +1284,21 @@ def test_a_compiler_sees_nothing_that_is_remembered(found):
     assert all(map(torch.equal, got, want)) and len(found) == len(rows)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["mamba2", "gla", "gated_delta_net"])
+def test_a_compiler_sees_one_graph_each_way_from_a_memory(name, packed):
+    row, tokens, constants = some(name, t=5, h=1)
+    borders = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE) if packed else None
+    given = {**tokens, "memory": start(name, row, tokens, constants, n=1 + packed)}
+    leaves(given)
+
+    def f(memory, **tokens):
+        o, last = quick.recurrence(row, tokens, constants, memory, borders)
+        return torch.cat([o.flatten(), last.flatten()]).sin()
+
+    compiled_alike(f, given)
+
+
 def test_rows_that_were_right_are_kept_and_few(found, monkeypatch):
     """A row is known by its id, which another may get once it is gone."""
     monkeypatch.setattr(quick, "MOST", 3)
@@ -1292,39 +1308,44 @@ def test_rows_that_were_right_are_kept_and_few(found, monkeypatch):
         assert [seen.row.title for seen in found.values()] == [*"01234"][i // 3 * 3 : i + 1]
 
 
+@pytest.fixture
+def hopper(request, tmp_path):
+    """What tests/hopper.py says, in a process whose Triton compiles: it takes less than the interpreter. Kernels that
+    are what they were in the run of tests before are not compiled again."""
+    cache = getattr(request.config, "cache", None)  # pytest may be told to have none
+    folder = cache.mkdir("triton") if cache else tmp_path
+    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
+
+    def said(*words):
+        script = [sys.executable, Path(__file__).with_name("hopper.py"), *words]
+        return subprocess.run(script, env=outside, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    return said
+
+
+def kernels_of(module, prefix):
+    return {name for name in vars(module) if name.startswith(prefix)}
+
+
+def spilling(said):
+    return {line.split()[0] for line in said if not line.endswith(" 0 bytes of stack")}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_compiles_for_hopper_without_one(dtype, tmp_path):
-    """Kernels by channel and by rank one, in a process whose Triton compiles: it takes less than the interpreter."""
-    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).with_name("hopper.py")
-    said = subprocess.run(
-        [sys.executable, script, "16", "32", dtype], env=outside, check=True, capture_output=True, text=True
-    )
-    kernels = {line.split()[0] for line in said.stdout.splitlines()}
-    assert kernels == {"delta_fold"} | {
-        n for f, of in ((channels, "channel_"), (ones, "rank_one_")) for n in vars(f) if n.startswith(of)
-    }
+def test_compiles_for_hopper_without_one(dtype, hopper):
+    """Kernels by channel and by rank one."""
+    names = {line.split()[0] for line in hopper("16", "32", dtype)}
+    assert names == {"delta_fold"} | kernels_of(channels, "channel_") | kernels_of(ones, "rank_one_")
 
 
-def test_scans_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
-    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).with_name("hopper.py")
-    said = subprocess.run(
-        [sys.executable, script, "32", "256", "bfloat16", "rate", "full", "spiral"],
-        env=outside, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
-    kernels = {line.split()[0] for line in said}
-    assert kernels == {n for n in vars(scans) if n.startswith("scan_")}
-    assert all(line.endswith(" 0 bytes of stack") for line in said), said
+def test_scans_compile_for_hopper_without_one_and_do_not_spill(hopper):
+    said = hopper("32", "256", "bfloat16", "rate", "full", "spiral")
+    assert {line.split()[0] for line in said} == kernels_of(scans, "scan_")
+    assert not spilling(said), said
 
 
-def test_features_and_routers_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
-    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).with_name("hopper.py")
-    said = subprocess.run(
-        [sys.executable, script, "16", "64", "bfloat16", "features", "routers"],
-        env=outside, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
+def test_features_routers_and_losses_compile_for_hopper_without_one_and_do_not_spill(hopper):
+    said = hopper("16", "64", "bfloat16", "features", "routers", "words")
     assert {line.split()[0] for line in said} == {
         "features_sweep",
         "features_gradients",
@@ -1336,8 +1357,18 @@ def test_features_and_routers_compile_for_hopper_without_one_and_do_not_spill(tm
         "counts",
         "starts",
         "ranks",
+        "sums_forward",
+        "cotangents_backward",
     }
-    assert all(line.endswith(" 0 bytes of stack") for line in said), said
+    assert not spilling(said), said
+
+
+def test_slots_compile_for_hopper_without_one(hopper):
+    """Only gradients by channel spill, as they do without slots."""
+    said = hopper("16", "16", "bfloat16", "slots")
+    by_channel = {f"channel_{name}" for name in ("gates", "sweep", "gradients", "outputs")}
+    assert {line.split()[0] for line in said} == by_channel | {"complement_forward"} | kernels_of(slotted, "slots_")
+    assert spilling(said) <= {"channel_gradients"}, said
 
 
 def test_tensors_on_cpu_are_refused(monkeypatch):
