@@ -598,6 +598,13 @@ MUTANTS = [
         "tests/test_fast.py -k a_compiler_sees",
     ),
     Mutant(
+        "gates and write strengths are rounded to 16 bits",
+        "fast/recurrence.py",
+        "y = of_dtype(y, dtype if vectors else torch.float32)",
+        "y = of_dtype(of_dtype(y, dtype), dtype if vectors else torch.float32)",
+        "tests/test_fast.py -k 'scanned_in_sixteen_bits and s4'",
+    ),
+    Mutant(
         "a compiler meets an iterator where it reads how large a memory is",
         "reference/recurrence.py",
         """math.prod([int(part) if part.isdigit() else sizes[part] for part in term.split("*")])""",

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -100,13 +101,16 @@ def cut(monkeypatch, segments):
         monkeypatch.setattr(family, "segments_for", lambda *_: segments)
 
 
+def narrowed(tokens, dtype):
+    """Gates, write strengths, steps, angles and weights stay float32 whatever q, k and v are."""
+    return {n: x.to(dtype) if n in ("q", "k", "v", "a", "b") else x for n, x in tokens.items()}
+
+
 def run(f, row, inputs, weights, dtype, device, cu_seqlens=None):
     """Outputs and gradients of sum(weights · (o, memory)), by name, on CPU."""
-    tokens, constants, memory = ({n: x.to(dtype).to(device) for n, x in group.items()} for group in inputs)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for group in (tokens, constants, memory):  # gates and memories are float32 whatever the tokens are
-        for name in group:
-            group[name] = group[name].to(wide) if name in ("g", "memory") else group[name]
+    tokens, constants, memory = ({n: x.to(wide).to(device) for n, x in group.items()} for group in inputs)
+    tokens = narrowed(tokens, dtype)
     given = leaves(tokens, constants, memory)
     borders = None if cu_seqlens is None else cu_seqlens.to(device)
     o, last = f(row, tokens, constants, memory.get("memory"), borders)
@@ -130,6 +134,7 @@ def compare(
     bare=False,
     wide=False,
     but=(),
+    loose=MappingProxyType({}),
 ):
     """fast within the budget: exact is the token loop in float64, plain the worse of loop and chunk form in float32.
 
@@ -138,6 +143,7 @@ def compare(
     Where queries and keys have features they have few channels, unless `wide`. There, in float32, 3 eps of a gradient's
     two parts, which nearly cancel: polynomials' constants are factors of their own, three on each side, each with a
     rounding of half an eps. And 3 eps of what an output adds up: (q·k)² may be small where q and k are not.
+    `loose`: results that may be off by so many eps of the same or another result's largest number, not one of theirs.
     """
     row, tokens, constants = make(name, b, t, h, k if wide or not LSM[name].features else min(k, CHANNELS), v, seed)
     if change is not None:
@@ -147,9 +153,8 @@ def compare(
     memory = start(name, row, tokens, constants, n=n)
     weights = [torch.randn(s, generator=rng) for s in ((b, t, h, v), memory.shape)]
     inputs = (tokens, constants, {} if bare else {"memory": memory})
-    rounded = tuple(
-        {m: (x.float() if m in ("g", "memory") else x.to(dtype)).double() for m, x in group.items()} for group in inputs
-    )
+    given = narrowed(tokens, dtype), *inputs[1:]
+    rounded = tuple({n: (x if x.dtype == dtype else x.float()).double() for n, x in group.items()} for group in given)
     weights = [weights[0].to(dtype), weights[1]]
     args = (row, rounded, weights)
     want = run(exact.recurrence, *args, torch.float64, "cpu", cu_seqlens)
@@ -169,6 +174,9 @@ def compare(
             judged = nearer(judged, want[what], (8 if full else 1) * torch.finfo(dtype).eps * size)
         elif what in parts:
             judged = nearer(judged, want[what], 3 * torch.finfo(dtype).eps * parts[what].abs().max())
+        if what in loose:
+            times, of = loose[what]
+            judged = nearer(judged, want[what], times * torch.finfo(dtype).eps * want[of].abs().max())
         if (judged - want[what]).abs().max() < torch.finfo(torch.float32).tiny:
             continue  # behind a gate of -90 numbers are subnormal, which a GPU may flush to 0
         assert_within_budget(judged, plain, want[what], f"{name} {dtype} T={t} {what}")
@@ -365,7 +373,10 @@ def lasting(name, repeated=False):
 def test_what_segments_do_to_lasting_memories(name, dtype, monkeypatch):
     """What a segment does is a product of hundreds of steps: no later step corrects what it gets wrong."""
     cut(monkeypatch, 4)
-    compare(name, dtype, t=500 if CUDA else 200, k=32, v=16, change=lasting(name))
+    # What KDA's gates and write strengths receive adds up some 25 roundings to 16 bits, each 0.1 to 0.45 eps and none
+    # most of it: 0.8 to 1.25 and 0.6 to 1.55 times what one eps allows, seeds 0 to 5. So two, as of 16-bit results.
+    loose = {n: (2, n) for n in ("dg", "dbeta")} if name == "kda" else {}
+    compare(name, dtype, t=500 if CUDA else 200, k=32, v=16, change=lasting(name), loose=loose)
     compare(name, t=300 if CUDA else 200, k=16, v=16, change=lasting(name, repeated=True))
 
 
@@ -559,7 +570,11 @@ def test_features_of_any_number_of_channels(name, k):
     k = k if name == "based" else max(k, 4)
     compare(name, t=21, k=k, v=7, wide=True)
     borders = torch.tensor([0, 3, 70, 70], dtype=torch.int32)
-    compare(name, torch.float16, t=70, k=k, v=7, cu_seqlens=borders, wide=True)
+    # One channel's keys are all the same: a query has no gradient (4e-6 of dk). What it gets is a memory's rounding to
+    # 16 bits, each column's its own, where values and weights should cancel: 0.005 to 0.008 eps of dk, seeds 0 to 2,
+    # which is 80 to 150 times what one eps allows (within a chunk, from an empty memory, it is a twentieth of that).
+    loose = {"dq": (0.01, "dk")} if name == "based" and k == 1 else {}
+    compare(name, torch.float16, t=70, k=k, v=7, cu_seqlens=borders, wide=True, loose=loose)
 
 
 @pytest.mark.parametrize("segments", [1, 2])
@@ -1110,10 +1125,6 @@ def test_both_ways(name):
 
     right = outputs(reference.ops, torch.float64)
     assert_within_budget(outputs(fast.ops, torch.float32), outputs(reference.ops, torch.float32), right, name)
-
-
-def narrowed(tokens, dtype):
-    return {n: x.to(dtype) if n in ("q", "k", "v", "a", "b") else x for n, x in tokens.items()}
 
 
 @pytest.mark.parametrize("name", ALL)
