@@ -309,7 +309,8 @@ def recurrence(
 ) -> tuple[Float[Tensor, "b t h v"], Memory]:
     """The definition: token by token from `memory` (zeros if None). Returns outputs and the memory after the last.
 
-    Raises ValueError, in one line, for inputs that are missing or do not fit the row's shapes.
+    A compiler sees one graph, but not where documents are packed: their borders are read. Raises ValueError, in one
+    line, for inputs that are missing or do not fit the row's shapes.
     """
     constants = constants or {}
     check(row, tokens, constants, memory, cu_seqlens)
@@ -370,10 +371,10 @@ def empty(row: Row, tokens: Inputs, constants: Inputs | None = None, n: int | No
 def measured(shape: str, sizes: Mapping[str, int]) -> list[int]:
     """The numbers of a shape such as "h 2*k v+1"."""
 
-    def factor(part: str) -> int:
-        return int(part) if part.isdigit() else sizes[part]
+    def product(term: str) -> int:
+        return math.prod([int(part) if part.isdigit() else sizes[part] for part in term.split("*")])
 
-    return [sum(math.prod(map(factor, term.split("*"))) for term in part.split("+")) for part in shape.split()]
+    return [sum([product(term) for term in part.split("+")]) for part in shape.split()]
 
 
 def prepare(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens):

@@ -7,7 +7,7 @@ and of a loss and of routers, for a Hopper GPU without one.
     python tests/hopper.py 128 128 bfloat16 crossed turning    by row and by column, and by row as it turns
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
     python tests/hopper.py 16 64 bfloat16 features             polynomials of queries and keys
-    python tests/hopper.py 151936 64 bfloat16 words            the loss over so many words
+    python tests/hopper.py 16 64 bfloat16 words                the loss over 151,936 words
     python tests/hopper.py 16 64 bfloat16 routers              the choice of 8 of 64 experts, and the order of pairs
 
 Each line: the kernel, its shared memory, and the registers and bytes of stack of a thread (a stack means spills).
@@ -109,7 +109,7 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
         elif kind in ("crossed", "turning"):
             gated(kind, q, k, v)
         elif kind == "words":
-            losses(q)
+            losses(q.dtype)
         elif kind == "routers":
             chosen()
         else:
@@ -209,8 +209,8 @@ def products(q, k, v) -> None:
     features.quotient_gradients(o, v.float(), 1e-5)
 
 
-def losses(q) -> None:
-    logits = q.flatten(0, 2)
+def losses(dtype) -> None:
+    logits = torch.empty(1200, 151936, dtype=dtype, device="meta")
     labels, sums = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
     head.sums(logits, labels, logits.shape[1])
     head.cotangents(logits, labels, sums, sums, sums, 0, logits.shape[1])

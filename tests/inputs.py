@@ -76,6 +76,14 @@ def assert_within_budget(got, plain, exact, what=""):
     assert error <= budget, f"{what}: error {error:.1e} > budget {budget:.1e}"
 
 
+def compiled_alike(f, given: dict):
+    """f of the leaves by name, and its gradients, in one graph each way."""
+    wanted = f(**given)
+    got = torch.compile(f, backend="aot_eager", fullgraph=True)(**given)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), list(given.values())) for y in (got, wanted)))
+
+
 def here(*groups: dict) -> list[dict]:
     """The tensors of dicts, where ranks compute."""
     return [{name: x.to(HERE) for name, x in group.items()} for group in groups]

@@ -598,6 +598,20 @@ MUTANTS = [
         "tests/test_fast.py -k a_compiler_sees",
     ),
     Mutant(
+        "gates and write strengths are rounded to 16 bits",
+        "fast/recurrence.py",
+        "y = of_dtype(y, dtype if vectors else torch.float32)",
+        "y = of_dtype(of_dtype(y, dtype), dtype if vectors else torch.float32)",
+        "tests/test_fast.py -k 'scanned_in_sixteen_bits and s4'",
+    ),
+    Mutant(
+        "a compiler meets an iterator where it reads how large a memory is",
+        "reference/recurrence.py",
+        """math.prod([int(part) if part.isdigit() else sizes[part] for part in term.split("*")])""",
+        """math.prod(map(lambda part: int(part) if part.isdigit() else sizes[part], term.split("*")))""",
+        "tests/test_fast.py -k 'each_way_from_a_memory and gla'",
+    ),
+    Mutant(
         "a gradient's gradient is zero instead of refused",
         "fast/operators.py",
         "(once if torch.is_grad_enabled() else backward)",
@@ -1617,7 +1631,14 @@ MUTANTS = [
         "fast/kernels/features.py",
         "S0, S1 = tl.where(chunks > 0, S0, 0.0), tl.where(chunks > 0, S1, 0.0)",
         "S0, S1 = S0, S1",
-        "tests/test_fast.py -k features_compile",
+        "tests/test_fast.py -k features_routers",
+    ),
+    Mutant(
+        "a thread has more logits than registers",
+        "fast/kernels/head.py",
+        "return 2048 // C, min(4, ",
+        "return 2048 // C, min(64, ",
+        "tests/test_fast.py -k features_routers",
     ),
     Mutant(
         "a square's two factors have its whole gradient each",

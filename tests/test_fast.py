@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ from fast.kernels import delta as deltas
 from fast.kernels import features as polynomials
 from fast.kernels import rank_one as ones
 from fast.kernels import scan as scans
-from inputs import Made, assert_within_budget, leaves, make, start
+from fast.kernels import slots as slotted
+from inputs import Made, assert_within_budget, compiled_alike, leaves, make, start
 from reference import chunked, example, printed, span
 from reference import recurrence as exact
 from reference.bidirectional import both_ways
@@ -102,13 +104,16 @@ def cut(monkeypatch, segments):
         monkeypatch.setattr(family, "segments_for", lambda *_: segments)
 
 
+def narrowed(tokens, dtype):
+    """Gates, write strengths, steps, angles and weights stay float32 whatever q, k and v are."""
+    return {n: x.to(dtype) if n in ("q", "k", "v", "a", "b") else x for n, x in tokens.items()}
+
+
 def run(f, row, inputs, weights, dtype, device, cu_seqlens=None):
     """Outputs and gradients of sum(weights · (o, memory)), by name, on CPU."""
-    tokens, constants, memory = ({n: x.to(dtype).to(device) for n, x in group.items()} for group in inputs)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for group in (tokens, constants, memory):  # gates and memories are float32 whatever the tokens are
-        for name in group:
-            group[name] = group[name].to(wide) if name in ("g", "memory") else group[name]
+    tokens, constants, memory = ({n: x.to(wide).to(device) for n, x in group.items()} for group in inputs)
+    tokens = narrowed(tokens, dtype)
     given = leaves(tokens, constants, memory)
     borders = None if cu_seqlens is None else cu_seqlens.to(device)
     o, last = f(row, tokens, constants, memory.get("memory"), borders)
@@ -132,6 +137,7 @@ def compare(
     bare=False,
     wide=False,
     but=(),
+    loose=MappingProxyType({}),
 ):
     """fast within the budget: exact is the token loop in float64, plain the worse of loop and chunk form in float32.
 
@@ -140,6 +146,7 @@ def compare(
     Where queries and keys have features they have few channels, unless `wide`. There, in float32, 3 eps of a gradient's
     two parts, which nearly cancel: polynomials' constants are factors of their own, three on each side, each with a
     rounding of half an eps. And 3 eps of what an output adds up: (q·k)² may be small where q and k are not.
+    `loose`: results that may be off by so many eps of the same or another result's largest number, not one of theirs.
     """
     row, tokens, constants = make(name, b, t, h, k if wide or not LSM[name].features else min(k, CHANNELS), v, seed)
     if change is not None:
@@ -149,9 +156,8 @@ def compare(
     memory = start(name, row, tokens, constants, n=n)
     weights = [torch.randn(s, generator=rng) for s in ((b, t, h, v), memory.shape)]
     inputs = (tokens, constants, {} if bare else {"memory": memory})
-    rounded = tuple(
-        {m: (x.float() if m in ("g", "memory") else x.to(dtype)).double() for m, x in group.items()} for group in inputs
-    )
+    given = narrowed(tokens, dtype), *inputs[1:]
+    rounded = tuple({n: (x if x.dtype == dtype else x.float()).double() for n, x in group.items()} for group in given)
     weights = [weights[0].to(dtype), weights[1]]
     args = (row, rounded, weights)
     want = run(exact.recurrence, *args, torch.float64, "cpu", cu_seqlens)
@@ -171,6 +177,9 @@ def compare(
             judged = nearer(judged, want[what], (8 if full else 1) * torch.finfo(dtype).eps * size)
         elif what in parts:
             judged = nearer(judged, want[what], 3 * torch.finfo(dtype).eps * parts[what].abs().max())
+        if what in loose:
+            times, of = loose[what]
+            judged = nearer(judged, want[what], times * torch.finfo(dtype).eps * want[of].abs().max())
         if (judged - want[what]).abs().max() < torch.finfo(torch.float32).tiny:
             continue  # behind a gate of -90 numbers are subnormal, which a GPU may flush to 0
         assert_within_budget(judged, plain, want[what], f"{name} {dtype} T={t} {what}")
@@ -370,7 +379,10 @@ def lasting(name, repeated=False):
 def test_what_segments_do_to_lasting_memories(name, dtype, monkeypatch):
     """What a segment does is a product of hundreds of steps: no later step corrects what it gets wrong."""
     cut(monkeypatch, 4)
-    compare(name, dtype, t=500 if CUDA else 200, k=32, v=16, change=lasting(name))
+    # What KDA's gates and write strengths receive adds up some 25 roundings to 16 bits, each 0.1 to 0.45 eps and none
+    # most of it: 0.8 to 1.25 and 0.6 to 1.55 times what one eps allows, seeds 0 to 5. So two, as of 16-bit results.
+    loose = {n: (2, n) for n in ("dg", "dbeta")} if name == "kda" else {}
+    compare(name, dtype, t=500 if CUDA else 200, k=32, v=16, change=lasting(name), loose=loose)
     compare(name, t=300 if CUDA else 200, k=16, v=16, change=lasting(name, repeated=True))
 
 
@@ -581,7 +593,11 @@ def test_features_of_any_number_of_channels(name, k):
     k = k if name == "based" else max(k, 4)
     compare(name, t=21, k=k, v=7, wide=True)
     borders = torch.tensor([0, 3, 70, 70], dtype=torch.int32)
-    compare(name, torch.float16, t=70, k=k, v=7, cu_seqlens=borders, wide=True)
+    # One channel's keys are all the same: a query has no gradient (4e-6 of dk). What it gets is a memory's rounding to
+    # 16 bits, each column's its own, where values and weights should cancel: 0.005 to 0.008 eps of dk, seeds 0 to 2,
+    # which is 80 to 150 times what one eps allows (within a chunk, from an empty memory, it is a twentieth of that).
+    loose = {"dq": (0.01, "dk")} if name == "based" and k == 1 else {}
+    compare(name, torch.float16, t=70, k=k, v=7, cu_seqlens=borders, wide=True, loose=loose)
 
 
 @pytest.mark.parametrize("segments", [1, 2])
@@ -1168,10 +1184,6 @@ def test_both_ways(name):
     assert_within_budget(outputs(fast.ops, torch.float32), outputs(reference.ops, torch.float32), right, name)
 
 
-def narrowed(tokens, dtype):
-    return {n: x.to(dtype) if n in ("q", "k", "v", "a", "b") else x for n, x in tokens.items()}
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_autocast_changes_nothing(name):
     """Products are in the tokens' dtype; sums of gates and memories stay float32 where torch would narrow them."""
@@ -1340,6 +1352,21 @@ def test_a_compiler_sees_nothing_that_is_remembered(found):
     assert all(map(torch.equal, got, want)) and len(found) == len(rows)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["mamba2", "gla", "gated_delta_net"])
+def test_a_compiler_sees_one_graph_each_way_from_a_memory(name, packed):
+    row, tokens, constants = some(name, t=5, h=1)
+    borders = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE) if packed else None
+    given = {**tokens, "memory": start(name, row, tokens, constants, n=1 + packed)}
+    leaves(given)
+
+    def f(memory, **tokens):
+        o, last = quick.recurrence(row, tokens, constants, memory, borders)
+        return torch.cat([o.flatten(), last.flatten()]).sin()
+
+    compiled_alike(f, given)
+
+
 def test_rows_that_were_right_are_kept_and_few(found, monkeypatch):
     """A row is known by its id, which another may get once it is gone."""
     monkeypatch.setattr(quick, "MOST", 3)
@@ -1349,39 +1376,44 @@ def test_rows_that_were_right_are_kept_and_few(found, monkeypatch):
         assert [seen.row.title for seen in found.values()] == [*"01234"][i // 3 * 3 : i + 1]
 
 
+@pytest.fixture
+def hopper(request, tmp_path):
+    """What tests/hopper.py says, in a process whose Triton compiles: it takes less than the interpreter. Kernels that
+    are what they were in the run of tests before are not compiled again."""
+    cache = getattr(request.config, "cache", None)  # pytest may be told to have none
+    folder = cache.mkdir("triton") if cache else tmp_path
+    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
+
+    def said(*words):
+        script = [sys.executable, Path(__file__).with_name("hopper.py"), *words]
+        return subprocess.run(script, env=outside, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    return said
+
+
+def kernels_of(module, prefix):
+    return {name for name in vars(module) if name.startswith(prefix)}
+
+
+def spilling(said):
+    return {line.split()[0] for line in said if not line.endswith(" 0 bytes of stack")}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_compiles_for_hopper_without_one(dtype, tmp_path):
-    """Kernels by channel and by rank one, in a process whose Triton compiles: it takes less than the interpreter."""
-    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).with_name("hopper.py")
-    said = subprocess.run(
-        [sys.executable, script, "16", "32", dtype], env=outside, check=True, capture_output=True, text=True
-    )
-    kernels = {line.split()[0] for line in said.stdout.splitlines()}
-    assert kernels == {"delta_fold"} | {
-        n for f, of in ((channels, "channel_"), (ones, "rank_one_")) for n in vars(f) if n.startswith(of)
-    }
+def test_compiles_for_hopper_without_one(dtype, hopper):
+    """Kernels by channel and by rank one."""
+    names = {line.split()[0] for line in hopper("16", "32", dtype)}
+    assert names == {"delta_fold"} | kernels_of(channels, "channel_") | kernels_of(ones, "rank_one_")
 
 
-def test_scans_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
-    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).with_name("hopper.py")
-    said = subprocess.run(
-        [sys.executable, script, "32", "256", "bfloat16", "rate", "full", "spiral"],
-        env=outside, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
-    kernels = {line.split()[0] for line in said}
-    assert kernels == {n for n in vars(scans) if n.startswith("scan_")}
-    assert all(line.endswith(" 0 bytes of stack") for line in said), said
+def test_scans_compile_for_hopper_without_one_and_do_not_spill(hopper):
+    said = hopper("32", "256", "bfloat16", "rate", "full", "spiral")
+    assert {line.split()[0] for line in said} == kernels_of(scans, "scan_")
+    assert not spilling(said), said
 
 
-def test_features_routers_and_gates_of_columns_compile_for_hopper_without_one_and_do_not_spill(tmp_path):
-    outside = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).with_name("hopper.py")
-    said = subprocess.run(
-        [sys.executable, script, "16", "64", "bfloat16", "features", "routers", "crossed"],
-        env=outside, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
+def test_features_routers_losses_and_gates_of_columns_compile_for_hopper_without_one_and_do_not_spill(hopper):
+    said = hopper("16", "64", "bfloat16", "features", "routers", "words", "crossed")
     assert {line.split()[0] for line in said} == {
         "features_sweep",
         "features_gradients",
@@ -1400,8 +1432,18 @@ def test_features_routers_and_gates_of_columns_compile_for_hopper_without_one_an
         "counts",
         "starts",
         "ranks",
+        "sums_forward",
+        "cotangents_backward",
     }
-    assert all(line.endswith(" 0 bytes of stack") for line in said), said
+    assert not spilling(said), said
+
+
+def test_slots_compile_for_hopper_without_one(hopper):
+    """Only gradients by channel spill, as they do without slots."""
+    said = hopper("16", "16", "bfloat16", "slots")
+    by_channel = {f"channel_{name}" for name in ("gates", "sweep", "gradients", "outputs")}
+    assert {line.split()[0] for line in said} == by_channel | {"complement_forward"} | kernels_of(slotted, "slots_")
+    assert spilling(said) <= {"channel_gradients"}, said
 
 
 def test_tensors_on_cpu_are_refused(monkeypatch):

@@ -19,7 +19,7 @@ import fast
 from fast import experts as quick
 from fast.kernels import experts as kernels
 from fast.kernels import routers as sorting
-from inputs import assert_within_budget
+from inputs import assert_within_budget, compiled_alike
 from parallel import comm, mesh, shard, tensor, testing
 from parallel import experts as shared
 from reference import moe, routers
@@ -619,14 +619,6 @@ def test_a_compiler_sees_one_graph():
         return quick.grouped(x, Routing(index, gate, kept), **weights).float().sin()
 
     compiled_alike(f, given)
-
-
-def compiled_alike(f, given):
-    wanted = f(**given)
-    got = torch.compile(f, backend="aot_eager", fullgraph=True)(**given)
-    torch.testing.assert_close(got, wanted)
-    both = [torch.autograd.grad(y.sum(), list(given.values())) for y in (got, wanted)]
-    torch.testing.assert_close(*both)
 
 
 @pytest.mark.parametrize("gate_at", ["output", "input"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inputs import assert_within_budget, leaves, make, pieces, start
+from inputs import assert_within_budget, compiled_alike, leaves, make, pieces, start
 from reference import chunked, example, forms, recurrence, span
 from reference.lsm import LSM
 from reference.normal import has_normal
@@ -321,6 +321,19 @@ def test_half_precision_inputs_give_half_precision_outputs_and_a_wide_memory(nam
     wide = {n: x.float() for n, x in tokens.items()}, {n: x.float() for n, x in constants.items()}
     assert o.dtype == torch.bfloat16 and M.dtype == torch.float32
     torch.testing.assert_close(M, chunked.recurrence(row, *wide)[1])
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gla", "gated_delta_net"])
+def test_a_compiler_sees_one_graph_each_way_from_a_memory(name):
+    row, tokens, constants = make(name, t=2)
+    given = {**tokens, "memory": start(name, row, tokens, constants)}
+    leaves(given)
+
+    def f(memory, **tokens):
+        o, last = recurrence.recurrence(row, tokens, constants, memory)
+        return torch.cat([o.flatten(), last.flatten()]).sin()
+
+    compiled_alike(f, given)
 
 
 def test_a_row_without_a_chunk_form_is_named():
