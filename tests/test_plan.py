@@ -572,7 +572,7 @@ def test_floors_of_one_gpu():
         assert times["optimizer"] * 1e3 == pytest.approx(optimizer, abs=0.1)
 
 
-# of the newest commit that each was measured at; two GPUs when a step of one took half as long again
+# which side, on how many GPUs, and how far off seconds and memory may be
 MEASURED = [
     ("alone", 1, 1 / 7, 1 / 30),
     ("data", 2, 1 / 9, 1 / 8),
