@@ -817,8 +817,8 @@ MUTANTS = [
     Mutant(
         "parameters that stay are gathered again, says the planner",
         "parallel/budget.py",
-        "often = 1 + mesh.reshard",
-        "often = 2",
+        "often, times = 1 + mesh.again",
+        "often, times = 2",
         "tests/test_plan.py -k fsdp",
     ),
     Mutant(
