@@ -987,7 +987,7 @@ def step_of(args, ranks: Ranks, name: str, degrees, sizes: Callable) -> tuple[Ca
     from parallel import mesh as meshes
 
     degrees = degrees and replace(degrees, reshard=args.reshard)
-    place = ranks.placed(degrees)._replace(reshard=args.reshard) if degrees else meshes.Mesh()
+    place = ranks.placed(degrees) if degrees else meshes.Mesh()
     _, config = train.PRESETS[args.preset]
     length, batch, micro = sizes(place)
     config = replace(

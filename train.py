@@ -387,13 +387,13 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
 
 def fetched(x: Tensor) -> Callable[[], list]:
     """Sends x's numbers to the host; what comes back waits for them, and not for what is asked of the device later."""
-    there, sent = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
-    if sent is not None:
-        sent.record()
+    there, arrival = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
+    if arrival is not None:
+        arrival.record()
 
     def numbers() -> list:
-        if sent is not None:
-            sent.synchronize()
+        if arrival is not None:
+            arrival.synchronize()
         return there.tolist()
 
     return numbers
@@ -669,7 +669,7 @@ def drawing():
 
 
 class Flag:
-    """Ctrl-C and SIGTERM ask for a stop: the step at hand is finished and saved. Asked twice, the run ends at once."""
+    """Ctrl-C and SIGTERM ask for a stop: steps at hand are finished and saved. Asked twice, the run ends at once."""
 
     def __init__(self):
         self.up = False

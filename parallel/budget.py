@@ -71,6 +71,12 @@ class Degrees:
     def same_experts(self) -> int:
         return self.shards // self.expert
 
+    @property
+    def again(self) -> bool:
+        """Whether what was gathered for the forward pass is gathered again for the backward pass. In a pipeline it
+        stays from a step's first micro-batch to its last."""
+        return self.reshard and self.pipeline == 1
+
     def __str__(self) -> str:
         used = [f"{n} {name}" for name, n in asdict(self).items() if n not in (1, *WORDS) and name != "reshard"]
         return (" x ".join(used) or "1 GPU") + ", parameters stay" * (not self.reshard)
@@ -496,10 +502,10 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
     lasting = {"parameters": 4 * held, "optimizer state": 8 * held, "workspace": given.workspace * 1e9}
     rest = {"gathered: the rest": (root.gathered(given) + 4 * root.here * (not several)) * cut}
     blocks = where.inside.times(stage)
-    stays = blocks.gathered(given) * cut * (not mesh.reshard)  # of one micro-batch they go as gradients come
+    stays = blocks.gathered(given) * cut * (not mesh.again)  # of one micro-batch they go as gradients come
     beside = stays if several else max(stays - gradients, 0.0)
     sums = 2 * 4 * block.here * (not several)  # gradients of the block at hand and of the one that is summed
-    two = {"gathered: two blocks": (2 * block.gathered(given) * mesh.reshard + sums) * cut}
+    two = {"gathered: two blocks": (2 * block.gathered(given) * mesh.again + sums) * cut}
 
     def casts(placed: Placed) -> float:
         return 2 * (placed.used - placed.narrow) * (bf16 and given.gathered == "float32")
@@ -600,19 +606,19 @@ def traffic(asked: Asked, counted: Counted) -> list[Traffic]:
 
 def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
     """FSDP: a block is gathered before its forward pass and, unless it stays, before its backward pass, the rest of the
-    model once; the last micro-batch's backward pass sums gradients."""
+    model once, for each micro-batch (in a pipeline for all); the last one's backward pass sums gradients."""
     mesh = asked.mesh
     if mesh.shards == 1:
         return
     inside, root = places(asked).inside.times(shape.blocks / counted.blocks), places(asked).root
 
     calls, numbers = shape.blocks + inside.layers_apart(mesh), inside.received(mesh) + root.received(mesh)
-    often = 1 + mesh.reshard
+    often, times = 1 + mesh.again, shape.times if mesh.pipeline == 1 else 1
     yield Traffic(
         "shards",
         "gather parameters",
-        (often * calls + 1) * shape.times,
-        (often * inside.received_bytes(mesh, asked.given) + root.received_bytes(mesh, asked.given)) * shape.times,
+        (often * calls + 1) * times,
+        (often * inside.received_bytes(mesh, asked.given) + root.received_bytes(mesh, asked.given)) * times,
         mesh.shards,
         hidden="weights",
     )

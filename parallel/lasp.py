@@ -90,7 +90,7 @@ def enter(span: Span, group: Group) -> Float[Tensor, "b h k v"]:
     in the next layer's gather. A block that runs again finds what it gathered.
     """
     wire = Wire(span.A, [], "")
-    if looked_on():
+    if observed():
         return arrived(departed(span, wire, group), span, wire, group)
 
     def entering() -> tuple[Tensor, Tensor]:
@@ -101,8 +101,8 @@ def enter(span: Span, group: Group) -> Float[Tensor, "b h k v"]:
     return _Entered.apply(span.A, span.S, *once(entering), span.kind, group)
 
 
-def looked_on() -> bool:
-    """By a compiler or a dispatch mode: they see registered ops, and no closures."""
+def observed() -> bool:
+    """Whether a compiler or a dispatch mode looks on: they see registered ops, and no closures."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
@@ -320,7 +320,7 @@ def runs(ops: Ops, group: Group, row, ways: list[tuple[dict, Tensor | None]], co
     do all rows where that is less work than the addition, which is plain PyTorch in float32 (`ops.again`: by kernels).
     """
     both, one = len(ways) > 1, lines(ways[0][1]) == 1
-    if ops.ends is not None and not looked_on() and one and not both and ops.ends.takes(row, ways[0][0]):
+    if ops.ends is not None and not observed() and one and not both and ops.ends.takes(row, ways[0][0]):
         return [by_ends(ops, group, row, *ways[0], constants)]
     inputs, late = [*ways[0][0].values(), *constants.values()], one and comes_late(row) and not ops.again
     span_of = span_of_late if late else partial(span_of_lines, ops)
@@ -576,8 +576,7 @@ def window(x: Float[Tensor, "b t c"], reach: int, cu_seqlens) -> Span:
     if replaces(x, reach, cu_seqlens):
         return pushed_out(x[:, t - reach :], t, cu_seqlens)
     if cu_seqlens is None:
-        new = min(t, reach)
-        A, S = torch.diag(x.new_ones(reach - new), new), F.pad(x[:, t - new :], (0, 0, reach - new, 0))
+        A, S = torch.diag(x.new_ones(reach - t), t), F.pad(x, (0, 0, reach - t, 0))
         return Span(A.expand(len(x), 1, reach, reach), S[:, None], "matrix")
     documents = cu_seqlens.view(-1, cu_seqlens.shape[-1]).long()
     start, stop, place = documents[:, -2, None], documents[:, -1, None], torch.arange(reach, device=x.device)

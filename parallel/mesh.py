@@ -45,7 +45,8 @@ class Degrees:
     ranks)."""
     reshard: bool = True
     """Whether what is gathered of the parameters goes after a block's forward pass and is gathered again for the way
-    back; else it stays from the one to the other (half of the gathers, for memory of all parameters of a replica)."""
+    back; else it stays from the one to the other (half of the gathers, for memory of all parameters of a replica). In
+    a pipeline it stays in any case."""
     pipeline: int = 1
     """Ranks that share the blocks, one part of the stack each (with schedules of two stages: two parts)."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"] = "1f1b"

@@ -418,9 +418,9 @@ MUTANTS = [
     Mutant(
         "halo of the wrong end",
         "parallel/lasp.py",
-        "x[:, t - new :]",
-        "x[:, :new]",
-        "tests/test_lasp.py",
+        "x[:, x.shape[1] - n :].clone()",
+        "x[:, :n].clone()",
+        "tests/test_lasp.py -k convolution",
     ),
     Mutant(
         "cut: backward folds over the earlier ranks",
@@ -822,10 +822,17 @@ MUTANTS = [
         "tests/test_train.py -k no_parameter",
     ),
     Mutant(
+        "the time of a look at the validation text slows the steps after it",
+        "train.py",
+        "self.start, self.since = time.perf_counter(), result.step\n",
+        "self.since = result.step\n",
+        "tests/test_train.py -k not_counted",
+    ),
+    Mutant(
         "parameters that stay are gathered again, says the planner",
         "parallel/budget.py",
-        "often = 1 + mesh.reshard",
-        "often = 2",
+        "often, times = 1 + mesh.again",
+        "often, times = 2",
         "tests/test_plan.py -k fsdp",
     ),
     Mutant(

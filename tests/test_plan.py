@@ -537,6 +537,14 @@ def test_fsdp_gathers_and_sums_what_is_planned(ranks, mesh, recompute, precision
                 assert moved.bytes[name] == pytest.approx(t.bytes, rel=0.01)
 
 
+def test_a_pipeline_gathers_its_parameters_once_a_step():
+    """As often as it sums their gradients; beside several micro-batches all of a stage's are there."""
+    p = planned(PLAIN["a0.3b"], 4, Run(batch=16, micro=1), Assumptions(), pipeline=2)
+    calls = {t.what: t.calls for t in p.traffic if t.axis == "shards"}
+    assert calls["gather parameters"] == calls["reduce-scatter gradients"]
+    assert p.memory["gathered: blocks, which stay"] > p.memory["parameters"] and "gathered: two blocks" not in p.memory
+
+
 def test_replicas_sum_their_own_shards():
     p = planned(PLAIN["a0.3b"], 256, Run(batch=256), replicas=32)
     inside = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + root(p) * 2 * 7 / 8
@@ -572,7 +580,7 @@ def test_floors_of_one_gpu():
         assert times["optimizer"] * 1e3 == pytest.approx(optimizer, abs=0.1)
 
 
-# of the newest commit that each was measured at; two GPUs when a step of one took half as long again
+# which side, on how many GPUs, and how far off seconds and memory may be
 MEASURED = [
     ("alone", 1, 1 / 7, 1 / 30),
     ("data", 2, 1 / 9, 1 / 8),
