@@ -690,7 +690,8 @@ def state_of(model, optimizer, step: int, skipped: int) -> dict:
 
 @dataclass
 class Place:
-    """Where the run is, for its last words: steps that were done, the checkpoint under way, the bar on the screen."""
+    """Where the run is, for its last words: the newest step that was seen, the checkpoint under way, the bar on the
+    screen."""
 
     step: int = 0
     saver: checkpoint.Saver | None = None
