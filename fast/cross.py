@@ -7,11 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fast.kernels import cross as kernels
-from fast.operators import differentiated, of_dtype, operator, packed
+from fast.operators import differentiated, of_dtype, operator, packed, small_enough
 from reference import recurrence as words
 from reference.recurrence import Inputs, Row
 
-LARGEST = 256  # keys and values
 WORDS = ((words.cross, words.outer, words.inclusive), (words.rotating, words.real, words.above))
 
 
@@ -44,11 +43,7 @@ def takes(x) -> bool:
 
 
 def fits(title: str, x: Gated) -> None:
-    K, V = x.k.shape[-1], x.v.shape[-1]
-    if max(K, V) > LARGEST:
-        raise ValueError(
-            f"{title}: K = {K} and V = {V}, fast kernels take at most {LARGEST}; use the backend 'reference'"
-        )
+    small_enough(title, K=x.k.shape[-1], V=x.v.shape[-1])
 
 
 def run(x: Gated, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):

@@ -8,6 +8,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+LARGEST = 256  # channels of keys and of values, and slots
+
+
+def small_enough(title: str, **sizes: int) -> None:
+    """ValueError, one line, where there is more of something than the programs of a family hold."""
+    if max(sizes.values()) > LARGEST:
+        said = " and ".join(f"{name} = {size}" for name, size in sizes.items())
+        raise ValueError(f"{title}: {said}, fast kernels take at most {LARGEST}; use the backend 'reference'")
+
 
 class Operator:
     """A function as torch's operator `linear_moe::name`, with a rule for shapes and perhaps a gradient.

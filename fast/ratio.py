@@ -8,12 +8,11 @@ from torch import Tensor
 
 from fast import decay
 from fast.kernels import decay as kernels
-from fast.operators import even, of_dtype, operator, packed, results
+from fast.operators import even, of_dtype, operator, packed, results, small_enough
 from reference import recurrence as words
 from reference.normal import Normal
 from reference.recurrence import Inputs, Row, over_count, with_one
 
-LARGEST = 256  # keys and values
 LEAST = {words.ratio: 1e-10, words.damped: 1e-5}  # what the sum of the weights starts from
 
 
@@ -43,11 +42,7 @@ def takes(x) -> bool:
 
 
 def fits(title: str, x: Ratio) -> None:
-    K, V = x.k.shape[-1], x.v.shape[-1]
-    if max(K, V) > LARGEST:
-        raise ValueError(
-            f"{title}: K = {K} and V = {V}, fast kernels take at most {LARGEST}; use the backend 'reference'"
-        )
+    small_enough(title, K=x.k.shape[-1], V=x.v.shape[-1])
 
 
 def run(x: Ratio, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):

@@ -25,7 +25,7 @@ from fast import channel, cross, decay, delta, features, gates, rank_one, ratio,
 from fast.kernels import decay as kernels
 from fast.kernels.delta import FOLDED
 from fast.local import DTYPES, has_kernels, runnable
-from fast.operators import differentiated, even, observed, of_dtype
+from fast.operators import differentiated, even, observed, of_dtype, small_enough
 from reference import recurrence as words
 from reference import span as spans
 from reference.lsm import LSM
@@ -34,7 +34,6 @@ from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
 OWN = (ratio, cross, scan, slots, features)  # families whose form is not the normal one
 FAMILIES = (*OWN, decay, channel, delta, rank_one)
-LARGEST = 256  # K and V, the count column of a normalised row included
 Form = Normal | ratio.Ratio | cross.Gated | scan.Elements | slots.Slots | features.Polynomial
 
 
@@ -246,11 +245,8 @@ def supported(row: Row, x: Form, memory) -> None:
     runnable(row.title, x.v)
     if not isinstance(x, Normal):
         family_of(x).fits(row.title, x)
-    elif max(x.k.shape[-1], x.v.shape[-1]) > LARGEST:
-        raise ValueError(
-            f"{row.title}: K = {x.k.shape[-1]} and V = {x.v.shape[-1]} (a count column included), fast kernels take "
-            f"at most {LARGEST}; use the backend 'reference'"
-        )
+    else:
+        small_enough(row.title, K=x.k.shape[-1], V=x.v.shape[-1])
 
 
 def tensors_of(x: Form) -> dict[str, Tensor]:

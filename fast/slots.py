@@ -8,11 +8,9 @@ from torch import Tensor
 
 from fast.kernels import channel as channels
 from fast.kernels import slots as kernels
-from fast.operators import differentiated, even, of_dtype, operator, packed
+from fast.operators import differentiated, even, of_dtype, operator, packed, small_enough
 from reference import recurrence as words
 from reference.recurrence import Inputs, Row
-
-LARGEST = 256  # keys, values and slots
 
 
 class Slots(NamedTuple):
@@ -42,10 +40,7 @@ def takes(x) -> bool:
 
 
 def fits(title: str, x: Slots) -> None:
-    sizes = {"K": x.k.shape[-1], "V": x.v.shape[-1], "m": x.g.shape[-1]}
-    if max(sizes.values()) > LARGEST:
-        said = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-        raise ValueError(f"{title}: {said}, fast kernels take at most {LARGEST}; use the backend 'reference'")
+    small_enough(title, K=x.k.shape[-1], V=x.v.shape[-1], m=x.g.shape[-1])
 
 
 def run(x: Slots, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):

@@ -1239,7 +1239,9 @@ def test_errors(launched):
     error(ValueError, "q torch.float16", "k torch.float32", change=cast(torch.float16, "q"))
     error(ValueError, "missing", change=lambda tokens: tokens.pop("g"))
     error(ValueError, "memory has shape", memory=torch.zeros(1, 2, 3, 4))
-    error(ValueError, "300", "256", change=lambda tokens: tokens.update(v=torch.zeros(1, 3, 2, 300, device=DEVICE)))
+    many = {"v": torch.zeros(1, 3, 2, 300, device=DEVICE)}
+    for row in ("mamba2", "linear_attention_normalized", "gate_loop", "gsa"):
+        error(ValueError, "V = 300", "256", row=row, change=lambda tokens: tokens.update(many))
     wide = {n: torch.zeros(1, 3, 2, 300, device=DEVICE) for n in "qk"}
     error(ValueError, "K = 300", "256", row="longhorn", change=lambda tokens: tokens.update(wide))
     many = {n: torch.zeros(1, 3, 2, 33, device=DEVICE) for n in "qk"}
