@@ -939,12 +939,7 @@ def steps(args, ranks: Ranks, lengths: list[int]) -> Iterable[dict]:
         for name in args.rows or CUT:
             for side in args.sides:
                 head = {"row": name, "side": side, "what": "step", "ranks": ranks.size, "tokens": n}
-                head |= {
-                    "preset": args.preset,
-                    "recompute": args.recompute,
-                    "reshard": args.reshard,
-                    "in_a_row": IN_A_ROW,
-                }
+                head |= how_steps_ran(args)
                 sizes = lambda place, n=n: (n * place.sequence_size, place.data_size, 1)
                 build = functools.partial(step_of, args, ranks, name, ways[side], sizes)
                 line = ranks.measured(head, build, args.steps, first=40.0, in_a_row=IN_A_ROW)
@@ -971,11 +966,15 @@ def meshes_of(args, ranks: Ranks) -> Iterable[dict]:
         for side, degrees in ways.items():
             head = {"row": name, "side": side, "what": "mesh", "ranks": ranks.size}
             head |= {"tokens": args.samples * args.sample_tokens, "samples": args.samples}
-            head |= {"preset": args.preset, "recompute": args.recompute, "reshard": args.reshard, "in_a_row": IN_A_ROW}
+            head |= how_steps_ran(args)
             sizes = lambda _: (args.sample_tokens, args.samples, max(half, 1))
             build = functools.partial(step_of, args, ranks, name, degrees, sizes)
             line = ranks.measured(head, build, args.steps, in_a_row=IN_A_ROW)
             yield ranks.beside(("mesh", name), line, lambda line: line["tokens_s"] / line["used"])
+
+
+def how_steps_ran(args) -> dict:
+    return {"preset": args.preset, "recompute": args.recompute, "reshard": args.reshard, "in_a_row": IN_A_ROW}
 
 
 def step_of(args, ranks: Ranks, name: str, degrees, sizes: Callable) -> tuple[Callable, Callable]:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from reference.ops import observed
 
 LARGEST = 256  # channels of keys and of values, and slots
 
@@ -55,11 +56,6 @@ class Operator:
         if self.differentiable is None or not differentiated(*inputs):
             return self.function(*inputs)
         return self.differentiable.apply(*inputs)
-
-
-def observed() -> bool:
-    """Whether a compiler, or something else that must see every operator, looks on."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def differentiated(*inputs) -> bool:

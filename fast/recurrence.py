@@ -25,11 +25,12 @@ from fast import channel, cross, decay, delta, features, gates, rank_one, ratio,
 from fast.kernels import decay as kernels
 from fast.kernels.delta import FOLDED
 from fast.local import DTYPES, has_kernels, runnable
-from fast.operators import differentiated, even, observed, of_dtype, small_enough
+from fast.operators import differentiated, even, of_dtype, small_enough
 from reference import recurrence as words
 from reference import span as spans
 from reference.lsm import LSM
 from reference.normal import PASSED_ON, Normal, is_plain, normal, passes_on
+from reference.ops import observed
 from reference.recurrence import Inputs, Memory, Row, check, empty, fixed
 
 OWN = (ratio, cross, scan, slots, features)  # families whose form is not the normal one

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from parallel import comm
 from parallel.attention import ATTENTION, refuse, ulysses
@@ -36,7 +35,7 @@ from reference.bidirectional import both_ways, reverse
 from reference.documents import end_to_end
 from reference.late import comes_late, left_of, seen
 from reference.late import span as span_of_late
-from reference.ops import Ops
+from reference.ops import Ops, observed
 from reference.recurrence import check, prepare
 from reference.span import TRANSITION, Span, brief, fold, fold_back, rebuilt, transition
 
@@ -83,27 +82,23 @@ class Wire(NamedTuple):
 
 
 def enter(span: Span, group: Group) -> Float[Tensor, "b h k v"]:
-    """The memory before my segment, from every rank's span; differentiable in A and S.
+    """The memory before my segment, from every rank's span; differentiable in S (A is made of borders).
 
     One gather forward, of (A, S), and one backward, of the memories' cotangents, on every rank: the first takes part
     though nothing comes before it, the last though nothing comes after. A rank that stayed away would meet the others
     in the next layer's gather. A block that runs again finds what it gathered.
     """
-    wire = Wire(span.A, [], "")
     if observed():
+        wire = wire_of(span, [None])
         return arrived(departed(span, wire, group), span, wire, group)
-
-    def entering() -> tuple[Tensor, Tensor]:
-        how = *wire, span.kind, False, group.group_name
-        underway = _depart(span.A, span.S, *how)
-        return underway, _arrive(underway, span.A, span.S, *how)
-
-    return _Entered.apply(span.A, span.S, *once(entering), span.kind, group)
+    return _Entered.apply(span.S, span.A, *once(partial(entering, span, group)), span.kind, group)
 
 
-def observed() -> bool:
-    """Whether a compiler or a dispatch mode looks on: they see registered ops, and no closures."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+def entering(span: Span, group: Group) -> tuple[Tensor, Tensor]:
+    """All ranks' spans, and the memory before my segment: at once, past torch's operators, where nobody looks on."""
+    how = *wire_of(span, [None]), span.kind, False, group.group_name
+    underway = _depart(span.A, span.S, *how)
+    return underway, _arrive(underway, span.A, span.S, *how)
 
 
 class _Entered(torch.autograd.Function):
@@ -111,18 +106,16 @@ class _Entered(torch.autograd.Function):
     host would need several times as long."""
 
     @staticmethod
-    def forward(ctx, A, S, underway, M, kind, group):
-        ctx.kind, ctx.group = kind, group.group_name
-        ctx.save_for_backward(A, S, underway)
+    def forward(ctx, S, A, underway, M, kind, group):
+        ctx.kind, ctx.group = kind, group
+        ctx.save_for_backward(A, underway)
         return M.view_as(M)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, G):
-        A, S, underway = ctx.saved_tensors
-        returning = _depart_back(G.contiguous(), underway, ctx.group)
-        dA, dS = _arrive_back(returning, underway, A, S, A, [], "", ctx.kind, False, ctx.group)
-        return dA if ctx.needs_input_grad[0] else None, dS, *[None] * 4
+        A, underway = ctx.saved_tensors
+        return leaving(G.contiguous(), underway, A, ctx.kind, ctx.group), *[None] * 5
 
 
 def departed(span: Span, wire: Wire, group: Group, both: bool = False) -> Float[Tensor, " n"]:
@@ -347,13 +340,12 @@ def by_ends(ops: Ops, group: Group, row, tokens: dict, cu_seqlens, constants: di
     gradient: `last`, the memory that leaves my segment, has D for its cotangent, and the backward pass of the one run
     from M to `last` has all that my tokens did, to outputs and to memories."""
 
-    def entering() -> tuple:
+    def found() -> tuple:
         span, kept = ops.ends.span(row, tokens, constants, cu_seqlens)
-        how = *wire_of(span, [None]), span.kind, False, group.group_name
-        underway = _depart(span.A, span.S, *how)
-        return span, kept, underway, for_first(_arrive(underway, span.A, span.S, *how), cu_seqlens)
+        underway, M = entering(span, group)
+        return span, kept, underway, for_first(M, cu_seqlens)
 
-    span, kept, underway, M = once(entering)
+    span, kept, underway, M = once(found)
     o, last = ops.recurrence(row, tokens, constants, M, cu_seqlens)
     inputs = [*tokens.values(), *constants.values()]
     o = o if o.numel() else attached(o, [], inputs)

@@ -86,9 +86,6 @@ def cut(
         policy = MixedPrecisionPolicy(narrower, torch.float32 if narrower else None, cast_forward_inputs=False)
         how = {"mp_policy": policy, "reshard_after_forward": mesh.reshard}
         summed(fully_shard(layer, **over_whom(layer, mesh), **how, ignored_params=others))
-    for part in model.modules():
-        if isinstance(part, FSDPModule):  # NCCL reads and writes buffers of its own kind without copies
-            part.set_allocate_memory_from_process_group_for_comm(True)
     gather_ahead(model, blocks, apart)
 
 
@@ -104,7 +101,9 @@ def gather_ahead(model: FSDPModule, blocks: Collection[FSDPModule], apart: Apart
 
 
 def summed(part: FSDPModule) -> None:
-    """Gradients are summed over ranks, with no factor."""
+    """Gradients are summed over ranks, with no factor. What travels lies in buffers of the group's own kind, if it has
+    one: NCCL reads and writes these without copies."""
+    part.set_allocate_memory_from_process_group_for_comm(True)
     part.set_gradient_divide_factor(1.0)
     part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor in it
 

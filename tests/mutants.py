@@ -796,8 +796,8 @@ MUTANTS = [
     Mutant(
         "halos are gathered again where a block runs again",
         "parallel/lasp.py",
-        "_Entered.apply(span.A, span.S, *once(entering), span.kind, group)",
-        "_Entered.apply(span.A, span.S, *(x.detach() for x in entering()), span.kind, group)",
+        "_Entered.apply(span.S, span.A, *once(partial(entering, span, group)), span.kind, group)",
+        "_Entered.apply(span.S, span.A, *(x.detach() for x in entering(span, group)), span.kind, group)",
         "tests/test_lasp.py -k one_gather",
     ),
     Mutant(
