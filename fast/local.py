@@ -105,12 +105,16 @@ def token_shift(
 
 def newest(x: Float[Tensor, "b t c"], taps, reach: int, n: int, cu_seqlens) -> Float[Tensor, "n r c"]:
     """The last `reach` inputs of every sequence, its taps among them where it is shorter."""
+    if cu_seqlens is None and x.shape[1] >= reach:
+        return x[:, x.shape[1] - reach :]
     before = x.new_zeros(n, reach, x.shape[-1]) if taps is None else taps
     if cu_seqlens is None:
-        return x[:, x.shape[1] - reach :] if x.shape[1] >= reach else torch.cat([before, x], 1)[:, x.shape[1] :]
+        return torch.cat([before, x], 1)[:, x.shape[1] :]
     ends, sizes = cu_seqlens[1:].long()[:, None], cu_seqlens.diff().long()[:, None]
     back = torch.arange(reach, 0, -1, device=x.device)  # places before the end
     own = x[0][(ends - back).clamp(min=0)] if x.shape[1] else before
+    if taps is None:
+        return own.masked_fill((back > sizes)[..., None], 0)
     older = (
         before.gather(1, (reach + sizes - back).clamp(max=reach - 1)[..., None].expand_as(before)) if reach else before
     )

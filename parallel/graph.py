@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from parallel import comm
 from parallel.comm import Group
@@ -81,10 +84,70 @@ class _Run:
 _runs: ContextVar[_Run | None] = ContextVar("runs", default=None)
 
 
-def twice() -> tuple[_Run, _Run]:
-    """Contexts of a run and of the run again that `checkpoint` makes of it, which finds the same, in the same order."""
-    found = []
-    return _Run(found, False), _Run(found, True)
+class _Enough(Exception):
+    """All is found that the first run had saved."""
+
+
+class _Saved:
+    """What autograd would have saved of a run: numbers, until the first of it is asked for. Then the run is made again,
+    up to the last of it."""
+
+    def __init__(self, run: Callable, again: _Run, autocast: Callable):
+        self.run, self.again, self.autocast = run, again, autocast
+        self.count = 0
+        self.found: dict[int, list[Tensor | None]] = {}  # by backward pass: there are two where a pipeline splits it
+
+    def number(self, _: Tensor) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def find(self, number: int) -> Tensor:
+        task = torch._C._current_graph_task_id()
+        if task not in self.found:
+            self.found[task] = self.made()
+        x, self.found[task][number] = self.found[task][number], None
+        if x is None:
+            raise RuntimeError(
+                "what a block that runs again has saved is there to be asked for once in a backward pass"
+            )
+        return x
+
+    def made(self) -> list[Tensor | None]:
+        found = []
+
+        def keep(x: Tensor) -> Tensor:
+            found.append(x.detach())
+            if len(found) == self.count:
+                raise _Enough
+            return found[-1]
+
+        with torch.enable_grad(), self.again, self.autocast(), saved_tensors_hooks(keep, lambda x: x):
+            try:
+                self.run()
+            except _Enough:
+                return found
+        raise RuntimeError(
+            f"a block that runs again saves {len(found)} tensors, {self.count} in its first run: "
+            "is it a function of its inputs?"
+        )
+
+
+def recomputed(forward: Callable, *inputs, **more):
+    """forward(*inputs, **more), of which nothing is kept but the inputs and what was found `once`: in the backward pass
+    it runs again. Random numbers are not drawn again, nor is it checked that what is found has the same shapes.
+
+    What torch's `checkpoint` does, in a fifth of its time on the host, which has none to spare (bench/LOG.md). A
+    compiler, which takes no hooks of ours, gets torch's; nor is there anything under one that is found once.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
+    kind = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
+    how = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    autocast = partial(torch.autocast, kind, **how, cache_enabled=torch.is_autocast_cache_enabled())
+    known = []
+    saved = _Saved(partial(forward, *inputs, **more), _Run(known, True), autocast)
+    with _Run(known, False), saved_tensors_hooks(saved.number, saved.find):
+        return forward(*inputs, **more)
 
 
 def once(f: Callable):

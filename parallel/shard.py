@@ -6,7 +6,7 @@ so no factor of any group's size is anywhere.
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from itertools import pairwise
 
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
-from torch.utils.checkpoint import checkpoint
 
 from parallel import comm, experts, tensor
 from parallel.comm import Group
-from parallel.graph import twice
+from parallel.graph import recomputed
 from parallel.mesh import Mesh
 from parallel.window import Windows
 from reference.moe import MoE
@@ -34,12 +33,6 @@ def checkpointing(blocks: Iterable[nn.Module]) -> None:
     """
     for block in blocks:
         block.forward = partial(recomputed, block.forward)
-
-
-def recomputed(forward: Callable, *inputs, **more):
-    """A compiler takes no contexts of ours; nor is there anything under one that is found once."""
-    contexts = {} if torch.compiler.is_compiling() else {"context_fn": twice}
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts, **more)
 
 
 Apart = dict[nn.Module, set[nn.Parameter]]  # layers, and their parameters of which ranks hold different parts

@@ -731,6 +731,20 @@ MUTANTS = [
         "tests/test_lasp.py",
     ),
     Mutant(
+        "what runs again runs in float32",
+        "parallel/graph.py",
+        "self.again, self.autocast(), saved",
+        "self.again, saved",
+        "tests/test_model.py -k runs_again",
+    ),
+    Mutant(
+        "what runs again is asked for as often as one likes",
+        "parallel/graph.py",
+        "self.found[task][number], None\n",
+        "self.found[task][number], self.found[task][number]\n",
+        "tests/test_model.py -k runs_again",
+    ),
+    Mutant(
         "windows are read before everybody has written",
         "parallel/window.py",
         "        self.window.meet()\n        for rank",

@@ -15,12 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 from data.stream import Batch
 from inputs import HERE, here, leaves, make, pieces, refused
 from parallel import comm, lasp, mesh, shard, testing
-from parallel.graph import twice
+from parallel.graph import recomputed
 from reference.lsm import LSM
 from reference.model import LanguageModel, initialize, starts
 from reference.ops import ops
@@ -107,14 +106,14 @@ CALLS |= {f"convolution {w}": call_convolution(w) for w in (1, 2, 4)}
 CALLS |= {"token_shift": call_shift(), "running_sum": call_sum()}
 
 
-def recomputed(name: str) -> dict[str, tuple]:
+def run_again(name: str) -> dict[str, tuple]:
     """In a block that runs again in the backward pass, where nothing is gathered again."""
     call, inputs = CALLS[name]
-    return {f"{name}, recomputed": (partial(checkpoint, call, use_reentrant=False, context_fn=twice), inputs)}
+    return {f"{name}, recomputed": (partial(recomputed, call), inputs)}
 
 
-ENDS |= recomputed("mamba2, ends") | recomputed("kda, ends")
-CALLS |= ENDS | recomputed("convolution 4") | recomputed("token_shift") | recomputed("running_sum")
+ENDS |= run_again("mamba2, ends") | run_again("kda, ends")
+CALLS |= ENDS | run_again("convolution 4") | run_again("token_shift") | run_again("running_sum")
 ATTENTION = {
     "attention": {},
     "attention, window 1": {"window": 1},

@@ -12,10 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from inputs import Made, assert_within_budget, small, unpadded
 from oracles.common import draw
+from parallel.graph import recomputed
 from reference import exact, moe, ops, routers
 from reference.head import IGNORED, token_losses
 from reference.lsm import LSM
@@ -347,7 +347,7 @@ class Recomputed(nn.Module):
         self.block = block
 
     def forward(self, x, side, state=None):
-        return checkpoint(self.block, x, side, state, use_reentrant=False)
+        return recomputed(self.block, x, side, state)
 
 
 RECOMPUTED = [{"router": name} for name in ROUTER] + [{"lsm": "rwkv7"}, MIXTURE | SEVERAL[0]]
@@ -378,6 +378,42 @@ def test_recomputing_blocks_changes_nothing(config):
     again.blocks = nn.ModuleList(Recomputed(block) for block in again.blocks)
     for a, b in zip(plain, run(again), strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_runs_again_runs_under_the_same_autocast_and_in_every_backward_pass():
+    layer, x = nn.Linear(3, 3), draw(4, 3, dtype=torch.float32).requires_grad_()
+
+    def gradients(run):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(lambda x: layer(x).tanh(), x).float().square().sum()
+        both = [torch.autograd.grad(loss, [x, layer.weight], retain_graph=True) for _ in range(2)]
+        return [*both[0], *both[1]]
+
+    for a, b in zip(gradients(lambda f, x: f(x)), gradients(recomputed), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_runs_again_is_asked_for_once_and_saves_as_much_as_before():
+    class Greedy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy + 0 * ctx.saved_tensors[0] + 0 * ctx.saved_tensors[0]
+
+    x, runs = draw(4).requires_grad_(), []
+    with pytest.raises(RuntimeError, match="asked for once in a backward pass"):
+        recomputed(Greedy.apply, x).sum().backward()
+
+    def other(x):
+        runs.append(1)
+        return x.exp() if len(runs) == 1 else x * 2
+
+    with pytest.raises(RuntimeError, match="saves 0 tensors, 1 in its first run"):
+        recomputed(other, x).sum().backward()
 
 
 # ----------------------------------------------------------------------------------------------------- autocast

@@ -3,8 +3,9 @@
     pytest tests/test_nccl.py                              needs two GPUs
     LINEAR_MOE_RANKS=cpu pytest tests/test_nccl.py         the same checks by gloo, to see that the checks are right
 
-A pair of processes does all checks of a subject and writes down what came out, one after the other; the tests read it.
-On GPUs the pairs run side by side. What one process alone makes of the same training is computed on a CPU.
+A pair of processes does all checks of a subject, or of a part of one, and writes down what came out, one after the
+other; the tests read it. On GPUs the pairs run side by side. What one process alone makes of the same training is
+computed on a CPU.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,9 +99,9 @@ SPLIT += [("bias", "zero-bubble-v"), ("slots", "zero-bubble")]  # the ends on on
 def trainings() -> Iterator[tuple]:
     """Three steps of the trainer on every mesh; softmax layers and memories by every way."""
     for (name, how), (title, degrees) in itertools.product(TRAINED.items(), MESHES.items()):
-        yield (name, title), test_experts.run(test_experts.config_of(**how, degrees=degrees))
+        yield (name, title), partial(test_experts.run, test_experts.config_of(**how, degrees=degrees))
     for name, (lsm, model, how) in test_sequence.TRAINED.items():
-        yield name, test_lasp.train(lsm, mesh.Degrees(sequence=2, **how), True, **ways(model))
+        yield name, partial(test_lasp.train, lsm, mesh.Degrees(sequence=2, **how), True, **ways(model))
 
 
 def ways(model: dict) -> dict:
@@ -110,13 +112,14 @@ def ways(model: dict) -> dict:
 def heads() -> Iterator[tuple]:
     """Three steps with shared heads: with all tokens, with a part of them between layers, with experts shared out."""
     for (name, title), how in SHARED.items():
-        yield (name, title), test_tensor.run(test_tensor.configured(how, HEADS[title]))
+        yield (name, title), partial(test_tensor.run, test_tensor.configured(how, HEADS[title]))
 
 
 def pipelines() -> Iterator[tuple]:
     for name, schedule in SPLIT:
         how = test_pipeline.MODELS[name]
-        yield (name, schedule), test_pipeline.run(test_pipeline.config_of(test_pipeline.degrees(schedule), **how))
+        config = test_pipeline.config_of(test_pipeline.degrees(schedule), **how)
+        yield (name, schedule), partial(test_pipeline.run, config)
 
 
 def saves() -> Iterator[tuple]:
@@ -233,10 +236,10 @@ def narrow(lsm: str, degrees=None, recompute=False) -> dict:
 
 def narrows() -> Iterator[tuple]:
     for lsm in ("gla", "mamba2", "gated_delta_net"):
-        yield (lsm, "alone", False), narrow(lsm)
+        yield (lsm, "alone", False), partial(narrow, lsm)
         titles = (*MESHES, *HEADS) if lsm == "gla" else ("data", "sequence")
         for title, recompute in itertools.product(titles, (False, True)):
-            yield (lsm, title, recompute), narrow(lsm, (MESHES | HEADS)[title], recompute)
+            yield (lsm, title, recompute), partial(narrow, lsm, (MESHES | HEADS)[title], recompute)
 
 
 def killed() -> Iterator[tuple]:
@@ -268,21 +271,22 @@ def killed() -> Iterator[tuple]:
 SUBJECTS: dict[str, Callable[[], Iterator[tuple]]] = {
     f.__name__: f for f in (sequences, layers, trainings, heads, pipelines, saves, kernels, narrows, killed)
 }
+PAIRS = {"trainings": 4, "heads": 2, "narrows": 3, "pipelines": 2}  # that share a subject of which results stand alone
 
 # ---------------------------------------------------------------------------------------------------- the processes
 
 
-def main(subject: str) -> None:
+def main(subject: str, part: int) -> None:
     """One rank: each result is on disk before the next is begun."""
     torch.set_num_threads(1)
-    file = Path(os.environ["FOLDER"]) / f"{subject}-{os.environ['RANK']}"
+    file = Path(os.environ["FOLDER"]) / f"{subject}-{part}-{os.environ['RANK']}"
     with file.open("ab", buffering=0) as out:
         try:
             if HERE.type == "cuda":
                 torch.cuda.set_device(HERE)
             comm.begin("cpu:gloo,cuda:nccl" if HERE.type == "cuda" else "gloo", TIMEOUT if subject == "killed" else 90)
-            for name, value in SUBJECTS[subject]():
-                out.write(pickle.dumps((name, value)))
+            for name, value in itertools.islice(SUBJECTS[subject](), part, None, PAIRS.get(subject, 1)):
+                out.write(pickle.dumps((name, value() if isinstance(value, partial) else value)))
             comm.barrier(comm.world())
         except BaseException as error:
             traceback.print_exc()
@@ -293,10 +297,10 @@ def main(subject: str) -> None:
 
 
 class Pair:
-    """Two ranks at work on a subject."""
+    """Two ranks at work on a part of a subject."""
 
-    def __init__(self, subject: str, folder: Path):
-        self.subject, self.folder, self.begun = subject, folder, time.time()
+    def __init__(self, subject: str, part: int, folder: Path):
+        self.name, self.folder, self.begun = f"{subject}-{part}", folder, time.time()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -304,11 +308,11 @@ class Pair:
         common["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, subject],
+                [sys.executable, __file__, subject, str(part)],
                 env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 cwd=ROOT,
                 stdout=subprocess.DEVNULL,
-                stderr=(folder / f"{subject}-{rank}.err").open("w"),
+                stderr=(folder / f"{self.name}-{rank}.err").open("w"),
             )
             for rank in (0, 1)
         ]
@@ -325,19 +329,29 @@ class Pair:
         for rank in self.ranks:
             rank.kill()
 
-    def finished(self) -> "Found":
-        """What the ranks wrote, when both have ended or their time is up."""
+    def finished(self) -> None:
+        """Both have ended, or their time is up."""
         for watcher in self.watchers:
             watcher.join(max(self.begun + SECONDS - time.time(), 1))
-        ends = [self.ends.get(rank, (None, time.time())) for rank in (0, 1)]
         self.stop()
-        return Found(self, [dict(records(self.folder / f"{self.subject}-{r}")) for r in (0, 1)], ends)
+
+    def end(self, rank: int) -> tuple[int | None, float]:
+        """Exit code (None: killed, its time was up), and when."""
+        return self.ends.get(rank, (None, time.time()))
+
+    def results(self, rank: int) -> dict:
+        return dict(records(self.folder / f"{self.name}-{rank}"))
+
+    def said(self, rank: int) -> str:
+        words = self.results(rank).get(None) or (self.folder / f"{self.name}-{rank}.err").read_text()
+        return f"exit code {self.end(rank)[0]}; {words[-3000:]}"
 
 
 class Found(NamedTuple):
-    pair: Pair
+    """What the pairs of a subject wrote."""
+
+    pairs: list[Pair]
     results: list[dict]  # by rank
-    ends: list[tuple]  # (exit code or None, when)
 
     def __getitem__(self, name) -> list:
         """That result of both ranks; AssertionError with what was said, if one did not come to it."""
@@ -346,14 +360,20 @@ class Found(NamedTuple):
         return [results[name] for results in self.results]
 
     def said(self, rank: int) -> str:
-        words = self.results[rank].get(None) or (self.pair.folder / f"{self.pair.subject}-{rank}.err").read_text()
-        return f"exit code {self.ends[rank][0]}; {words[-3000:]}"
+        """By those that did not end as they should, if there are such."""
+        return "\n".join(p.said(rank) for p in self.pairs if p.end(rank)[0] != 0) or self.pairs[0].said(rank)
 
     def names(self) -> list:
         """All results, after all checks were done."""
-        for rank, (code, _) in enumerate(self.ends):
-            assert code == 0, f"rank {rank}: {self.said(rank)}"
+        for rank, pair in itertools.product((0, 1), self.pairs):
+            assert pair.end(rank)[0] == 0, f"rank {rank}: {pair.said(rank)}"
         return list(self.results[0])
+
+
+def found_by(pairs: list[Pair]) -> Found:
+    for pair in pairs:
+        pair.finished()
+    return Found(pairs, [{name: x for pair in pairs for name, x in pair.results(r).items()} for r in (0, 1)])
 
 
 def records(file: Path) -> Iterator[tuple]:
@@ -372,16 +392,20 @@ def pairs(tmp_path_factory, request) -> Callable[[str], Found]:
         asked = {
             name for name in SUBJECTS for item in request.session.items if name in getattr(item, "fixturenames", ())
         }
-        under_way = {name: Pair(name, folder) for name in asked}
+        under_way = {name: pairs_of(name, folder) for name in asked}
 
     def of(subject: str) -> Found:
         if subject not in found:
-            found[subject] = (under_way.get(subject) or Pair(subject, folder)).finished()
+            found[subject] = found_by(under_way.get(subject) or pairs_of(subject, folder))
         return found[subject]
 
     yield of
-    for pair in under_way.values():
+    for pair in itertools.chain.from_iterable(under_way.values()):
         pair.stop()
+
+
+def pairs_of(subject: str, folder: Path) -> list[Pair]:
+    return [Pair(subject, part, folder) for part in range(PAIRS.get(subject, 1))]
 
 
 def fixture_of(subject: str):
@@ -456,7 +480,7 @@ def test_checkpoints_written_behind_the_steps_are_those_of_their_step(saves):
     for title in ("data", "experts-by-pair", "replicas"):  # and one process reads them
         model = prepared(config)
         state = {"model": model[1], "optimizer": model[3], "step": 0}
-        assert checkpoint.load(saves.pair.folder / "checkpoints" / title, state) == 2
+        assert checkpoint.load(saves.pairs[0].folder / "checkpoints" / title, state) == 2
         test_experts.steps(config, *model, 2, 3)
         torch.testing.assert_close(test_experts.values(model[1]), wanted, **close)
 
@@ -488,12 +512,12 @@ def test_trainings_in_bfloat16_are_close_to_that_of_one_process(narrows):
 
 def test_a_killed_rank_ends_the_other(killed):
     """By its own words, or by NCCL's watchdog, which aborts the process; and what was saved before is whole."""
-    (start, _), ends = killed["start"], killed.ends
+    (start, _), ends = killed["start"], [killed.pairs[0].end(rank) for rank in (0, 1)]
     assert ends[1][0] == -signal.SIGKILL and "end" not in killed.results[0]
     assert ends[0][0] not in (0, None), killed.said(0)
     assert ends[0][1] - start < TIMEOUT + 90, killed.said(0)
-    assert checkpoint.newest(killed.pair.folder / "run" / "checkpoints") == [2]
+    assert checkpoint.newest(killed.pairs[0].folder / "run" / "checkpoints") == [2]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))
