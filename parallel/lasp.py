@@ -339,6 +339,7 @@ def by_ends(ops: Ops, group: Group, row, tokens: dict, cu_seqlens, constants: di
     """The same of one way, where kernels find spans and G without outputs: nothing runs twice. The span needs no
     gradient: `last`, the memory that leaves my segment, has D for its cotangent, and the backward pass of the one run
     from M to `last` has all that my tokens did, to outputs and to memories."""
+    tokens = {name: x.contiguous() for name, x in tokens.items()}  # once, where three would do it
 
     def found() -> tuple:
         span, kept = ops.ends.span(row, tokens, constants, cu_seqlens)

@@ -1,5 +1,6 @@
 """Mamba2: a state space layer whose memory decays by one number a head and token."""
 
+import torch
 import torch.nn.functional as F
 from einops import repeat
 from jaxtyping import Float
@@ -48,6 +49,8 @@ class Mamba2(Mixer):
         return repeat(x, "b t (g k) -> b t (g r) k", g=self.groups, r=self.heads // self.groups)
 
     def normed(self, y: Float[Tensor, "b t hv"]) -> Float[Tensor, "b t hv"]:
+        if self.groups == 1:
+            return self.ops.norm(y, self.norm, self.eps)
         return self.ops.norm(y.unflatten(-1, (self.groups, -1)), None, self.eps).flatten(-2) * self.norm.to(y.dtype)
 
     def more(self, x, side) -> dict[str, Tensor]:
@@ -64,12 +67,12 @@ class Mamba2(Mixer):
         tokens = {
             "q": self.for_heads(C),
             "k": self.for_heads(B),
-            "v": (wide(u) * dt[..., None]).to(u.dtype),
+            "v": (u * dt[..., None]).to(u.dtype),  # dt is wide, and so is the product
             "g": -wide(self.A_log).exp() * dt,
             **self.more(x, side),
         }
         o, memory = self.advance(tokens, {}, state and state.memory, side)
-        o = (o + self.D.to(o.dtype)[:, None] * u).flatten(-2)
+        o = torch.addcmul(o, self.D.to(o.dtype)[:, None], u).flatten(-2)
         return self.o(self.normed(o * F.silu(z))), Taps(memory, taps)
 
 
