@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel import comm
 from parallel.comm import Group
-from parallel.graph import begin_exchange, end_exchange, exchange
+from parallel.graph import begin_exchange, end_exchange, exchange, once
 from reference.head import product_of
 from reference.moe import Drop, MoE, counts_of
 from reference.ops import Ops
@@ -48,7 +48,8 @@ def over(ops: Ops, group: Group, dispatch: str = "pair") -> Ops:
 
 def shared(ops: Ops, group: Group, dispatch: Callable) -> Callable:
     """`ops.experts` of which each rank has some. `dispatch` sends tokens to those of other ranks; what stays needs no
-    exchange, and is computed while the rest travels: first up to the experts' second matrix, then from there."""
+    exchange, and is computed while the rest travels: first up to the experts' second matrix, then from there. In 16
+    bits the sum of the two is one more rounding than one rank has."""
 
     def run(x, routing, w13, w2, b13=None, b2=None, *, gate_at="output", drop=None, room=None, **how):
         weights = [mine(w, group) for w in (w13, w2, b13, b2)]
@@ -68,9 +69,9 @@ def shared(ops: Ops, group: Group, dispatch: Callable) -> Callable:
             back.append(begin_exchange(y, plan.receive, plan.send, group))
 
         back = []
-        own = {"gate_at": gate_at, "room": room, "pairs": plan.stay}
-        own["drop"] = None if drop is None else renumbered(drop, drop.index, group)
-        y = ops.experts(x, near, *weights, **own, between=meanwhile, **how)
+        here = {"gate_at": gate_at, "room": room, "pairs": plan.stay, "between": meanwhile}
+        here["drop"] = None if drop is None else renumbered(drop, drop.index, group)
+        y = ops.experts(x, near, *weights, **here, **how)
         return y + ops.combined(end_exchange(*back), plan.place, gate, x.dtype)
 
     return run
@@ -86,10 +87,10 @@ class Sent(NamedTuple):
 
 def by_pair(x, far, own: int, stay: Tensor, room: int, gate_at: str, ops: Ops, group: Group) -> Sent:
     """A token's row travels once for each expert that it visits, and comes back as often; gates stay at home. Equal to
-    one rank to the rounding of products and, in 16 bits, of one more sum.
+    one rank to the rounding of products and of the sum near + far.
 
     Received are 8 (W - 1) (l + 1) bytes of numbers and, each way, the rows; 8 bytes a row besides where experts have
-    dropout. Three exchanges forward, two backward, of the rows alone.
+    dropout. Three exchanges forward (two where a block runs again), two backward, of the rows alone.
     """
     place, numbers = planned(far.index, far.kept, own, stay, ops, group, room)
     rows = ops.taken(x, place, place.numel(), far.gate if gate_at == "input" else None, product_of(x))
@@ -112,8 +113,8 @@ def by_rank(x, far, own: int, stay: Tensor, room: int, gate_at: str, ops: Ops, g
     before the way back: fewer bytes, and in 16 bits one more rounding.
 
     Received are 32 (W - 1) bytes of numbers and, each way, the rows; on the way there and back again 2 k numbers a row
-    besides (gates and experts), and forward 8 bytes a row where experts have dropout. Four exchanges forward, three
-    backward.
+    besides (gates and experts), and forward 8 bytes a row where experts have dropout. Four exchanges forward (three
+    where a block runs again), three backward.
     """
     (n, k), ranks = far.index.shape, comm.size(group)
     each = torch.arange(ranks, device=x.device)[:, None]
@@ -130,10 +131,10 @@ def by_rank(x, far, own: int, stay: Tensor, room: int, gate_at: str, ops: Ops, g
     _, slots, pairs = plan.told
     if max(slots) > k:  # which may differ from rank to rank
         both = F.pad(both.unflatten(1, (2, k)), (0, max(slots) - k), value=-1).flatten(1)
-    underway = [begin_exchange(sent, plan.send, plan.receive, group) for sent in (both, rows)]
+    underway = [begin_exchange(sent, plan.send, plan.receive, group) for sent in (rows, both)]
 
     def arrived() -> tuple:
-        both, rows = map(end_exchange, underway)
+        both, rows = map(end_exchange, reversed(underway))
         gate, index = both.view(len(both), 2, max(slots)).unbind(1)
         index = index.detach().long()
         there = far._replace(index=index, gate=gate.masked_fill(index < 0, 0), kept=index >= 0)
@@ -179,19 +180,24 @@ def planned(
     First comes where rows stand in what is sent, which the GPU alone knows; then the plan, when it is called for. There
     the host waits, once a layer: a tensor's size is a number of the host's, and how many rows come is known when all
     ranks have routed. (Only buffers as large as the worst case would do without.) It waits for these numbers alone:
-    what is asked of the GPU in between keeps that busy while the host reads, and asks for the exchange.
+    what is asked of the GPU in between keeps that busy while the host reads, and asks for the exchange. A block that
+    runs again finds the numbers of the first time.
     """
     ranks = comm.size(group)
     rows, ends, *_ = ops.by_expert(place, kept, own * ranks)
-    counts = counts_of(ends.long()).view(ranks, own)
-    mine = [place.new_full((ranks,), x) if isinstance(x, int) else x for x in numbers]
-    theirs = exchange(torch.cat([counts, torch.stack(mine, 1)], 1), [1] * ranks, [1] * ranks, group)
-    coming = theirs[:, :own]
-    fetched = comm.fetched(torch.stack([counts.sum(1), coming.sum(1), stay.expand(ranks), *theirs[:, own:].T]))
+
+    def asked() -> tuple[Tensor, Callable[[], list]]:
+        counts = counts_of(ends.long()).view(ranks, own)
+        mine = [place.new_full((ranks,), x) if isinstance(x, int) else x for x in numbers]
+        theirs = exchange(torch.cat([counts, torch.stack(mine, 1)], 1), [1] * ranks, [1] * ranks, group)
+        known = torch.stack([counts.sum(1), theirs[:, :own].sum(1), stay.expand(ranks), *theirs[:, own:].T])
+        return theirs[:, :own].flatten(), comm.fetched(known)
+
+    coming, fetched = once(asked)
 
     def plan() -> Plan:
         send, receive, (stays, *_), *told = fetched()
-        return Plan(rows, send, receive, coming.flatten(), stays, told)
+        return Plan(rows, send, receive, coming, stays, told)
 
     return rows, plan
 

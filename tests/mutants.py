@@ -808,10 +808,17 @@ MUTANTS = [
         "tests/test_experts.py -k beside",
     ),
     Mutant(
+        "a block that runs again asks how many rows come",
+        "parallel/experts.py",
+        "once(asked)",
+        "asked()",
+        "tests/test_experts.py -k knows_the_numbers",
+    ),
+    Mutant(
         "nothing is computed while rows come back",
         "parallel/experts.py",
-        "**own, between=meanwhile, **how)",
-        "**own, **how) + 0 * (meanwhile() or 1)",
+        '"between": meanwhile}',
+        '"between": meanwhile()}',
         "tests/test_experts.py -k beside",
     ),
     Mutant(

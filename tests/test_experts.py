@@ -4,6 +4,7 @@ Each world of one to four processes starts once and runs all of its cases; the t
 """
 
 import itertools
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -125,7 +126,7 @@ def made(lengths, biases=False, lose=False, share=None, room=False, only=None, k
     return x, routing, [w.to(HERE) for w in weights], how
 
 
-def layer(what, tokens, dispatch, place, ops=ops):
+def layer(what, tokens, dispatch, place, ops=ops, again=False):
     """(output and gradients on this rank, what they should be) of each case."""
     group = comm.world()
     ranks, me = comm.size(group), comm.rank(group)
@@ -149,7 +150,9 @@ def layer(what, tokens, dispatch, place, ops=ops):
     if "room" in how:
         how["room"] = (stop - start) * routing.index.shape[1]
     with comm.counted() as forward:
-        got = experts.over(ops, group, dispatch).experts(mine[0], part._replace(gate=mine[1]), *weights, **how)
+        run = experts.over(ops, group, dispatch).experts
+        run = partial(shard.recomputed, run) if again else run
+        got = run(mine[0], part._replace(gate=mine[1]), *weights, **how)
     with comm.counted() as backward:
         (got * cotangent[start:stop]).sum().backward()
     assert all(t.grad is not None for t in (*mine, *weights)), "a rank without a gradient would leave others waiting"
@@ -189,8 +192,10 @@ HALVES = ("begin_exchange", "end_exchange")
 def layers():
     ranks = comm.size(comm.world())
     place = mesh.make(mesh.Degrees(expert=ranks), HERE)
-    orders = {way: order(way, place) for way in experts.DISPATCH if ranks > 1}
-    return {case: layer(*case, place) for case in CASES} | orders
+    said = {case: layer(*case, place) for case in CASES}
+    for way in experts.DISPATCH if ranks > 1 else ():
+        said[way], said[way, "again"] = order(way, place), layer("plain", "ragged", way, place, again=True)
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +244,12 @@ def test_products_are_beside_every_exchange_and_work_beside_the_numbers(dispatch
     for ranks in (2, 3, 4):
         for said in verdicts[ranks]:
             assert said[dispatch] == ["ask", "take", "read", *each_way, *each_way]
+
+
+@pytest.mark.parametrize(("dispatch", "rows"), [("pair", 2), ("rank", 3)])
+def test_a_block_that_runs_again_knows_the_numbers(dispatch, rows, verdicts):
+    for worst, forward, backward in (said[dispatch, "again"] for ranks in (2, 3) for said in verdicts[ranks]):
+        assert worst < 1e-12 and forward.calls["exchange"] == 1 + rows and backward.calls["exchange"] == 2 * rows
 
 
 # ------------------------------------------------------------------------------------------------ whole training
