@@ -914,6 +914,7 @@ class Ranks:
     def clocked(self, run: Callable, times: int, in_a_row: int) -> dict:
         """All ranks begin together; the time of a run, or of each of several in a row, is that of the last to end."""
         from parallel import comm
+        from parallel.window import Symmetric
 
         if self.name == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -925,9 +926,9 @@ class Ranks:
             seconds.append(clock(lambda: [run() for _ in range(in_a_row)], self.name) / in_a_row)
         own = torch.tensor(seconds, device=self.device, dtype=torch.float64)
         slowest = torch.stack(comm.gather(own, self.group)).amax(0)
-        peak = torch.cuda.max_memory_allocated() / 2**20 if self.name == "cuda" else float("nan")
+        peak = torch.cuda.max_memory_allocated() + Symmetric.held if self.name == "cuda" else float("nan")
         traffic = {"calls": sum(seen.calls.values()), "received_bytes": sum(seen.received.values())}
-        return {**spread(slowest.tolist()), "peak_mib": peak, **traffic}
+        return {**spread(slowest.tolist()), "peak_mib": peak / 2**20, **traffic}
 
 
 def steps(args, ranks: Ranks, lengths: list[int]) -> Iterable[dict]:

@@ -35,6 +35,7 @@ from data import corpus
 from data.stream import Batch, Stream, evaluation
 from parallel import checkpoint, comm, lasp, pipeline, shard
 from parallel import mesh as meshes
+from parallel.window import Symmetric
 from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
 from reference.head import HELD
 from reference.lsm import row as lsm_row
@@ -286,7 +287,8 @@ def built(config: Train, ops, mesh, device: torch.device) -> tuple[LanguageModel
     else:
         if config.recompute:
             shard.checkpointing(model.blocks)
-        shard.shard(model, mesh, model.blocks, torch.bfloat16 if config.precision == "bf16" else None)
+        narrow, times = torch.bfloat16 if config.precision == "bf16" else None, feed_of(config, mesh).times
+        shard.shard(model, mesh, model.blocks, narrow, times)
         model.to_empty(device=device)
     return model, how, matrices
 
@@ -548,7 +550,7 @@ def validate(config: Train, model, ops, mesh, documents, device, batches: int | 
 def memory_mib(device: torch.device) -> float:
     """Peak: of the GPU's allocator, or of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return (torch.cuda.max_memory_allocated(device) + Symmetric.held) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

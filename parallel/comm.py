@@ -1,6 +1,7 @@
 """Every collective that we issue by hand: flat buffers, counted.
 
-The only file that calls torch.distributed's communication; torch's own engines (fully_shard, checkpoint) bring theirs.
+The only file that calls torch.distributed's communication; torch's own engines (fully_shard, checkpoint, symmetric
+memory) bring theirs.
 A group is a process group. None, or a group of one rank, has nobody to talk to: nothing is sent and nothing counted.
 `rank` is always the place in the group, never the global rank.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 Group = ProcessGroup | None
+SUM = dist.ReduceOp.SUM
 
 # The flat forms have new names since torch 2.13, where the old ones warn.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -12,13 +12,16 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
 from parallel import comm, experts, tensor
+from parallel.comm import Group
 from parallel.graph import twice
 from parallel.mesh import Mesh
+from parallel.window import Windows
 from reference.moe import MoE
 
 
@@ -42,16 +45,25 @@ def recomputed(forward: Callable, *inputs, **more):
 Apart = dict[nn.Module, set[nn.Parameter]]  # layers, and their parameters of which ranks hold different parts
 
 
-def shard(model: nn.Module, mesh: Mesh, blocks: Collection[nn.Module], narrow: torch.dtype | None = None) -> None:
+def shard(
+    model: nn.Module,
+    mesh: Mesh,
+    blocks: Collection[nn.Module],
+    narrow: torch.dtype | None = None,
+    times: int = 1,
+    windows: Windows | None = None,
+) -> None:
     """FSDP2, in place: each block, then the rest of the model. One process: nothing.
 
     Parameters are cut over all ranks of a replica and are the same in every replica. Those of experts, where these are
     shared out, are cut over the ranks that hold the same experts, and parts of layers, where ranks share heads, over
     those that hold the same part. With `narrow`, experts, which are most of the parameters, travel and compute in that
     dtype, and their gradients are summed in float32; not where ranks share heads and cut experts where they are used.
+    `times` is how many backward passes come before gradients are summed over ranks. Where ranks read each other's
+    memory all that travels does so by `windows`.
     Raises ValueError, one line, if experts or heads cannot be shared out.
     """
-    cut(model, mesh, blocks, share_out(model, mesh), narrow)
+    cut(model, mesh, blocks, share_out(model, mesh), narrow, times, windows)
 
 
 def share_out(model: nn.Module, mesh: Mesh) -> Apart:
@@ -63,11 +75,18 @@ def share_out(model: nn.Module, mesh: Mesh) -> Apart:
 
 
 def cut(
-    model: nn.Module, mesh: Mesh, blocks: Collection[nn.Module], apart: Apart, narrow: torch.dtype | None = None
+    model: nn.Module,
+    mesh: Mesh,
+    blocks: Collection[nn.Module],
+    apart: Apart,
+    narrow: torch.dtype | None = None,
+    times: int = 1,
+    windows: Windows | None = None,
 ) -> None:
     """`shard`, of a model (or some blocks of one) whose experts and heads are shared out."""
     if mesh.shards is None:
         return
+    windows = windows or Windows()
     layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
     narrow = narrow if mesh.tensors is None or mesh.experts is not None else None
     apart = {layer: apart[layer] for layer in model.modules() if layer in apart}
@@ -78,32 +97,47 @@ def cut(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (*blocks, model):
         again = mesh.reshard and part is not model  # the model's own are the last that are used, and the first back
-        summed(fully_shard(part, mesh=mesh.shards, reshard_after_forward=again, ignored_params=own))
+        part = fully_shard(part, mesh=mesh.shards, reshard_after_forward=again, ignored_params=own)
+        summed(part, mesh.shards, windows)
     # Torch begins with the innermost module, whose parameters are then all its own. Here a layer's are those that are
     # on another mesh or in another dtype than what stands beside them, so layers come last.
     for layer, mine in apart.items():
         others, narrower = set(layer.parameters()) - mine, narrow if layer in layers else None
-        policy = MixedPrecisionPolicy(narrower, torch.float32 if narrower else None, cast_forward_inputs=False)
+        where = over_whom(layer, mesh)
+        # What torch adds up (over ranks, or over backward passes before) it adds up in the dtype in which it travels.
+        wide = narrower and (times > 1 or not windows.on(group_of(where["mesh"])))
+        policy = MixedPrecisionPolicy(narrower, torch.float32 if wide else None, cast_forward_inputs=False)
         how = {"mp_policy": policy, "reshard_after_forward": mesh.reshard}
-        summed(fully_shard(layer, **over_whom(layer, mesh), **how, ignored_params=others))
+        summed(fully_shard(layer, **where, **how, ignored_params=others), where["mesh"], windows)
     gather_ahead(model, blocks, apart)
 
 
 def gather_ahead(model: FSDPModule, blocks: Collection[FSDPModule], apart: Apart) -> None:
-    """What a block's layers hold is gathered from the block's beginning on, and the next block's own parameters too; on
-    the way back all of the block before. Torch alone asks for parameters where they are used first: as long before
-    they are needed as the host is ahead, and on the way back, with blocks that run again, at the last moment."""
+    """From a block's beginning on all parameters of the next one are gathered; on the way back those of the block
+    before. Torch alone asks for parameters where they are used first: as long before they are needed as the host is
+    ahead, and on the way back, with blocks that run again, at the last moment."""
     groups = [[block, *(layer for layer in block.modules() if layer in apart)] for block in blocks]
-    for here, later in zip([[model], *groups], [*groups, []], strict=True):
-        here[0].set_modules_to_forward_prefetch([*here[1:], *later[:1]])
+    for here, later in pairwise([[model], *groups]):
+        here[0].set_modules_to_forward_prefetch(later)
     for earlier, here in pairwise(groups):
         here[0].set_modules_to_backward_prefetch(earlier)
 
 
-def summed(part: FSDPModule) -> None:
-    """Gradients are summed over ranks, with no factor. What travels lies in buffers of the group's own kind, if it has
-    one: NCCL reads and writes these without copies."""
-    part.set_allocate_memory_from_process_group_for_comm(True)
+def group_of(mesh: DeviceMesh) -> Group:
+    """Over whom parameters are cut: the last dimension, behind that of replicas."""
+    return mesh.get_group(mesh.ndim - 1)
+
+
+def summed(part: FSDPModule, mesh: DeviceMesh, windows: Windows) -> None:
+    """Gradients are summed over ranks, with no factor. What travels lies in windows, or in buffers of the group's own
+    kind, if it has one: NCCL reads and writes these without copies."""
+    group = group_of(mesh)
+    if windows.on(group):
+        gather, sum_ = windows.part(group)
+        part.set_custom_all_gather(gather)
+        part.set_custom_reduce_scatter(sum_)
+    elif comm.size(group) > 1:
+        part.set_allocate_memory_from_process_group_for_comm(True)
     part.set_gradient_divide_factor(1.0)
     part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor in it
 

@@ -731,6 +731,27 @@ MUTANTS = [
         "tests/test_lasp.py",
     ),
     Mutant(
+        "windows are read before everybody has written",
+        "parallel/window.py",
+        "        self.window.meet()\n        for rank",
+        "        for rank",
+        "tests/test_window.py",
+    ),
+    Mutant(
+        "what travels in 16 bits is summed in them",
+        "parallel/window.py",
+        "torch.promote_types(dtype, torch.float32)",
+        "dtype",
+        "tests/test_window.py",
+    ),
+    Mutant(
+        "gradients of several backward passes are added up in 16 bits",
+        "parallel/shard.py",
+        '(times > 1 or not windows.on(group_of(where["mesh"])))',
+        'not windows.on(group_of(where["mesh"]))',
+        "tests/test_window.py",
+    ),
+    Mutant(
         "the parameters of the block before are asked for when they are needed",
         "parallel/shard.py",
         "here[0].set_modules_to_backward_prefetch(earlier)",
@@ -740,8 +761,8 @@ MUTANTS = [
     Mutant(
         "experts are gathered where they are used",
         "parallel/shard.py",
-        "[*here[1:], *later[:1]]",
-        "later[:1]",
+        "set_modules_to_forward_prefetch(later)",
+        "set_modules_to_forward_prefetch(later[:1])",
         "tests/test_lasp.py -k others_compute",
     ),
     Mutant(
