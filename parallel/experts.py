@@ -48,8 +48,11 @@ def over(ops: Ops, group: Group, dispatch: str = "pair") -> Ops:
 
 def shared(ops: Ops, group: Group, dispatch: Callable) -> Callable:
     """`ops.experts` of which each rank has some. `dispatch` sends tokens to those of other ranks; what stays needs no
-    exchange, and is computed while the rest travels: first up to the experts' second matrix, then from there. In 16
-    bits the sum of the two is one more rounding than one rank has."""
+    exchange, and is computed while the rest travels: first up to the experts' second matrix, then from there. That is
+    a W-th of all work where routing is even. In 16 bits the sum of the two is one more rounding than one rank has.
+
+    What sets out stands in front of a buffer for as many rows as might: it is filled before the host knows how many do.
+    """
 
     def run(x, routing, w13, w2, b13=None, b2=None, *, gate_at="output", drop=None, room=None, **how):
         weights = [mine(w, group) for w in (w13, w2, b13, b2)]
