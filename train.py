@@ -387,20 +387,6 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def fetched(x: Tensor) -> Callable[[], list]:
-    """Sends x's numbers to the host; what comes back waits for them, and not for what is asked of the device later."""
-    there, arrival = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
-    if arrival is not None:
-        arrival.record()
-
-    def numbers() -> list:
-        if arrival is not None:
-            arrival.synchronize()
-        return there.tolist()
-
-    return numbers
-
-
 def posed(config: Train, batch: Batch, key: int) -> Batch:
     """What the objective shows of these tokens, and asks for: a function of the key and of each token's number."""
     masks = Masks(config.mask_rate, key, corpus.BYTES, corpus.VOCABULARY)
@@ -508,7 +494,7 @@ def one_step(config: Train, model, ops, optimizer, batches: list[Batch], step: i
     load = Load(*map(sum, zip(*(s.load for s in sums), strict=True))) if sums[0].load is not None else None
     norm = shard.grad_norm(pipeline.once(model), apart=piped)
     mean = ops.total(loss) / everyone[0].clamp(min=1)
-    numbers = fetched(torch.stack([x.to(everyone) for x in (mean, norm, everyone[1])]))
+    numbers = comm.fetched(torch.stack([x.to(everyone) for x in (mean, norm, everyone[1])]))
     for group in optimizer.param_groups:
         group["lr"] = rate(config, step)
     shard.move(optimizer, norm, config.optimizer.clip)

@@ -41,6 +41,7 @@ def experts(
     drop: Drop | None = None,
     room: int | None = None,
     pairs: int | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Float[Tensor, "n d"]:
     """`reference.moe.experts`: by grouped products where there are some, else the reference's loop, deliberately.
 
@@ -51,8 +52,8 @@ def experts(
     rounded once, forward and backward.
     """
     if room is None and has_grouped(x, w13, w2):
-        return grouped(x, routing, w13, w2, b13, b2, inner, gate_at, drop, pairs)
-    return moe.experts(x, routing, w13, w2, b13, b2, inner, gate_at, drop, room, pairs)
+        return grouped(x, routing, w13, w2, b13, b2, inner, gate_at, drop, pairs, between)
+    return moe.experts(x, routing, w13, w2, b13, b2, inner, gate_at, drop, room, pairs, between)
 
 
 def has_grouped(x: Tensor, w13: Tensor, w2: Tensor) -> bool:
@@ -72,6 +73,7 @@ def grouped(
     gate_at="output",
     drop=None,
     pairs: int | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Float[Tensor, "n d"]:
     """`experts` by grouped products, on any device, in any dtype and sizes that torch takes (on a CPU also float32 with
     d and f multiples of 4). Deterministic, backward too: no two pairs add into one place.
@@ -82,7 +84,8 @@ def grouped(
     place, ends, visited, order = by_expert(routing.index, routing.kept, e)
     rows = taken(x, place, pairs, routing.gate if gate_at == "input" else None, dtype)
     mask = None if drop is None else spared(drop, routing, order[:pairs], e, w2.shape[-1])
-    y = together(rows, ends, visited, (w13, w2, b13, b2), swiglu if inner is moe.swiglu else inner, mask, dtype)
+    inner = swiglu if inner is moe.swiglu else inner
+    y = together(rows, ends, visited, (w13, w2, b13, b2), inner, mask, dtype, between)
     return combined(y, place, routing.gate if gate_at == "output" else None, x.dtype)
 
 
@@ -119,6 +122,7 @@ def together(
     inner: Callable,
     mask,
     dtype: torch.dtype,
+    between: Callable | None = None,
 ) -> Float[Tensor, "p d"]:
     """All experts over their rows at once. `reference.moe.each`.
 
@@ -127,10 +131,12 @@ def together(
     or after must not look at it, nor at its gradient. Between the products it is only mapped row by row.
     """
     if not len(rows):  # which the host knows, and grouped products have no gradient of
-        return each(rows, [0] * len(ends), weights, inner, mask)
+        return each(rows, [0] * len(ends), weights, inner, mask, between)
     w13, w2, b13, b2 = (None if w is None else Visited.apply(w, visited, dtype) for w in weights)
     h = product(rows, w13, b13, ends)
     a = inner(h) if mask is None else thinned(inner, mask)(h)
+    if between is not None:
+        between()
     return product(a.to(dtype), w2, b2, ends)
 
 

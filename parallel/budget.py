@@ -723,8 +723,8 @@ def dispatching(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffi
         rows = tokens * k * (n - 1) / n
     numbers = 8 * (n - 1) * (model.experts // n + 1 if mesh.dispatch == "pair" else 4)
     passes = 1 + asked.run.recompute
-    size = passes * (rows * (2 * row + gates) + numbers) + rows * (2 * row + gates)
-    calls = round(layers * shape.times * (passes * (3 if not gates else 4) + (2 if not gates else 3)))
+    size = numbers + (passes + 1) * rows * (2 * row + gates)
+    calls = round(layers * shape.times * (1 + (passes + 1) * (2 if not gates else 3)))
     yield Traffic("expert", "exchange tokens", calls, size * layers * shape.times, n)
 
 

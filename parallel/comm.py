@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter as Tally
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -164,20 +164,41 @@ def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Grou
     Zero rows are as good as any, and a rank that has none to send or to get takes part all the same. One tensor cut by
     numbers, and no list of tensors, which gloo does not exchange.
     """
+    theirs = x.new_empty(sum(receive), *x.shape[1:])
+    _exchange(x, theirs, send, receive, group, later=False)
+    return theirs
+
+
+def begin_exchange(x: Tensor, theirs: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> tuple:
+    """Starts an `exchange` of the rows x into `theirs`. Until `end_exchange` of what it returns nobody may write x, or
+    read or write `theirs`; what is computed in between costs no waiting."""
+    return _exchange(x, theirs, send, receive, group, later=True)
+
+
+def end_exchange(underway: tuple) -> None:
+    """Waits until the rows are there. On a GPU it is the stream that waits, not the host."""
+    work, _ = underway
+    if work is not None:
+        work.wait()
+
+
+def _exchange(x, theirs, send, receive, group, later: bool) -> tuple:
+    """(The work, or None if there is no more to wait for; what it reads.)"""
     n = size(group)
     for name, rows in (("send", send), ("receive", receive)):
         if len(rows) != n:
             raise ValueError(f"exchange over {n} ranks needs {n} numbers of rows, got {name} {list(rows)}")
     if sum(send) != len(x):
         raise ValueError(f"exchange of {len(x)} rows was told to send {list(send)}, which is {sum(send)}")
-    theirs = x.new_empty(sum(receive), *x.shape[1:])
     width = math.prod(x.shape[1:])
+    if n == 1:
+        theirs.copy_(x)
     if n == 1 or not width:
-        return theirs.copy_(x) if n == 1 else theirs
-    mine = x.detach().contiguous().view(-1)
-    dist.all_to_all_single(theirs.view(-1), mine, [r * width for r in receive], [s * width for s in send], group=group)
+        return None, x
+    mine, splits = x.detach().contiguous().view(-1), ([r * width for r in receive], [s * width for s in send])
+    work = dist.all_to_all_single(theirs.detach().view(-1), mine, *splits, group=group, async_op=later)
     _note("exchange", (sum(receive) - receive[rank(group)]) * width * x.element_size())
-    return theirs
+    return work, mine
 
 
 def objects(x: object, group: Group) -> list:
@@ -193,6 +214,23 @@ def barrier(group: Group) -> None:
     if size(group) > 1:
         dist.barrier(group)
         _note("barrier", 0)
+
+
+# ----------------------------------------------------------------------------------------------------- to the host
+
+
+def fetched(x: Tensor) -> Callable[[], list]:
+    """Sends x's numbers to the host; what comes back waits for them, and not for what is asked of the device later."""
+    there, arrival = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
+    if arrival is not None:
+        arrival.record()
+
+    def numbers() -> list:
+        if arrival is not None:
+            arrival.synchronize()
+        return there.tolist()
+
+    return numbers
 
 
 # ------------------------------------------------------------------------------------------------------- counting

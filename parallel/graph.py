@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from parallel import comm
 from parallel.comm import Group
+from reference.ops import observed
 
 
 def known(name: str, schema: str, function: Callable, shapes: Callable) -> Callable:
@@ -160,6 +163,8 @@ def once(f: Callable):
 def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
     """Rows to everybody (`comm.exchange`); differentiable. On every rank one exchange forward, and one backward, of
     no rows at all if need be."""
+    if not (observed() or x.requires_grad):  # by way of torch's operators the host would need several times as long
+        return comm.exchange(x, send, receive, group)
     return torch.ops.linear_moe.exchange(x, send, receive, group.group_name)
 
 
@@ -178,3 +183,76 @@ known(
     lambda x, send, receive, group: x.new_empty(sum(receive), *x.shape[1:]),
 )
 differentiable("exchange", _back_to_rows, _keep_numbers)
+
+
+class Underway(NamedTuple):
+    """Rows that nobody may look at before `end_exchange`."""
+
+    rows: Tensor
+    way: "_Way | None"  # None: they are here
+
+
+def begin_exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Underway:
+    """Sends the first rows of x on their way (`exchange`); those behind them stay, and get no gradient that means
+    anything. What is computed before `end_exchange` has the sending beside it. Backward mirrors it: the end sends the
+    gradients on their way, the begin waits for them, and between the two autograd, which takes the newest first, has
+    what was computed between the two here.
+
+    Where somebody looks on there is but one op, which waits.
+    """
+    if observed():
+        return Underway(exchange(x[: sum(send)], send, receive, group), None)
+    way = _Way(send, receive, group)
+    return Underway(_Begun.apply(x, way), way)
+
+
+def end_exchange(underway: Underway) -> Tensor:
+    """The rows that came, from each rank in rank order."""
+    return underway.rows if underway.way is None else _Ended.apply(*underway)
+
+
+class _Way:
+    """What both halves of an exchange share. Autograd could not hand it on: for it, a gradient that sets out would have
+    as many rows as one that arrives."""
+
+    def __init__(self, send: list[int], receive: list[int], group: Group):
+        self.send, self.receive, self.group = send, receive, group
+
+    def begin(self, x: Tensor, buffer: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        self.underway = buffer, comm.begin_exchange(x, buffer[: sum(receive)], send, receive, self.group)
+        return buffer
+
+    def end(self) -> Tensor:
+        (buffer, underway), self.underway = self.underway, None
+        comm.end_exchange(underway)
+        return buffer
+
+
+class _Begun(torch.autograd.Function):
+    """A buffer for the rows that come. Its gradient says nothing but that those of the rows are on their way."""
+
+    @staticmethod
+    def forward(ctx, x, way):
+        ctx.way, way.rows = way, len(x)
+        return way.begin(x[: sum(way.send)], x.new_empty(sum(way.receive), *x.shape[1:]), way.send, way.receive)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        return ctx.way.end(), None
+
+
+class _Ended(torch.autograd.Function):
+    """The rows that came."""
+
+    @staticmethod
+    def forward(ctx, buffer, way):
+        ctx.way = way
+        way.end()
+        return buffer.view_as(buffer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, D):
+        ctx.way.begin(D, D.new_empty(ctx.way.rows, *D.shape[1:]), ctx.way.receive, ctx.way.send)
+        return D, None

@@ -112,6 +112,7 @@ def experts(
     drop: Drop | None = None,
     room: int | None = None,
     pairs: int | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Float[Tensor, "n d"]:
     """y_n = sum over n's slots of gate * expert(x_n), or of expert(gate * x_n); one product an expert over its rows.
 
@@ -119,7 +120,8 @@ def experts(
     x's. Every weight gets a gradient, zeros where no token came. Deterministic, backward too: tokens are copied to
     their slots, moved by a permutation, and each gathers its own, so no two pairs ever add into one place. With `room`
     every expert gets that many rows, filled up with zeros: one batched product, of a shape that no routing changes.
-    `pairs` is how many are kept, for backends whose host does not count them.
+    `pairs` is how many are kept, for backends whose host does not count them. `between` is called between the experts'
+    two matrices, forward; what it does stands between their gradients as well.
     """
     place, ends, _, order = by_expert(routing.index, routing.kept, len(w13))
     lengths = Groups(ends).lengths
@@ -127,7 +129,10 @@ def experts(
     rows = taken(x, place, kept, routing.gate if gate_at == "input" else None)
     mask = None if drop is None else spared(drop, routing, order[:kept], len(w13), w2.shape[-1])
     weights = (w13, w2, b13, b2)
-    y = each(rows, lengths, weights, inner, mask) if room is None else padded(rows, lengths, weights, inner, mask, room)
+    if room is None:
+        y = each(rows, lengths, weights, inner, mask, between)
+    else:
+        y = padded(rows, lengths, weights, inner, mask, room, between)
     return combined(y, place, routing.gate if gate_at == "output" else None, x.dtype)
 
 
@@ -191,21 +196,25 @@ def combined(
     return combine(own, gate.masked_fill(~here, 0)).to(dtype or rows.dtype)
 
 
-def each(rows: Float[Tensor, "p d"], lengths: list[int], weights, inner, mask) -> Float[Tensor, "p d"]:
-    """Expert after expert over its own rows."""
+def each(
+    rows: Float[Tensor, "p d"], lengths: list[int], weights, inner, mask, between: Callable | None = None
+) -> Float[Tensor, "p d"]:
+    """Expert after expert over its own rows: all up to their second matrix, then all from there."""
     mine = rows.split(lengths)
     masks = [None] * len(mine) if mask is None else mask.split(lengths)
     w13, w2, b13, b2 = ([None] * len(mine) if w is None else w.unbind() for w in weights)
     # Expert 0 runs even on no rows, which keeps the weights in the graph when nobody visits anyone.
-    y = [
-        feed_forward(x, w13[e], w2[e], b13[e], b2[e], inner if masks[e] is None else thinned(inner, masks[e]))
-        for e, x in enumerate(mine)
-        if len(x) or e == 0
-    ]
-    return torch.cat(y)
+    busy = [e for e, length in enumerate(lengths) if length or e == 0]
+    words = {e: inner if masks[e] is None else thinned(inner, masks[e]) for e in busy}
+    hidden = {e: words[e](F.linear(mine[e], w13[e], b13[e])) for e in busy}
+    if between is not None:
+        between()
+    return torch.cat([F.linear(a, w2[e], b2[e]) for e, a in hidden.items()])
 
 
-def padded(rows: Float[Tensor, "p d"], lengths: list[int], weights, inner, mask, room: int) -> Float[Tensor, "p d"]:
+def padded(
+    rows: Float[Tensor, "p d"], lengths: list[int], weights, inner, mask, room: int, between: Callable | None = None
+) -> Float[Tensor, "p d"]:
     """All experts at once, each with `room` rows of which the last may be nobody's."""
     if max(lengths) > room:
         raise ValueError(f"an expert has {max(lengths)} pairs, more than its room of {room}")
@@ -221,6 +230,8 @@ def padded(rows: Float[Tensor, "p d"], lengths: list[int], weights, inner, mask,
 
     h = laid_out(rows) @ w13.mT + (0 if b13 is None else b13[:, None])
     h = inner(h) if mask is None else inner(h) * laid_out(mask)
+    if between is not None:
+        between()
     y = h @ w2.mT + (0 if b2 is None else b2[:, None])
     return y.flatten(0, 1).index_select(0, (place.flatten() < len(rows)).nonzero()[:, 0])
 

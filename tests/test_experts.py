@@ -4,9 +4,12 @@ Each world of one to four processes starts once and runs all of its cases; the t
 """
 
 import itertools
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Shard
 
 import train as trainer
@@ -67,7 +70,8 @@ def compiled():
     x, receive = draw(5, 2).requires_grad_(), [2 + comm.rank(group)] * 2
 
     def f(x):
-        return experts.exchange(2 * x, [2, 3], receive, group).sin()
+        underway = experts.begin_exchange(x.cos(), [2, 3], receive, group)
+        return experts.exchange(2 * x, [2, 3], receive, group).sin() + experts.end_exchange(underway)
 
     torch.compile(f, backend="aot_eager", fullgraph=True)(x).sum().backward()
     got, x.grad = x.grad, None
@@ -122,7 +126,7 @@ def made(lengths, biases=False, lose=False, share=None, room=False, only=None, k
     return x, routing, [w.to(HERE) for w in weights], how
 
 
-def layer(what, tokens, dispatch, place):
+def layer(what, tokens, dispatch, place, ops=ops, again=False):
     """(output and gradients on this rank, what they should be) of each case."""
     group = comm.world()
     ranks, me = comm.size(group), comm.rank(group)
@@ -146,7 +150,9 @@ def layer(what, tokens, dispatch, place):
     if "room" in how:
         how["room"] = (stop - start) * routing.index.shape[1]
     with comm.counted() as forward:
-        got = experts.over(ops, group, dispatch).experts(mine[0], part._replace(gate=mine[1]), *weights, **how)
+        run = experts.over(ops, group, dispatch).experts
+        run = partial(shard.recomputed, run) if again else run
+        got = run(mine[0], part._replace(gate=mine[1]), *weights, **how)
     with comm.counted() as backward:
         (got * cotangent[start:stop]).sum().backward()
     assert all(t.grad is not None for t in (*mine, *weights)), "a rank without a gradient would leave others waiting"
@@ -156,9 +162,40 @@ def layer(what, tokens, dispatch, place):
     return worst, forward, backward
 
 
+def order(dispatch, place):
+    """What a rank does of a layer that is shared out, in turn; of the backward pass exchanges and products."""
+    done = []
+
+    def noted(name, function, back=False):
+        def call(*inputs, **how):
+            done.append(name)
+            y = function(*inputs, **how)
+            if back and y.requires_grad:
+                y.register_hook(lambda _: done.append(name))
+            return y
+
+        return call
+
+    fetched, exchanges = comm.fetched, {name: noted(name[:-9], getattr(comm, name)) for name in HALVES}
+    with (
+        patch.multiple(comm, **exchanges, fetched=noted("ask", lambda x: noted("read", fetched(x)))),
+        patch.object(F, "linear", noted("product", F.linear, back=True)),
+    ):
+        layer("plain", "equal", dispatch, place, ops._replace(taken=noted("take", ops.taken)))
+    names = [name for name, _ in itertools.groupby(done)]
+    return names[names.index("ask") :]  # before it one rank has all experts
+
+
+HALVES = ("begin_exchange", "end_exchange")
+
+
 def layers():
-    place = mesh.make(mesh.Degrees(expert=comm.size(comm.world())), HERE)
-    return {case: layer(*case, place) for case in CASES}
+    ranks = comm.size(comm.world())
+    place = mesh.make(mesh.Degrees(expert=ranks), HERE)
+    said = {case: layer(*case, place) for case in CASES}
+    for way in experts.DISPATCH if ranks > 1 else ():
+        said[way], said[way, "again"] = order(way, place), layer("plain", "ragged", way, place, again=True)
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +236,20 @@ def test_exchanges_of_the_rows_that_go_elsewhere_and_of_nothing_else(what, verdi
             numbers = 32 * (ranks - 1) + 8 * rows[0] * (2 * k + dropout)
             assert forward.received["exchange"] == 8 * D_ * sum(rows) + numbers
             assert backward.received["exchange"] == 8 * D_ * sum(rows) + 8 * 2 * k * rows[1]
+
+
+@pytest.mark.parametrize("dispatch", experts.DISPATCH)
+def test_products_are_beside_every_exchange_and_work_beside_the_numbers(dispatch, verdicts):
+    each_way = ["begin", "product", "end", "product", "begin", "product", "end"]
+    for ranks in (2, 3, 4):
+        for said in verdicts[ranks]:
+            assert said[dispatch] == ["ask", "take", "read", *each_way, *each_way]
+
+
+@pytest.mark.parametrize(("dispatch", "rows"), [("pair", 2), ("rank", 3)])
+def test_a_block_that_runs_again_knows_the_numbers(dispatch, rows, verdicts):
+    for worst, forward, backward in (said[dispatch, "again"] for ranks in (2, 3) for said in verdicts[ranks]):
+        assert worst < 1e-12 and forward.calls["exchange"] == 1 + rows and backward.calls["exchange"] == 2 * rows
 
 
 # ------------------------------------------------------------------------------------------------ whole training
