@@ -1,4 +1,4 @@
-"""Delta rules: no gate, or one number a head and token."""
+"""Delta rules: no gate, or one number a head and token; a vector of its own may erase."""
 
 import torch
 from torch import Tensor
@@ -11,36 +11,38 @@ WHOLE = 128
 
 
 def takes(x: Normal) -> bool:
+    """Not vectors that erase of more channels than sweeps have room for beside queries and keys: `rank_one` does."""
     plain = x.g is None or x.g.ndim == 3
-    return x.beta is not None and plain and all(y is None for y in (x.a, x.b, x.f, x.u))
+    fits = x.a is None or x.a.shape[-1] <= kernels.FOLDED
+    return x.beta is not None and plain and fits and all(y is None for y in (x.b, x.f, x.u))
 
 
 def run(x: Normal, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
     """Columns of v beyond WHOLE on their own: `delta_chunks` holds all of them, and 256 do not fit."""
     V = x.v.shape[-1]
-    keep = differentiated(x.q, x.k, x.v, x.beta, x.g, memory)
+    keep = differentiated(x.q, x.k, x.v, x.beta, x.g, x.a, memory)
 
     def some(v: Tensor, M: Tensor | None) -> tuple[Tensor, Tensor]:
         segments = kernels.segments_for(x.q, v, sequences)
-        return delta(x.q, x.k, v, x.beta, x.g, M, cu_seqlens, segments, wide, keep)[:2]
+        return delta(x.q, x.k, v, x.beta, x.g, x.a, M, cu_seqlens, segments, wide, keep)[:2]
 
     return by_columns(some, x.v, memory, [WHOLE, V - WHOLE] if V > WHOLE else [V])
 
 
 def step(x: Normal, memory: Tensor) -> Tensor:
-    return delta_step(x.q, x.k, x.v, x.beta, x.g, memory)
+    return delta_step(x.q, x.k, x.v, x.beta, x.g, x.a, memory)
 
 
 def span(x: Normal, cu_seqlens: Tensor | None, sequences: int) -> tuple[Tensor, list[Tensor]]:
     """(what the tokens leave of an empty memory, [what they do to one, what each of their segments does])."""
     moves = kernels.moves_of(x.q, cu_seqlens, kernels.segments_for(x.q, x.v, sequences))
-    S = delta_end(x.q, x.k, x.v, x.beta, x.g, cu_seqlens, moves, False)
+    S = delta_end(x.q, x.k, x.v, x.beta, x.g, x.a, cu_seqlens, moves, False)
     return S, [kernels.whole(moves, x.v.element_size() == 4), moves]
 
 
 def received(x: Normal, do: Tensor, cu_seqlens: Tensor | None, sequences: int, moves: Tensor) -> Tensor:
     """What the memory before the tokens receives from the cotangents of their outputs."""
-    return delta_end(x.q, x.k, do, x.beta, x.g, cu_seqlens, moves, True)
+    return delta_end(x.q, x.k, do, x.beta, x.g, x.a, cu_seqlens, moves, True)
 
 
 # ------------------------------------------------------------------------------------- the operators, as torch sees
@@ -53,15 +55,16 @@ def delta_end(
     z: Tensor,
     beta: Tensor,
     g: Tensor | None,
+    a: Tensor | None,
     cu_seqlens: Tensor | None,
     moves: Tensor,
     back: bool,
 ) -> Tensor:
-    return kernels.end(*packed(q, k, z, beta, g, cu_seqlens), moves, back)
+    return kernels.end(*packed(q, k, z, beta, g, a, cu_seqlens), moves, back)
 
 
 @delta_end.register_fake
-def _(q, k, z, beta, g, cu_seqlens, moves, back):
+def _(q, k, z, beta, g, a, cu_seqlens, moves, back):
     return results(q, z, cu_seqlens, 1, False)[1]
 
 
@@ -72,6 +75,7 @@ def delta(
     v: Tensor,
     beta: Tensor,
     g: Tensor | None,
+    a: Tensor | None,
     memory: Tensor | None,
     cu_seqlens: Tensor | None,
     segments: int,
@@ -81,11 +85,11 @@ def delta(
     """(o, the last memory, the news, the memory before every chunk, what segments do to memories, and of chunks:
     scores, q·k, the system solved). `wide`: o in float32. `keep`: what the gradient needs is kept; without it there is
     none."""
-    return kernels.forward(*packed(q, k, v, beta, g, memory, cu_seqlens), segments, wide, keep)
+    return kernels.forward(*packed(q, k, v, beta, g, a, memory, cu_seqlens), segments, wide, keep)
 
 
 @delta.register_fake
-def _(q, k, v, beta, g, memory, cu_seqlens, segments, wide, keep):
+def _(q, k, v, beta, g, a, memory, cu_seqlens, segments, wide, keep):
     o, last, _ = results(q, v, cu_seqlens, 1, wide)
     (b, t, h, K), chunk = q.shape, kernels.chunk_for(q)
     news = torch.empty_like(v) if keep else v.new_empty(0)
@@ -104,6 +108,7 @@ def delta_gradients(
     v: Tensor,
     beta: Tensor,
     g: Tensor | None,
+    a: Tensor | None,
     memory: Tensor | None,
     cu_seqlens: Tensor | None,
     news: Tensor,
@@ -113,19 +118,19 @@ def delta_gradients(
     itself: Tensor,
     solved: Tensor,
     want_g: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dbeta, dg, dmemory); dg is empty unless wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbeta, dg, da, dmemory); dg is empty unless wanted, da where there is no a."""
     do, dlast = packed(of_dtype(do, v.dtype), dlast)
-    given = packed(q, k, v, beta, g, memory, cu_seqlens)
-    *grads, dg, dmemory = kernels.backward(do, dlast, *given, news, states, moves, scores, itself, solved, want_g)
-    return *grads, beta.new_empty(0) if dg is None else dg, dmemory
+    given = packed(q, k, v, beta, g, a, memory, cu_seqlens)
+    grads = kernels.backward(do, dlast, *given, news, states, moves, scores, itself, solved, want_g)
+    return tuple(beta.new_empty(0) if x is None else x for x in grads)
 
 
 @delta_gradients.register_fake
-def _(do, dlast, q, k, v, beta, g, memory, cu_seqlens, news, states, moves, scores, itself, solved, want_g):
-    dg = torch.empty_like(g) if want_g else beta.new_empty(0)
+def _(do, dlast, q, k, v, beta, g, a, memory, cu_seqlens, news, states, moves, scores, itself, solved, want_g):
     _, dmemory, _ = results(q, v, cu_seqlens, 1, False)
-    return *(torch.empty_like(y) for y in (q, k, v, beta)), dg, dmemory
+    some = (q, k, v, beta, g if want_g else None, a)
+    return *(beta.new_empty(0) if x is None else torch.empty_like(x) for x in some), dmemory
 
 
 def delta_context(ctx, inputs, output) -> None:
@@ -140,20 +145,22 @@ def delta_backward(ctx, do, dlast, *_):
     given = ctx.saved_tensors
     v = given[2]
     do = torch.zeros_like(v) if do is None else do
-    want_g, want_memory = ctx.needs_input_grad[4:6]
-    *grads, dg, dmemory = delta_gradients(do, dlast, *given, want_g)
-    return *grads, dg if want_g else None, dmemory if want_memory else None, None, None, None, None
+    wanted = ctx.needs_input_grad[:7]
+    grads = delta_gradients(do, dlast, *given, wanted[4])
+    return *(x if want else None for x, want in zip(grads, wanted, strict=True)), None, None, None, None
 
 
 delta.register_autograd(delta_backward, setup_context=delta_context)
 
 
 @operator("delta_step", "memory")
-def delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, memory: Tensor) -> Tensor:
+def delta_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, a: Tensor | None, memory: Tensor
+) -> Tensor:
     """o : b h v, in float32; memory is overwritten."""
-    return kernels.step(q, k, v, beta, g, memory)
+    return kernels.step(q, k, v, beta, g, a, memory)
 
 
 @delta_step.register_fake
-def _(q, k, v, beta, g, memory):
+def _(q, k, v, beta, g, a, memory):
     return torch.empty_like(v, dtype=torch.float32)

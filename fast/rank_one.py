@@ -1,4 +1,4 @@
-"""Delta rules with a gate a channel, with a vector of their own that erases, or with two writes."""
+"""Delta rules with a gate a channel, or with two writes; and those of `fast/delta.py` that find no room there."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,9 @@
-"""Compile what a forward and backward pass would launch, as a whole, by channel, rank one, slots, element or features,
-and of a loss and of routers, for a Hopper GPU without one.
+"""Compile what a forward and backward pass would launch, as a whole, of delta rules, by channel, rank one, slots,
+element or features, and of a loss and of routers, for a Hopper GPU without one.
 
     python tests/hopper.py 128 128 bfloat16                    by channel and by rank one
-    python tests/hopper.py 128 128 bfloat16 whole              decays as a whole, and delta rules with one
+    python tests/hopper.py 128 128 bfloat16 whole              decays as a whole
+    python tests/hopper.py 128 128 bfloat16 delta              delta rules with one: keys erase, or a vector of its own
     python tests/hopper.py 128 128 bfloat16 slots              gated slot attention with 64 of them
     python tests/hopper.py 128 128 bfloat16 crossed turning    by row and by column, and by row as it turns
     python tests/hopper.py 16 2048 bfloat16 rate spiral        kinds of scans
@@ -102,6 +103,8 @@ def main(K: str = "64", V: str = "64", dtype: str = "bfloat16", *kinds: str) -> 
     for kind in kinds:
         if kind == "whole":
             whole(q, k, v)
+        elif kind == "delta":
+            deltas(q, k, v)
         elif kind == "slots":
             slots(q, k, v)
         elif kind == "features":
@@ -149,7 +152,7 @@ def channels(q, k, v) -> None:
     channel.outputs(asked, v, scores, met, borders)
     channel.step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], u, memory)
     beta = torch.empty(b, t, h)
-    for given in ((beta, g, None, None), (beta, beta, q, None), (None, g, q, q)):  # as in KDA, Comba, RWKV7
+    for given in ((beta, g, None, None), (beta, beta, q, None), (None, g, q, q)):  # as in KDA, wide Comba, RWKV7
         _, _, news, states, moves, *found = rank_one.forward(q, k, v, *given, memory, borders, 2, False, True)
         rank_one.backward(v, memory, q, k, v, *given, borders, news, states, moves, found, True)
         rank_one.step(*(None if x is None else x[:, 0] for x in (q, k, v, *given)), memory)
@@ -177,7 +180,7 @@ def slots(q, k, v) -> None:
 
 
 def whole(q, k, v) -> None:
-    """Memories that fade as a whole: by decay alone, with a gate a token and without, and by delta rules with one."""
+    """Memories that fade as a whole, with a gate a token and without."""
     b, t, h, K = q.shape
     V = v.shape[-1]
     beta, memory, borders = torch.empty(b, t, h), torch.empty(1, h, K, V), torch.tensor([0, t], dtype=torch.int32)
@@ -190,10 +193,16 @@ def whole(q, k, v) -> None:
     given = (q, k, v, memory, count, borders)
     o, _, _, *kept = decay.ratio(*given, 2, 1e-10)
     decay.ratio_gradients(v, memory, count, *given, o, *kept, 1e-10)
-    given = (q, k, v, beta, beta, memory, borders)
-    _, _, *kept = delta.forward(*given, 2, False, True)
-    delta.backward(v, memory, *given, *kept, True)
-    delta.step(*(x[:, 0] for x in (q, k, v, beta, beta)), memory)
+
+
+def deltas(q, k, v) -> None:
+    b, t, h, K = q.shape
+    beta, memory, borders = torch.empty(b, t, h), torch.empty(1, h, K, v.shape[-1]), torch.tensor([0, t]).int()
+    for a in (None, q) if K <= delta.FOLDED else (None,):
+        given = (q, k, v, beta, beta, a, memory, borders)
+        _, _, *kept = delta.forward(*given, 2, False, True)
+        delta.backward(v, memory, *given, *kept, True)
+        delta.step(*(x if x is None else x[:, 0] for x in (q, k, v, beta, beta, a)), memory)
 
 
 def products(q, k, v) -> None:

@@ -1522,6 +1522,51 @@ MUTANTS = [
         "tests/test_fast.py -k 'values and gated_delta_net'",
     ),
     Mutant(
+        "a vector that erases gets the gradient of the key beside it",
+        "fast/kernels/delta.py",
+        "tl.store(da + at_k, -erased, mask=ok_k)",
+        "tl.store(da + at_k, strength[:, None] * answered, mask=ok_k)",
+        "tests/test_fast.py -k 'comba and values'",
+    ),
+    Mutant(
+        "what erases apart from keys is not seen by the cotangents of earlier memories",
+        "fast/kernels/delta.py",
+        "E = tl.dot(tl.trans(ba), (-answer)",
+        "E = tl.dot(tl.trans(bk), (-answer)",
+        "tests/test_fast.py -k 'comba and values'",
+    ),
+    Mutant(
+        "what erases apart from keys is decayed by its own token's gate",
+        "fast/kernels/delta.py",
+        "hi = tl.load(sums + line + t - 1, mask=earlier",
+        "hi = tl.load(sums + line + t, mask=earlier",
+        "tests/test_fast.py -k 'comba and values'",
+    ),
+    Mutant(
+        "what erases apart from keys: pairs are rounded before they cancel in a gate's gradient",
+        "fast/kernels/delta.py",
+        "later = tl.sum(found, 1) - tl.sum(found + lost, 0)",
+        "later = tl.sum(found.to(bq.dtype).to(tl.float32), 1) - tl.sum(found + lost, 0)",
+        "tests/test_fast.py -k nothing_to_decay",
+    ),
+    Mutant(
+        "what erases apart from keys finds, of a token, a memory that it has decayed",
+        "fast/kernels/delta.py",
+        """    if APART:
+        ba = tl.load(a + row * K + ik, mask=in_k, other=0.0).to(tl.float32)
+        found = tl.sum(ba[:, None] * M, 0)
+    if GATE != 0:
+        M = M * tl.exp(tl.load(g + row))
+""",
+        """    if GATE != 0:
+        M = M * tl.exp(tl.load(g + row))
+    if APART:
+        ba = tl.load(a + row * K + ik, mask=in_k, other=0.0).to(tl.float32)
+        found = tl.sum(ba[:, None] * M, 0)
+""",
+        "tests/test_fast.py -k 'comba and step'",
+    ),
+    Mutant(
         "the gradient of rates forgets the rows' steps",
         "fast/kernels/scan.py",
         "d_rate += felt * gate[:, None]",
@@ -1649,7 +1694,7 @@ MUTANTS = [
     ),
     Mutant(
         "a token's own gate has a gradient from what it erases before the decay",
-        "fast/kernels/rank_one.py",
+        "fast/kernels/delta.py",
         "until = (other > here) if BEFORE else (other >= here)\n    return",
         "until = other >= here\n    return",
         "tests/test_fast.py -k 'comba and values'",
@@ -1666,7 +1711,7 @@ MUTANTS = [
         "fast/kernels/rank_one.py",
         "- tl.sum(A + B, 0)",
         "- tl.sum(A, 0)",
-        "tests/test_fast.py -k 'comba and values'",
+        "tests/test_fast.py -k 'as_they_are_printed and gated_delta_net'",
     ),
     Mutant(
         "rank one steps: pairs of what was added have no part in a gate's gradient",

@@ -407,6 +407,12 @@ def test_delta_rules_are_cut_where_few_programs_would_run(b, t, h, k, v):
                 assert programs * segments >= 132 or segments == 32
 
 
+def test_what_erases_apart_from_keys_has_kernels_of_more_channels_elsewhere(launched):
+    """Sweeps of whole gates have no room for three tiles of more than 128 channels."""
+    compare("comba", t=18, k=129, v=16)
+    assert launched["rank_one_sweep"] == 2 and not launched["delta_values"]
+
+
 def extreme(tokens, constants):
     for g in (tokens[n] for n in "gf" if n in tokens):
         if g.ndim == 4:  # at other tokens in every channel
@@ -860,7 +866,7 @@ def test_what_is_kept_for_the_gradient_may_be_asked_twice(name):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net"])
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "comba"])
 def test_only_what_is_asked_is_computed_by_delta_rules(name, launched):
     """What two sweeps share is found once and kept; without a gradient in sight nothing but that is."""
     row, tokens, _ = some(name)
@@ -945,7 +951,7 @@ def test_a_scan_that_kept_nothing_has_no_gradient():
         torch.ops.linear_moe.scan(scans.ERASE.value, q, k, v, None, dt, None, None, None, 1, False)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gated_delta_net"])
+@pytest.mark.parametrize("name", ["mamba2", "gated_delta_net", "comba"])
 def test_more_columns_of_values_than_one_state_holds(name, monkeypatch):
     """They are computed apart from the first."""
     monkeypatch.setattr(getattr(fast, family_of(name)), "WHOLE", 32)
@@ -966,7 +972,7 @@ def test_the_operator_of_scans_keeps_torchs_rules(name, segments):
     torch.library.opcheck(torch.ops.linear_moe.scan.default, given, test_utils=checks)
 
 
-@pytest.mark.parametrize("name", ["kda", "comba", "rwkv7", "delta_net_printed"])
+@pytest.mark.parametrize("name", ["kda", "rwkv7", "rwkv7_printed", "delta_net_printed"])
 def test_only_what_is_asked_is_computed_by_rank_one(name, launched):
     """One sweep each way, and what no state is needed for before it; all gradients but that of v in two launches."""
     row, tokens, _ = some(name)
@@ -993,7 +999,7 @@ def test_a_delta_rule_that_kept_nothing_has_no_gradient():
     _, tokens, _ = some("delta_net", t=3)
     given = [x.requires_grad_() for x in tokens.values()]
     with pytest.raises(RuntimeError, match="keep = True"):
-        torch.ops.linear_moe.delta(*given, None, None, None, 1, False, False)
+        torch.ops.linear_moe.delta(*given, *[None] * 4, 1, False, False)
     with pytest.raises(RuntimeError, match="keep = True"):
         torch.ops.linear_moe.rank_one(*given, *[None] * 5, 1, False, False)
     _, tokens, _ = some("gsa", t=3)
@@ -1046,7 +1052,7 @@ def test_weighted_means_keep_torchs_rules(segments):
 
 
 @pytest.mark.parametrize("segments, wide", [(1, False), (2, True)])
-@pytest.mark.parametrize("name", ["mamba2", "gla", "rwkv6", "delta_net", "gated_delta_net"])
+@pytest.mark.parametrize("name", ["mamba2", "gla", "rwkv6", "delta_net", "gated_delta_net", "comba"])
 def test_the_operators_keep_torchs_rules(name, segments, wide):
     _, tokens, constants = some(name, t=7)
     given = [tokens[n].requires_grad_() for n in "qkv"]
@@ -1055,6 +1061,8 @@ def test_the_operators_keep_torchs_rules(name, segments, wide):
     given.append(tokens["g"].requires_grad_() if "g" in tokens else None)
     if family_of(name) == "channel":
         given.append(constants["u"].requires_grad_() if constants else None)
+    if family_of(name) == "delta":
+        given.append(tokens["a"].requires_grad_() if "a" in tokens else None)
     operator = getattr(torch.ops.linear_moe, family_of(name)).default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     more = (True,) if family_of(name) in ("channel", "delta") else ()
@@ -1062,7 +1070,7 @@ def test_the_operators_keep_torchs_rules(name, segments, wide):
 
 
 @pytest.mark.parametrize("segments", [1, 2])
-@pytest.mark.parametrize("name", ["kda", "comba", "rwkv7", "ttt_printed"])
+@pytest.mark.parametrize("name", ["kda", "rwkv7", "rwkv7_printed", "gated_delta_net_printed"])
 def test_rank_one_keeps_torchs_rules(name, segments):
     row, tokens, constants = some(name, t=7)
     form = quick.ready(row, quick.form_of(row, tokens), constants, lambda x: x)
@@ -1408,6 +1416,12 @@ def test_compiles_for_hopper_without_one(dtype, hopper):
     assert names == {"delta_fold"} | kernels_of(channels, "channel_") | kernels_of(ones, "rank_one_")
 
 
+def test_delta_rules_compile_for_hopper_without_one_and_do_not_spill(hopper):
+    said = hopper("32", "32", "bfloat16", "delta")
+    assert {line.split()[0] for line in said} == {"decay_sums"} | kernels_of(deltas, "delta_")
+    assert not spilling(said), said
+
+
 def test_scans_compile_for_hopper_without_one_and_do_not_spill(hopper):
     said = hopper("32", "256", "bfloat16", "rate", "full", "spiral")
     assert {line.split()[0] for line in said} == kernels_of(scans, "scan_")
@@ -1522,13 +1536,19 @@ def test_the_same_bits_every_time(name, b, t, h, dtype):
 @gpu
 @pytest.mark.parametrize(
     "name, forward, backward",
-    [("mamba2", 1.3, 5.8), ("gla", 8.4, 16.9), ("gated_delta_net", 5.6, 13.0), ("kda", 10.5, 20.0)],
+    [
+        ("mamba2", 1.3, 5.8),
+        ("gla", 8.4, 16.9),
+        ("gated_delta_net", 5.6, 13.0),
+        ("comba", 5.6, 14.0),
+        ("kda", 10.5, 20.0),
+    ],
 )
 def test_extra_memory(name, forward, backward):
     """Forward: the output and one memory; by channel scores, queries and keys faded, the sums of gates (2 units, in
     float32) and the memories of chunks; delta rules: news, two tiles a chunk and the memories of chunks. Backward: o
     do dq dk dv, 2 memories, the gates' gradient (2 units by channel, in float32) and the cotangents of the chunks'
-    memories; delta rules: two more tiles."""
+    memories; delta rules: two more tiles, and da."""
     torch.use_deterministic_algorithms(False)
     row, tokens, _ = some(name, b=8, t=1024, h=8, k=128, v=128)
     tokens = {n: x if n == "g" else x.bfloat16() for n, x in tokens.items()}

@@ -3,10 +3,11 @@
     r_t = v_t - e_t M̂      M_t = Diag(e^{g_t}) M_{t-1} + β_t w_tᵀ r_t (+ k_tᵀ v_t)      o_t = q_t M_t
 
     delta rules with a gate a channel (KDA)         e = w = k, M̂ = Diag(e^{g_t}) M_{t-1}
-    a vector of its own that erases (Comba)         e = a, w = k, M̂ = M_{t-1}
+    a vector of its own that erases                 e = a, w = k, M̂ = M_{t-1}
     two writes (RWKV7)                              e = -a, w = b, M̂ = M_{t-1}, β = 1, r_t = -e_t M̂, and k_tᵀ v_t
 
-The gate is nothing, a number a head and token, or a number a key channel and token.
+The gate is nothing, a number a head and token, or a number a key channel and token. One write with one of the former
+two is `delta.py`'s, but for Comba's with more than 128 key channels.
 
 In a chunk of C tokens, with b_i = g_1 + ... + g_i, c_i = b_i or, where M̂ is the memory before its decay, b_{i-1}, with
 ⟨x, y⟩_ij = Σ_c x_ic y_jc e^{(b or c)_ic - b_jc} and S the state from before the chunk:
@@ -126,7 +127,7 @@ from fast.kernels.decay import (
     stretch_of,
     summed,
 )
-from fast.kernels.delta import FOLDED, SOLVING, fold, solved_by_halves
+from fast.kernels.delta import FOLDED, SOLVING, fold, solved_by_halves, sums_behind, sums_where
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
 COMPILED = tl.constexpr(not decay.INTERPRETED)
@@ -161,12 +162,6 @@ def gates_of(g, at, ok):
     """Gates in units of log 2, so that exp2 follows; 0 where there is no token."""
     gate = tl.load(g + at, mask=ok, other=0.0)
     return tl.maximum(gate, FLOOR, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
-
-
-@triton.jit
-def sums_where(which, x):
-    """C: of every token the sum of x (C) over the tokens s with which[:, s]."""
-    return tl.sum(tl.where(which, x[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -532,14 +527,6 @@ def rank_one_sweep(
     if MOVES > 0:
         to = moves + (nh * segments + segment) * X * X + ix[:, None] * X + im[None, :]
         tl.store(to, S, mask=in_x[:, None] & (im >= 0)[None, :] & (im < X)[None, :])
-
-
-@triton.jit
-def sums_behind(later, erasing, ic, BEFORE: tl.constexpr):
-    """Σ_{s>=t} later + Σ_{s>=t, BEFORE: s>t} erasing: C."""
-    here, other = ic[:, None], ic[None, :]
-    until = (other > here) if BEFORE else (other >= here)
-    return sums_where(other >= here, later) + sums_where(until, erasing)
 
 
 @triton.jit
