@@ -1284,6 +1284,20 @@ MUTANTS = [
         "tests/test_fast.py -k same_a_query",
     ),
     Mutant(
+        "products of float32 are added term by term to what is larger",
+        "fast/kernels/decay.py",
+        'if (x.dtype == tl.float32) & (PRECISION == "ieee"):',
+        'if (x.dtype == tl.float16) & (PRECISION == "ieee"):',
+        "tests/test_fast.py -k 'order_of_a_gpu and based'",
+    ),
+    Mutant(
+        "scores of float32 rows that fade are one sum over all channels",
+        "fast/kernels/cross.py",
+        "A = plus_product(A, faded, y_t * tl.exp2(-a_t).to(tl.float32), inside[:, None], PRECISION)",
+        "A += tl.dot(faded, y_t * tl.exp2(-a_t).to(tl.float32), input_precision=PRECISION)",
+        "tests/test_fast.py -k order_of_a_gpu",
+    ),
+    Mutant(
         "the sum of the weights starts anew in every segment",
         "fast/kernels/decay.py",
         "side_entry + (nh * slots + segment) * WIDTH",

@@ -37,6 +37,7 @@ from fast.kernels import rank_one as ones
 from fast.kernels import scan as scans
 from fast.kernels import slots as slotted
 from inputs import Made, assert_within_budget, compiled_alike, leaves, make, start
+from interpreter import add_as_a_gpu_does
 from reference import chunked, example, printed, span
 from reference import recurrence as exact
 from reference.bidirectional import both_ways
@@ -246,6 +247,13 @@ def test_values_and_gradients(name, t, k, v):
 def test_rules_as_they_are_printed(name):
     compare(name, t=FEW, k=20, v=33)
     compare(name, torch.float16, t=70, k=33, v=20, cu_seqlens=torch.tensor([0, 33, 33, 70], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name, t, k, v", [("gated_fast_weights", 32, 16, 256), ("based", 21, 16, 7)])
+def test_sums_of_products_are_exact_enough_in_the_order_of_a_gpu(name, t, k, v, monkeypatch):
+    if not CUDA:
+        add_as_a_gpu_does(monkeypatch)
+    compare(name, t=t, k=k, v=v, wide=True)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
