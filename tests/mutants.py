@@ -1284,6 +1284,20 @@ MUTANTS = [
         "tests/test_fast.py -k same_a_query",
     ),
     Mutant(
+        "the gradients of slots' keys need a compiled kernel of their own",
+        "fast/kernels/slots.py",
+        "met_keys.to(s.dtype) if keep else None",
+        "met_keys if keep else None",
+        "tests/test_fast.py -k one_compiled_kernel",
+    ),
+    Mutant(
+        "queries' gradients by channel are stored where nobody wants them",
+        "fast/kernels/channel.py",
+        "if wanted != 0:",
+        "if wanted == 0:",
+        "tests/test_fast.py -k 'only_what_is_asked_is_computed_of_slots or sixteen_bits and gsa'",
+    ),
+    Mutant(
         "products of float32 are added term by term to what is larger",
         "fast/kernels/decay.py",
         'if (x.dtype == tl.float32) & (PRECISION == "ieee"):',

@@ -899,6 +899,23 @@ def test_only_what_is_asked_is_computed_of_slots(launched):
     assert launched == Counter(forwards) + Counter(backwards) + Counter({"slots_cotangents": 1, "slots_gates": 1})
 
 
+def test_one_compiled_kernel_is_the_gradients_of_both_memories_of_slots(monkeypatch):
+    """On a first call every kernel is compiled, one after the other: this one takes longest."""
+    row, tokens, _ = some("gsa", t=20, h=1)
+    tokens, kinds, launch = narrowed(tokens, torch.float16), [], kernels.launch
+
+    def seen(kernel, programs, *args, **meta):
+        if kernel is channels.channel_gradients:
+            kinds.append(([x.dtype if isinstance(x, torch.Tensor) else type(x) for x in args], meta))
+        launch(kernel, programs, *args, **meta)
+
+    leaves(tokens)
+    o, _ = quick.recurrence(row, tokens)
+    monkeypatch.setattr(kernels, "launch", seen)
+    o.sum().backward()
+    assert len(kinds) == 2 and kinds[0] == kinds[1]
+
+
 @pytest.mark.parametrize("name", SCANNED)
 def test_only_what_is_asked_is_computed_by_scans(name, launched):
     """One pass each way; memories on the way are kept for a gradient and for nothing else."""
