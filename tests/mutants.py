@@ -1298,6 +1298,20 @@ MUTANTS = [
         "tests/test_fast.py -k 'only_what_is_asked_is_computed_of_slots or sixteen_bits and gsa'",
     ),
     Mutant(
+        "what queries and keys fade to is held to the end of the way back by row and column",
+        "fast/kernels/cross.py",
+        "    del asked, written",
+        "    asked, written",
+        "tests/test_fast.py -k memory_beside",
+    ),
+    Mutant(
+        "sums of gates are held where there will be no gradient",
+        "fast/kernels/channel.py",
+        "sums = sums if keep else None",
+        "sums = sums",
+        "tests/test_fast.py -k memory_beside",
+    ),
+    Mutant(
         "products of float32 are added term by term to what is larger",
         "fast/kernels/decay.py",
         'if (x.dtype == tl.float32) & (PRECISION == "ieee"):',

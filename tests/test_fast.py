@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import fast
 import reference
 from fast import gates as by_gates
+from fast import operators
 from fast import recurrence as quick
 from fast import scan as by_element
 from fast.kernels import channel as channels
@@ -42,6 +43,7 @@ from reference import chunked, example, printed, span
 from reference import recurrence as exact
 from reference.bidirectional import both_ways
 from reference.lsm import LSM
+from reference.peak import peak
 from reference.printed import PRINTED
 
 CUDA = torch.cuda.is_available()
@@ -1568,6 +1570,44 @@ def test_extra_memory(name, forward, backward):
     grads = torch.autograd.grad(o, given, torch.ones_like(o))
     assert torch.cuda.max_memory_allocated() - before < backward * unit
     assert len(grads) == len(given)
+
+
+@pytest.mark.parametrize(
+    "name, alone, both",
+    [
+        ("linear_attention", 0.2, 0.4),
+        ("mamba2", 0.3, 0.5),
+        ("gla", 3.7, 9.0),
+        ("gated_delta_net", 1.3, 7.7),
+        ("kda", 4.7, 12.6),
+        ("gsa", 7.6, 11.9),
+        ("gated_fast_weights", 8.6, 13.2),
+        ("gate_loop", 17.2, 20.6),
+    ],
+)
+def test_memory_beside_inputs_and_results(name, alone, both, monkeypatch):
+    """In units of q's size, by count, whatever computes: without a gradient, and with what the gradient needs."""
+    cut(monkeypatch, 1)
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(operators, "observed", lambda: False)  # what an operator makes within itself counts
+    torch.use_deterministic_algorithms(False)
+    row, tokens, constants = make(name, b=1, t=2048, h=1, k=128, v=128, dtype=torch.float32)
+    tokens = {n: x.to(DEVICE) for n, x in narrowed(tokens, torch.float16).items()}
+    if name == "gsa":
+        tokens["g"] = tokens["g"].new_zeros(1, 2048, 1, 64)
+    given, unit = leaves(tokens, constants), tokens["q"].nbytes
+    do = torch.zeros_like(tokens["v"])
+
+    def run():
+        return torch.autograd.grad(quick.recurrence(row, tokens, constants)[0], given, do)
+
+    def forward():
+        with torch.no_grad():
+            return quick.recurrence(row, tokens, constants)[0]
+
+    results = do.nbytes + sum(x.nbytes for x in given)
+    assert (peak(forward).bytes - do.nbytes) / unit < alone
+    assert (peak(run).bytes - results) / unit < both
 
 
 @gpu

@@ -700,6 +700,7 @@ def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool, keep: boo
     """
     scores = scores_for(q)
     asked, written, fades, sums = gates(q, k, g, u, borders, scores)
+    sums = sums if keep else None  # 2 U, free for o
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     last, met = onwards(asked, written, v, fades, scores, memory, borders, segments, o, q.dtype if keep else None)
     kept = scores, asked, written, fades, sums, met

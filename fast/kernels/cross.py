@@ -703,13 +703,17 @@ def backward(do, dlast, q, k, v, memory, borders, states, g_sums, f_sums, turns,
     behind, dv = torch.empty_like(marks), torch.empty_like(v)
     found = {"out": dv} if wide is None else {"wide": torch.empty_like(wide)}
     sweep(written, asked, do, None, sums, scores, borders, far, **found, end=end, marks=behind, reverse=True, **run)
+    shape = asked.shape
+    del asked, written  # as soon as nobody reads them their memory, 4 U, is free for what follows
     pairs, asking, answered = prepared(do, v, None, f_sums, borders)
-    dq, dk = (torch.empty_like(asked) for _ in range(2))
+    dq, dk = (marks.new_empty(shape) for _ in range(2))
     sides = {"sums": sums[::-1], "scores": pairs, "borders": borders, "transposed": True, **run}
     sweep(asking, answered, k, turns, entry=start, wide=dq, **sides)
     sweep(answered, asking, q, turns, entry=far, wide=dk, reverse=True, **sides)
+    del asking, answered
     ends, columns, angles = ends_of(v, marks, behind, borders, f_sums is not None, turns is not None)
     *rows, dg, dtheta = gradients(q, k, dq, dk, turns, pairs, ends, angles, borders)
+    del dq, dk
     df = None
     if wide is not None:
         _, dv, df, _ = gradients(do, v, wide, found["wide"], None, scores, columns, None, borders, one=True)

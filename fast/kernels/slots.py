@@ -164,6 +164,7 @@ def backward(
     )
     dl, scores = torch.empty_like(p), torch.empty_like(scores)
     by_rows(slots_cotangents, p, dp, dl)
+    del dp  # 1 U
     asked = channel.gates(dl, s, g, None, borders, scores, known)[0]
     dq = channel.outputs(asked, k, scores, met_keys, borders)
     segments = channel.segments_for(s, k, n)
