@@ -23,7 +23,8 @@ gradients written).
 Where every element of the memory needs an exponential of its own (Mamba), one a token each way is a second floor, at 16
 a clock and multiprocessor; the larger counts. Rows of one head (Mamba, Longhorn, S4) take a shape's h·d as the width of
 their layer: at 8x2048x8x128 Mamba has 2048 channels of 16 keys.
-Before anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
+`extra_mib` is the most that one run holds beside its inputs, `own_mib` that without outputs and gradients. Before
+anything is timed both sides must pass the error budget against the token loop in float64, with the same inputs.
 Peers that cannot run are listed as unavailable, with the reason. `tune` has peers tune themselves beforehand, several
 side by side, and says how long their first calls took; with `--tuned` those in `kernels` are no first calls. `decode`
 lines (`--decode`: batches, or none) are one token a sequence at 8 heads of 128: the memory overwritten where that is
@@ -533,7 +534,9 @@ def timed(name: str, side: str, f: Callable, ours, shape, dtype, ceiling: dict) 
 
     for what, run in (("forward", forward), ("forward+backward", both)):
         floor = moved(what, tokens, do), exponentials(what, row, tokens, constants)
-        yield {"row": name, "side": side, "what": what, "shape": text(shape), **clocked(run, do.dtype, *floor, ceiling)}
+        found = clocked(run, do.dtype, *floor, ceiling)
+        found["own_mib"] = found["extra_mib"] - results(what, tokens, do) / 2**20
+        yield {"row": name, "side": side, "what": what, "shape": text(shape), **found}
 
 
 def decoded(name: str, side: str, step: Callable, batches, dtype, ceiling: dict, sizes=DECODED, device="cuda"):
@@ -605,6 +608,11 @@ def moved(what: str, tokens: dict, o: torch.Tensor) -> int:
     """The bytes that must move at least: every input with a time axis, its gradient, and outputs like `o`."""
     of_inputs, of_outputs = TENSORS[what]
     return of_inputs * sum(x.nbytes for x in tokens.values()) + of_outputs * o.nbytes
+
+
+def results(what: str, tokens: dict, o: torch.Tensor) -> int:
+    """The bytes of what a run returns: outputs like `o`, and backward the gradient of every input with a time axis."""
+    return o.nbytes + (sum(x.nbytes for x in tokens.values()) if what != "forward" else 0)
 
 
 def exponentials(what: str, row, tokens: dict, constants: dict) -> int:

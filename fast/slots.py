@@ -87,7 +87,7 @@ def _(q, k, v, g, keys, values, cu_seqlens, count, keep):
         return torch.empty_like(v), *last, *(s.new_empty(0) for _ in range(9))
     first, second = (channels.memories(s, x, cu_seqlens) for x in (k, v))
     chunks = channels.scores_for(s), torch.empty_like(s), torch.empty_like(s), g.new_empty(first[0], h, m)
-    sums, met = torch.empty_like(g, dtype=channels.sums_in(s)), (g.new_empty(first), s.new_empty(second))
+    sums, met = torch.empty_like(g, dtype=channels.sums_in(s)), (s.new_empty(first), s.new_empty(second))
     return torch.empty_like(v), *last, s, torch.empty_like(g), *chunks, sums, *met
 
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import fast
 import reference
 from fast import gates as by_gates
+from fast import operators
 from fast import recurrence as quick
 from fast import scan as by_element
 from fast.kernels import channel as channels
@@ -37,10 +38,12 @@ from fast.kernels import rank_one as ones
 from fast.kernels import scan as scans
 from fast.kernels import slots as slotted
 from inputs import Made, assert_within_budget, compiled_alike, leaves, make, start
+from interpreter import add_as_a_gpu_does
 from reference import chunked, example, printed, span
 from reference import recurrence as exact
 from reference.bidirectional import both_ways
 from reference.lsm import LSM
+from reference.peak import peak
 from reference.printed import PRINTED
 
 CUDA = torch.cuda.is_available()
@@ -246,6 +249,13 @@ def test_values_and_gradients(name, t, k, v):
 def test_rules_as_they_are_printed(name):
     compare(name, t=FEW, k=20, v=33)
     compare(name, torch.float16, t=70, k=33, v=20, cu_seqlens=torch.tensor([0, 33, 33, 70], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name, t, k, v", [("gated_fast_weights", 32, 16, 256), ("based", 21, 16, 7)])
+def test_sums_of_products_are_exact_enough_in_the_order_of_a_gpu(name, t, k, v, monkeypatch):
+    if not CUDA:
+        add_as_a_gpu_does(monkeypatch)
+    compare(name, t=t, k=k, v=v, wide=True)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -895,6 +905,23 @@ def test_only_what_is_asked_is_computed_of_slots(launched):
     torch.autograd.grad(o.sum(), given)
     backwards = {"channel_gates": 1, "channel_sweep": 2, "channel_outputs": 1, "channel_gradients": 2}
     assert launched == Counter(forwards) + Counter(backwards) + Counter({"slots_cotangents": 1, "slots_gates": 1})
+
+
+def test_one_compiled_kernel_is_the_gradients_of_both_memories_of_slots(monkeypatch):
+    """On a first call every kernel is compiled, one after the other: this one takes longest."""
+    row, tokens, _ = some("gsa", t=20, h=1)
+    tokens, kinds, launch = narrowed(tokens, torch.float16), [], kernels.launch
+
+    def seen(kernel, programs, *args, **meta):
+        if kernel is channels.channel_gradients:
+            kinds.append(([x.dtype if isinstance(x, torch.Tensor) else type(x) for x in args], meta))
+        launch(kernel, programs, *args, **meta)
+
+    leaves(tokens)
+    o, _ = quick.recurrence(row, tokens)
+    monkeypatch.setattr(kernels, "launch", seen)
+    o.sum().backward()
+    assert len(kinds) == 2 and kinds[0] == kinds[1]
 
 
 @pytest.mark.parametrize("name", SCANNED)
@@ -1563,6 +1590,44 @@ def test_extra_memory(name, forward, backward):
     grads = torch.autograd.grad(o, given, torch.ones_like(o))
     assert torch.cuda.max_memory_allocated() - before < backward * unit
     assert len(grads) == len(given)
+
+
+@pytest.mark.parametrize(
+    "name, alone, both",
+    [
+        ("linear_attention", 0.2, 0.4),
+        ("mamba2", 0.3, 0.5),
+        ("gla", 3.7, 9.0),
+        ("gated_delta_net", 1.3, 7.7),
+        ("kda", 4.7, 12.6),
+        ("gsa", 7.6, 11.9),
+        ("gated_fast_weights", 8.6, 13.2),
+        ("gate_loop", 17.2, 20.6),
+    ],
+)
+def test_memory_beside_inputs_and_results(name, alone, both, monkeypatch):
+    """In units of q's size, by count, whatever computes: without a gradient, and with what the gradient needs."""
+    cut(monkeypatch, 1)
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(operators, "observed", lambda: False)  # what an operator makes within itself counts
+    torch.use_deterministic_algorithms(False)
+    row, tokens, constants = make(name, b=1, t=2048, h=1, k=128, v=128, dtype=torch.float32)
+    tokens = {n: x.to(DEVICE) for n, x in narrowed(tokens, torch.float16).items()}
+    if name == "gsa":
+        tokens["g"] = tokens["g"].new_zeros(1, 2048, 1, 64)
+    given, unit = leaves(tokens, constants), tokens["q"].nbytes
+    do = torch.zeros_like(tokens["v"])
+
+    def run():
+        return torch.autograd.grad(quick.recurrence(row, tokens, constants)[0], given, do)
+
+    def forward():
+        with torch.no_grad():
+            return quick.recurrence(row, tokens, constants)[0]
+
+    results = do.nbytes + sum(x.nbytes for x in given)
+    assert (peak(forward).bytes - do.nbytes) / unit < alone
+    assert (peak(run).bytes - results) / unit < both
 
 
 @gpu

@@ -323,12 +323,13 @@ def channel_outputs(
 
 @triton.jit
 def gradients_of_chunk(
-    do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads,
+    do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads, wanted,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr,
-    EXACT: tl.constexpr, MILD: tl.constexpr, GATES: tl.constexpr, BONUS: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, ONE: tl.constexpr,
+    EXACT: tl.constexpr, MILD: tl.constexpr, GATES: tl.constexpr, BONUS: tl.constexpr, KEYS: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
-    """`channel_gradients`, every pointer being at its chunk. ONE: of mild gates, all pairs in one product."""
+    """`channel_gradients`, every pointer being at its chunk. ONE: of mild gates, all pairs in one product.
+    dq is stored where it is `wanted`."""
     in_k, in_v = ik < K, iv < V
     here, other = ic[:, None], ic[None, :]
     kind = k.dtype.element_ty
@@ -391,7 +392,7 @@ def gradients_of_chunk(
         weight = tl.load(u + ik, mask=in_k, other=0.0)
     if KEYS:
         change = query * queried
-    if QUERIES:
+    if wanted != 0:
         tl.store(dq + at_k, queried + own[:, None] * key * weight[None, :], mask=ok_k)
     if KEYS:
         if BONUS:
@@ -437,15 +438,16 @@ def gradients_of_chunk(
             tl.store(dg + at_k, since, mask=ok_k)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "sequences"])
+@triton.jit(do_not_specialize=["tokens", "heads", "sequences", "queries"])
 def channel_gradients(
-    do, q, k, v, u, sums, states, cotangents, borders, dq, dk, dg, du, tokens, heads, sequences,
+    do, q, k, v, u, sums, states, cotangents, borders, dq, dk, dg, du, tokens, heads, sequences, queries,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, MILD: tl.constexpr,
-    GATES: tl.constexpr, BONUS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    GATES: tl.constexpr, BONUS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dg of one chunk, a slice of channels; with BONUS du of the chunk, at its `place_of`. Without QUERIES
-    all but dq; without KEYS dq alone, of which q is no part.
+    """dq, dk and dg of one chunk, a slice of channels; with BONUS du of the chunk, at its `place_of`. Where `queries`
+    is 0 all but dq: a branch, since a kernel of its own would take five seconds to compile. Without KEYS dq alone, of
+    which q is no part.
 
     Reads do, v and b, its slice of q, k, of the memory before the chunk and the cotangent of that after it.
     Multiply-adds: 2·C·C·V + 2·C·V·BK, and 2·C·C·BK for each level, mostly one.
@@ -464,8 +466,7 @@ def channel_gradients(
     if KEYS:
         cotangents += place.to(tl.int64) * K * V
         q, dk = q + row * K, dk + row * K
-    if QUERIES:
-        dq += row * K
+    dq += row * K
     k, do, v = k + row * K, do + row * V, v + row * V
     if GATES:
         dg += row * K
@@ -476,13 +477,13 @@ def channel_gradients(
     _, _, mild = ends_of(sums, count, heads, ik, C, K, MILD)
     if mild and (not BEFORE):  # whose sums and bonus would need more registers than there are
         gradients_of_chunk(
-            do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads,
-            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, QUERIES, KEYS, True,
+            do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads, queries,
+            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, KEYS, True,
         )  # fmt: skip
     else:
         gradients_of_chunk(
-            do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads,
-            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, QUERIES, KEYS, False,
+            do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads, queries,
+            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, KEYS, False,
         )  # fmt: skip
 
 
@@ -699,6 +700,7 @@ def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool, keep: boo
     """
     scores = scores_for(q)
     asked, written, fades, sums = gates(q, k, g, u, borders, scores)
+    sums = sums if keep else None  # 2 U, free for o
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     last, met = onwards(asked, written, v, fades, scores, memory, borders, segments, o, q.dtype if keep else None)
     kept = scores, asked, written, fades, sums, met
@@ -761,9 +763,9 @@ def gradients(do, q, k, v, u, sums, states, cotangents, borders, dq, want_g=Fals
     du = sums.new_zeros(places(k, borders, shape["C"]), h, K, dtype=torch.float32) if want_u else None
     decay.launch(
         channel_gradients, chunks_of(k, borders, shape["C"]) * h * shape["SLICES"],
-        do, q, k, v, u, sums, states, cotangents, borders, dq, dk, dg, du, t, h, sequences_of(k, borders),
-        V=V, BV=max(shape["BK"], padded(V)), **shape, GATES=want_g, BONUS=want_u, QUERIES=dq is not None,
-        KEYS=q is not None,
+        do, q, k, v, u, sums, states, cotangents, borders, q if dq is None else dq, dk, dg, du, t, h,
+        sequences_of(k, borders), int(dq is not None), V=V, BV=max(shape["BK"], padded(V)), **shape, GATES=want_g,
+        BONUS=want_u, KEYS=q is not None,
     )  # fmt: skip
     return dk, dg, du if du is None else du.sum(0)
 

@@ -20,13 +20,14 @@ b, s e^{b_C - b} and e^{b_C} are made once for both memories and both passes. In
 
 Where 16 bits are too few. l goes into an exponent: it is float32, and of N before a chunk, which may be large where the
 differences between slots are small, what queries find is a product of two parts. p and E are queries that are rounded
-as they fade (p e^b, E e^b), so not before; dp is float32 since E is what dp's have not in common.
+as they fade (p e^b, E e^b), so not before; dp is float32 since E is what dp's have not in common. What is kept of N is
+16 bits, as the products of the way back are: one compiled kernel is then the gradients of both memories.
 
-Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128 and 64 slots, whose gates in float32 are
-1 U: forwards s 1 1/2, gates 3, sweep 3 1/2 (N 2), l 6 1/2, p 2, gates 3 1/2, sweep 4 1/2 (M 1): 24 1/2. Backwards sweep
-4 1/2, gradients 9, E 3, gates 3 1/2, dq 5, sweep 4 1/2, gradients 9, dg 5: 43 1/2. Kept for the gradient: s, A, p e^b
-and s e^{b_C - b} 1/2 each, p and b 1 each, M 1, N 2: 7. Multiply-adds a chunk are those of `channel.py` for m key
-channels, twice, and C·m·K + C·C·m and a product of N more, for l.
+Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128 and 64 slots, whose gates in float32 are 1
+U: forwards s 1 1/2, gates 3, sweep 3 1/2 (N 2), l 6 1/2, N rounded 3, p 2, gates 3 1/2, sweep 4 1/2 (M 1): 27 1/2.
+Backwards sweep 4 1/2, gradients 9, E 3, gates 3 1/2, dq 4, sweep 4 1/2, gradients 8, dg 5: 41 1/2. Kept for the
+gradient: s, A, p e^b and s e^{b_C - b} 1/2 each, p and b 1 each, M 1, N 1: 6. Multiply-adds a chunk are those of
+`channel.py` for m key channels, twice, and C·m·K + C·C·m and a product of N more, for l.
 
 One token: a program takes a head, goes through both memories, some columns at a time, and writes them in place.
 """
@@ -147,7 +148,7 @@ def forward(q, k, v, g, keys, values, borders, slots: int, keep: bool) -> tuple[
     last_values, met_values = channel.onwards(
         asked, written, v, fades, scores, values, borders, segments, o, s.dtype if keep else None
     )
-    kept = s, p, scores, asked, *known, met_keys, met_values
+    kept = s, p, scores, asked, *known, met_keys.to(s.dtype) if keep else None, met_values
     return o, last_keys, last_values, *(kept if keep else (s.new_empty(0) for _ in kept))
 
 
@@ -163,6 +164,7 @@ def backward(
     )
     dl, scores = torch.empty_like(p), torch.empty_like(scores)
     by_rows(slots_cotangents, p, dp, dl)
+    del dp  # 1 U
     asked = channel.gates(dl, s, g, None, borders, scores, known)[0]
     dq = channel.outputs(asked, k, scores, met_keys, borders)
     segments = channel.segments_for(s, k, n)
