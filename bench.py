@@ -66,7 +66,7 @@ from reference.lsm import LSM
 from reference.peak import peak as held
 
 SHAPES = ("8x2048x8x128", "1x16384x8x128", "2x16384x16x128")
-IN_A_ROW = 3  # training steps that are timed together, since each begins while the one before still runs
+IN_A_ROW = 3  # training steps and layers that are timed together, since each begins while the one before still runs
 CHECKED = (1, 512, 8)  # b t h of the inputs for the error budget: few tokens, and heads for which peers have tuned
 # how often inputs with a time axis and outputs must move
 TENSORS = {"forward": (1, 1), "forward+backward": (3, 2)}
@@ -1068,8 +1068,9 @@ def experts(args, ranks: Ranks) -> Iterable[dict]:
     for n in args.expert_tokens:
         for side in ("alone", "gather", "pair", "rank"):
             head = {"row": "experts", "side": side, "what": "forward+backward", "ranks": ranks.size, "tokens": n}
-            head["preset"] = args.preset
-            line = ranks.measured(head, functools.partial(expert_layer, args, ranks, side, n), args.times)
+            head |= {"preset": args.preset, "in_a_row": IN_A_ROW}
+            build = functools.partial(expert_layer, args, ranks, side, n)
+            line = ranks.measured(head, build, args.times, in_a_row=IN_A_ROW)
             yield ranks.beside(("experts", n), line, lambda line: 1 / line["eager_ms"])
 
 
