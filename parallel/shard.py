@@ -88,10 +88,12 @@ def cut(
     own = set().union(*apart.values())
     # It warns of outputs that are views, which must not be changed in place. Nobody does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    groups = grouped(model, blocks, apart)
+    places = {part: (i, place) for i, group in enumerate(groups) for place, part in enumerate(group)}
     for part in (*blocks, model):
         again = mesh.reshard and part is not model  # the model's own are the last that are used, and the first back
         part = fully_shard(part, mesh=mesh.shards, reshard_after_forward=again, ignored_params=own)
-        summed(part, mesh.shards, windows)
+        summed(part, mesh.shards, windows, *places[part])
     # Torch begins with the innermost module, whose parameters are then all its own. Here a layer's are those that are
     # on another mesh or in another dtype than what stands beside them, so layers come last.
     for layer, mine in apart.items():
@@ -101,18 +103,25 @@ def cut(
         wide = narrower and (times > 1 or not windows.on(group_of(where["mesh"])))
         policy = MixedPrecisionPolicy(narrower, torch.float32 if wide else None, cast_forward_inputs=False)
         how = {"mp_policy": policy, "reshard_after_forward": mesh.reshard}
-        summed(fully_shard(layer, **where, **how, ignored_params=others), where["mesh"], windows)
-    gather_ahead(model, blocks, apart)
+        summed(fully_shard(layer, **where, **how, ignored_params=others), where["mesh"], windows, *places[layer])
+    gather_ahead(groups)
 
 
-def gather_ahead(model: FSDPModule, blocks: Collection[FSDPModule], apart: Apart) -> None:
+def grouped(model: nn.Module, blocks: Collection[nn.Module], apart: Apart) -> list[list[nn.Module]]:
+    """The model, then each block, in the order of use; behind each the layers apart in it (of the model: in no
+    block)."""
+    groups = [[block, *(layer for layer in block.modules() if layer in apart)] for block in blocks]
+    inside = set().union(*groups)
+    return [[model, *(layer for layer in apart if layer not in inside)], *groups]
+
+
+def gather_ahead(groups: list[list[FSDPModule]]) -> None:
     """From a block's beginning on all parameters of the next one are gathered; on the way back those of the block
     before. Torch alone asks for parameters where they are used first: as long before they are needed as the host is
     ahead, and on the way back, with blocks that run again, at the last moment."""
-    groups = [[block, *(layer for layer in block.modules() if layer in apart)] for block in blocks]
-    for here, later in pairwise([[model], *groups]):
+    for here, later in pairwise(groups):
         here[0].set_modules_to_forward_prefetch(later)
-    for earlier, here in pairwise(groups):
+    for earlier, here in pairwise(groups[1:]):
         here[0].set_modules_to_backward_prefetch(earlier)
 
 
@@ -121,12 +130,12 @@ def group_of(mesh: DeviceMesh) -> Group:
     return mesh.get_group(mesh.ndim - 1)
 
 
-def summed(part: FSDPModule, mesh: DeviceMesh, windows: Windows) -> None:
+def summed(part: FSDPModule, mesh: DeviceMesh, windows: Windows, block: int, place: int) -> None:
     """Gradients are summed over ranks, with no factor. What travels lies in windows, or in buffers of the group's own
     kind, if it has one: NCCL reads and writes these without copies."""
     group = group_of(mesh)
     if windows.on(group):
-        gather, sum_ = windows.part(group)
+        gather, sum_ = windows.part(group, block, place)
         part.set_custom_all_gather(gather)
         part.set_custom_reduce_scatter(sum_)
     elif comm.size(group) > 1:

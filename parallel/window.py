@@ -19,6 +19,7 @@ fill them, and call.
 import math
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -67,22 +68,25 @@ class Symmetric:
 
 
 def reachable(group: Group) -> bool:
-    """Whether the ranks of this group are GPUs of one host that map each other's memory. All of them ask together."""
+    """Whether the ranks of this group are GPUs of one host that map each other's memory. All of them ask together, and
+    all get the same answer: yes, if each maps that of all others."""
     if not torch.cuda.is_available():
         return False
     here = torch.cuda.current_device()
     hosts, devices = zip(*comm.objects((socket.gethostname(), here), group), strict=True)
     if len(set(hosts)) > 1 or len(set(devices)) < len(devices):
         return False
-    return all(torch.cuda.can_device_access_peer(here, there) for there in devices if there != here)
+    mine = all(torch.cuda.can_device_access_peer(here, there) for there in devices if there != here)
+    return all(comm.objects(mine, group))
 
 
 class Windows:
-    """The windows of a model's parts. Those of one size take turns with two: while one part's numbers are read, the
-    next part's are written, and torch lets nobody begin with the one after before the first has done."""
+    """The windows of a model's parts. Those at the same place of two blocks, one behind the other, have two, in turn:
+    while one block's numbers are read, the next one's are written, and torch lets nobody begin with the one after
+    before the first has done. Places share none: all parts of a block are written before the first of them is read."""
 
     def __init__(self, make: Maker | None = None):
-        self.make, self.made, self.parts, self.asked = make, {}, 0, {}
+        self.make, self.made, self.asked = make, {}, {}
 
     def on(self, group: Group) -> bool:
         """Whether a group has windows."""
@@ -90,26 +94,26 @@ class Windows:
             self.asked[group] = comm.size(group) > 1 and (self.make is not None or reachable(group))
         return self.asked[group]
 
-    def part(self, group: Group) -> "tuple[Gather, Sum]":
-        """How the next part of the model gathers, and sums."""
-        self.parts += 1
-        return Gather(self, self.parts % 2, group), Sum(self, self.parts % 2, group)
+    def part(self, group: Group, block: int, place: int) -> "tuple[Gather, Sum]":
+        """How the part at a place of a block (each counted) gathers, and sums."""
+        own = partial(self.get, group, block % 2, place)
+        return Gather(partial(own, "gather")), Sum(partial(own, "sum"))
 
-    def get(self, what: str, turn: int, size: Sequence[int], dtype, device, group: Group) -> Window:
-        key = what, turn, math.prod(size), dtype, group
+    def get(self, group: Group, turn: int, place: int, what: str, size: Sequence[int], dtype, device) -> Window:
+        key = group, turn, place, what, math.prod(size), dtype
         if key not in self.made:
-            self.made[key] = (self.make or Symmetric)(key[2], dtype, device, group)
+            self.made[key] = (self.make or Symmetric)(math.prod(size), dtype, device, group)
         return self.made[key]
 
 
 class Gather:
     """Everybody's part, into a window that has all of them. Torch writes mine where it belongs."""
 
-    def __init__(self, windows: Windows, turn: int, group: Group):
-        self.windows, self.turn, self.group = windows, turn, group
+    def __init__(self, get: Callable[..., Window]):
+        self.get = get
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        self.window = self.windows.get("gather", self.turn, size, dtype, device, self.group)
+        self.window = self.get(size, dtype, device)
         return self.window.mine
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Group, async_op: bool = False):
@@ -126,15 +130,15 @@ class Gather:
 class Sum:
     """The sum of everybody's numbers for me, in float32 or wider."""
 
-    def __init__(self, windows: Windows, turn: int, group: Group):
-        self.windows, self.turn, self.group = windows, turn, group
+    def __init__(self, get: Callable[..., Window]):
+        self.get = get
         self.window: Window | None = None  # that has been asked for, and not been read yet
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """First for what is summed, then for the sum."""
         if self.window is not None:
             return torch.empty(*size, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.window = self.windows.get("sum", self.turn, size, dtype, device, self.group)
+        self.window = self.get(size, dtype, device)
         return self.window.mine
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Group, op, async_op: bool = False) -> None:

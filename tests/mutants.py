@@ -745,6 +745,20 @@ MUTANTS = [
         "tests/test_model.py -k runs_again",
     ),
     Mutant(
+        "parts of a block share a window",
+        "parallel/window.py",
+        "partial(self.get, group, block % 2, place)",
+        "partial(self.get, group, block % 2, 0)",
+        "tests/test_window.py",
+    ),
+    Mutant(
+        "parts of neighbouring blocks share a window",
+        "parallel/window.py",
+        "partial(self.get, group, block % 2, place)",
+        "partial(self.get, group, 0, place)",
+        "tests/test_window.py",
+    ),
+    Mutant(
         "windows are read before everybody has written",
         "parallel/window.py",
         "        self.window.meet()\n        for rank",

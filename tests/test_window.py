@@ -15,7 +15,8 @@ from reference.ops import ops
 from reference.presets import Model
 from test_lasp import BATCHES
 
-SIZES = {"pattern": "LENE", "lsm": "mamba2", "width": 8, "heads": 2, "vocabulary": 11, "experts": 4, "expert_width": 4}
+SIZES = {"lsm": "mamba2", "width": 8, "heads": 2, "vocabulary": 11, "experts": 4, "expert_width": 4}
+SIZES["pattern"] = "LEENEE"  # blocks with two layers apart, of one size
 
 
 def mapped(folder):
@@ -95,7 +96,7 @@ def test_windows_hold_what_ranks_wrote_and_sum_it_in_float32(tmp_path):
 
     def run():
         windows, group, me = Windows(mapped(tmp_path)), comm.world(), comm.rank(comm.world())
-        parts, said = [windows.part(group) for _ in range(3)], []
+        parts, said = [windows.part(group, block, 0) for block in range(3)], []
         for (gather, sum_), step in itertools.product(parts, range(2)):
             out = gather.allocate((3 * 4,), dtype=torch.bfloat16, device=HERE)
             mine = out[4 * me : 4 * me + 4]
@@ -123,7 +124,7 @@ def test_windows_hold_what_ranks_wrote_and_sum_it_in_float32(tmp_path):
 
 def test_windows_of_a_mean_are_refused(tmp_path):
     def run():
-        _, sum_ = Windows(mapped(tmp_path)).part(comm.world())
+        _, sum_ = Windows(mapped(tmp_path)).part(comm.world(), 0, 0)
         give = sum_.allocate((2,), dtype=torch.float32, device=HERE)
         with pytest.raises(ValueError, match="windows are summed"):
             sum_(give[:1], give, comm.world(), torch.distributed.ReduceOp.AVG)
