@@ -11,7 +11,8 @@ WHOLE = 128
 
 
 def takes(x: Normal) -> bool:
-    """Not vectors that erase of more channels than sweeps have room for beside queries and keys: `rank_one` does."""
+    """Not what has a vector that erases of more channels than sweeps have room for beside queries and keys: that is
+    `rank_one`'s."""
     plain = x.g is None or x.g.ndim == 3
     fits = x.a is None or x.a.shape[-1] <= kernels.FOLDED
     return x.beta is not None and plain and fits and all(y is None for y in (x.b, x.f, x.u))

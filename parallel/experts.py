@@ -182,7 +182,7 @@ def planned(
 
     First comes where rows stand in what is sent, which the GPU alone knows; then the plan, when it is called for. There
     the host waits, once a layer: a tensor's size is a number of the host's, and how many rows come is known when all
-    ranks have routed. (Only buffers as large as the worst case would do without.) It waits for these numbers alone:
+    ranks have routed. (Only buffers for as many as might come would do without.) It waits for these numbers alone:
     what is asked of the GPU in between keeps that busy while the host reads, and asks for the exchange. A block that
     runs again finds the numbers of the first time.
     """

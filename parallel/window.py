@@ -49,6 +49,7 @@ class Symmetric:
     """A window by torch's symmetric memory: every GPU maps the memory of the others."""
 
     held: ClassVar[int] = 0  # bytes of all of them on this rank that torch's own statistics leave out
+    apart = 0  # this one's; none, if ranks fail to map it
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device, group: Group):
         before = torch.cuda.memory_allocated(device)

@@ -759,6 +759,13 @@ MUTANTS = [
         "tests/test_window.py",
     ),
     Mutant(
+        "each rank decides for itself whether there are windows",
+        "parallel/window.py",
+        "return all(comm.objects(mine, group))",
+        "return mine",
+        "tests/test_window.py -k agree",
+    ),
+    Mutant(
         "windows are read before everybody has written",
         "parallel/window.py",
         "        self.window.meet()\n        for rank",

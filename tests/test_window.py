@@ -3,13 +3,14 @@
 import itertools
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from inputs import HERE
 from parallel import comm, lasp, mesh, shard, testing
-from parallel.window import Gather, Sum, Windows
+from parallel.window import Gather, Sum, Windows, reachable
 from reference.model import LanguageModel, initialize, starts
 from reference.ops import ops
 from reference.presets import Model
@@ -130,3 +131,15 @@ def test_windows_of_a_mean_are_refused(tmp_path):
             sum_(give[:1], give, comm.world(), torch.distributed.ReduceOp.AVG)
 
     testing.run(2, run)
+
+
+def test_ranks_agree_on_whether_all_reach_each_other():
+    """GPUs in a chain: of three the one in the middle reaches both others, which do not reach each other."""
+
+    def run():
+        me = comm.rank(comm.world())
+        how = {"current_device": lambda: me, "can_device_access_peer": lambda here, there: abs(here - there) == 1}
+        with patch.multiple(torch.cuda, is_available=lambda: True, **how):
+            return reachable(comm.world())
+
+    assert testing.run(2, run) == [True] * 2 and testing.run(3, run) == [False] * 3

@@ -120,8 +120,8 @@ def power_of_2(x, EXACT: tl.constexpr):
 @triton.jit
 def plus_product(total, x, y, inside, PRECISION: tl.constexpr):
     """total + x y where `inside`. Of float32 the product is found first: added term by term to what is larger than all
-    of them, every term would be rounded as the sum is. (The mask keeps the compiler from doing so. Tensor cores do not:
-    tf32 goes the other way.)"""
+    of them, every term would be rounded as the sum is. (The mask keeps the compiler from doing so. Tensor cores do not
+    round every term: products in tf32 go on from `total`.)"""
     if (x.dtype == tl.float32) & (PRECISION == "ieee"):
         total += tl.where(inside, tl.dot(x, y, input_precision=PRECISION), 0.0)
     else:
