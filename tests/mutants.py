@@ -745,6 +745,13 @@ MUTANTS = [
         "tests/test_model.py -k runs_again",
     ),
     Mutant(
+        "gradients by windows travel in float32, says the planner",
+        "parallel/budget.py",
+        "4 * self.here - 2 * self.narrow * narrow",
+        "4 * self.here",
+        "tests/test_plan.py -k by_windows",
+    ),
+    Mutant(
         "windows are read before everybody has written",
         "parallel/window.py",
         "        self.window.meet()\n        for rank",
