@@ -48,6 +48,7 @@ class Symmetric:
     """A window by torch's symmetric memory: every GPU maps the memory of the others."""
 
     held: ClassVar[int] = 0  # bytes of all of them on this rank that torch's own statistics leave out
+    apart = 0  # those of this one
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device, group: Group):
         before = torch.cuda.memory_allocated(device)
