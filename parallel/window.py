@@ -68,14 +68,21 @@ class Symmetric:
 
 
 def reachable(group: Group) -> bool:
-    """Whether the ranks of this group are GPUs of one host that map each other's memory. All of them ask together."""
+    """Whether the ranks of this group are GPUs of one host that map each other's memory, as one number shows: a
+    container may forbid it. All of them ask together, and get the same answer."""
     if not torch.cuda.is_available():
         return False
     here = torch.cuda.current_device()
     hosts, devices = zip(*comm.objects((socket.gethostname(), here), group), strict=True)
-    if len(set(hosts)) > 1 or len(set(devices)) < len(devices):
+    linked = len(set(hosts)) == 1 and len(set(devices)) == len(devices)
+    linked = linked and all(torch.cuda.can_device_access_peer(here, there) for there in devices if there != here)
+    if not all(comm.objects(linked, group)):
         return False
-    return all(torch.cuda.can_device_access_peer(here, there) for there in devices if there != here)
+    try:
+        Symmetric(1, torch.float32, torch.device("cuda", here), group)
+    except RuntimeError:
+        linked = False
+    return all(comm.objects(linked, group))
 
 
 class Windows:
