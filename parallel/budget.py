@@ -144,6 +144,8 @@ class Assumptions:
     """bytes a parameter read and written outside the products (Adam 30, gradients 12)"""
     gathered: Literal["float32", "bf16"] = "float32"
     """in which parameters travel, but for experts beside products in bf16 (the trainer: float32)"""
+    windows: bool = True
+    """whether GPUs of a host read each other's memory: what is sharded over them alone goes through windows"""
     kernels: Literal["fused", "reference"] = "fused"
     """whether norms, convolutions, attention and losses keep their inputs alone"""
 
@@ -417,9 +419,13 @@ class Placed(NamedTuple):
         """Bytes of those that are there."""
         return (self.here - self.narrow) * wire(given) + self.narrow * 2
 
-    def received(self, mesh: Degrees) -> float:
-        """Numbers that come from the other GPUs when all are gathered."""
-        return self.here - self.over(mesh).here
+    def sent(self, narrow: bool) -> float:
+        """Bytes of their gradients as they travel: in float32, or those of narrow ones as they are."""
+        return 4 * self.here - 2 * self.narrow * narrow
+
+    def windows(self, given: Assumptions, narrow: bool) -> float:
+        """Bytes of the windows through which all of them go."""
+        return self.gathered(given) + self.sent(narrow)
 
     def received_bytes(self, mesh: Degrees, given: Assumptions) -> float:
         return self.gathered(given) - self.over(mesh).gathered(given)
@@ -499,7 +505,10 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
     gradients = 4 * (everything.here if cut and several else held)
     # cut out in the dtype in which parameters travel; of what is then cast, the copy is kept
     copied = (block if run.recompute or (bf16 and wire(given) == 4) else everything).copied
+    linked, narrow = by_windows(asked), by_windows(asked) and not several
+    windows = (2 * block.windows(given, narrow) + root.windows(given, narrow)) * linked  # blocks take turns with two
     lasting = {"parameters": 4 * held, "optimizer state": 8 * held, "workspace": given.workspace * 1e9}
+    lasting["windows"] = windows
     rest = {"gathered: the rest": (root.gathered(given) + 4 * root.here * (not several)) * cut}
     blocks = where.inside.times(stage)
     stays = blocks.gathered(given) * cut * (not mesh.again)  # of one micro-batch they go as gradients come
@@ -612,7 +621,8 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
         return
     inside, root = places(asked).inside.times(shape.blocks / counted.blocks), places(asked).root
 
-    calls, numbers = shape.blocks + inside.layers_apart(mesh), inside.received(mesh) + root.received(mesh)
+    calls, narrow = shape.blocks + inside.layers_apart(mesh), by_windows(asked) and shape.times == 1
+    sent = sum(placed.sent(narrow) - placed.over(mesh).sent(narrow) for placed in (inside, root))
     often, times = 1 + mesh.again, shape.times if mesh.pipeline == 1 else 1
     yield Traffic(
         "shards",
@@ -622,7 +632,12 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
         mesh.shards,
         hidden="weights",
     )
-    yield Traffic("shards", "reduce-scatter gradients", calls + 1, numbers * 4, mesh.shards, hidden="weights")
+    yield Traffic("shards", "reduce-scatter gradients", calls + 1, sent, mesh.shards, hidden="weights")
+
+
+def by_windows(asked: Asked) -> bool:
+    """Whether a replica's GPUs are those of one host, which read each other's memory (`parallel.window`)."""
+    return asked.given.windows and 1 < asked.mesh.shards <= asked.given.host
 
 
 def received(numbers: float, ranks: int) -> float:

@@ -49,7 +49,7 @@ class Symmetric:
     """A window by torch's symmetric memory: every GPU maps the memory of the others."""
 
     held: ClassVar[int] = 0  # bytes of all of them on this rank that torch's own statistics leave out
-    apart = 0  # this one's; none, if ranks fail to map it
+    apart = 0  # those of this one
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device, group: Group):
         before = torch.cuda.memory_allocated(device)
@@ -69,16 +69,21 @@ class Symmetric:
 
 
 def reachable(group: Group) -> bool:
-    """Whether the ranks of this group are GPUs of one host that map each other's memory. All of them ask together, and
-    all get the same answer: yes, if each maps that of all others."""
+    """Whether the ranks of this group are GPUs of one host that map each other's memory, as one number shows: a
+    container may forbid it. All of them ask together, and get the same answer."""
     if not torch.cuda.is_available():
         return False
     here = torch.cuda.current_device()
     hosts, devices = zip(*comm.objects((socket.gethostname(), here), group), strict=True)
-    if len(set(hosts)) > 1 or len(set(devices)) < len(devices):
+    linked = len(set(hosts)) == 1 and len(set(devices)) == len(devices)
+    linked = linked and all(torch.cuda.can_device_access_peer(here, there) for there in devices if there != here)
+    if not all(comm.objects(linked, group)):
         return False
-    mine = all(torch.cuda.can_device_access_peer(here, there) for there in devices if there != here)
-    return all(comm.objects(mine, group))
+    try:
+        Symmetric(1, torch.float32, torch.device("cuda", here), group)
+    except RuntimeError:
+        linked = False
+    return all(comm.objects(linked, group))
 
 
 class Windows:

@@ -761,9 +761,16 @@ MUTANTS = [
     Mutant(
         "each rank decides for itself whether there are windows",
         "parallel/window.py",
-        "return all(comm.objects(mine, group))",
-        "return mine",
+        "return all(comm.objects(linked, group))",
+        "return linked",
         "tests/test_window.py -k agree",
+    ),
+    Mutant(
+        "gradients by windows travel in float32, says the planner",
+        "parallel/budget.py",
+        "4 * self.here - 2 * self.narrow * narrow",
+        "4 * self.here",
+        "tests/test_plan.py -k by_windows",
     ),
     Mutant(
         "windows are read before everybody has written",

@@ -1394,7 +1394,7 @@ def test_a_compiler_sees_nothing_that_is_remembered(found):
 def test_a_compiler_sees_one_graph_each_way_from_a_memory(name, packed):
     row, tokens, constants = some(name, t=5, h=1)
     borders = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE) if packed else None
-    given = {**tokens, "memory": start(name, row, tokens, constants, n=1 + packed)}
+    given = {**tokens, "memory": start(name, row, tokens, constants, n=1 + packed).to(DEVICE)}
     leaves(given)
 
     def f(memory, **tokens):

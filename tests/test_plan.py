@@ -457,12 +457,19 @@ def test_volumes_of_a_layer():
         assert bytes_of(p, "exchange tokens") / 2 / 2**20 == pytest.approx(tokens, rel=0.001)
 
 
-def test_sharding_moves_eight_bytes_a_parameter():
-    """bf16 gathered twice and float32 summed, (W - 1) / W of it; what is not in a block is gathered once."""
+def test_sharding_moves_eight_bytes_a_parameter_and_experts_six_by_windows():
+    """bf16 gathered twice and float32 summed, (W - 1) / W of it; what is not in a block is gathered once. By windows
+    experts' gradients travel in bf16, unless they are those of several backward passes."""
     for name, wanted in (("a0.3b", 9.9), ("a1b", 29.3)):
-        p = planned(PLAIN[name], 2, Run(batch=2, micro=1))
-        size = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + root(p) * 2 / 2
-        assert size / 1e9 == pytest.approx(wanted, abs=0.05)
+        plans = [planned(PLAIN[name], 2, Run(batch=2, micro=1), replace(BF16, windows=way)) for way in (False, True)]
+        sizes = [bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") for p in plans]
+        assert (sizes[0] + root(plans[0]) * 2 / 2) / 1e9 == pytest.approx(wanted, abs=0.05)
+        model = PLAIN[name]
+        experts = model.repeat * model.experts * 3 * model.width * model.expert_width
+        assert sizes[0] - sizes[1] == experts * 2 / 2
+        assert plans[0].memory["windows"] == 0 < plans[1].memory["windows"]
+    wide = [planned(PLAIN[name], 2, Run(batch=4, micro=1), replace(BF16, windows=way)) for way in (False, True)]
+    assert len({bytes_of(p, "reduce-scatter gradients") for p in wide}) == 1
 
 
 class Sent(TorchDispatchMode):
@@ -546,7 +553,7 @@ def test_a_pipeline_gathers_its_parameters_once_a_step():
 
 
 def test_replicas_sum_their_own_shards():
-    p = planned(PLAIN["a0.3b"], 256, Run(batch=256), replicas=32)
+    p = planned(PLAIN["a0.3b"], 256, Run(batch=256), replace(BF16, windows=False), replicas=32)
     inside = bytes_of(p, "gather parameters") + bytes_of(p, "reduce-scatter gradients") + root(p) * 2 * 7 / 8
     assert inside / 1e9 == pytest.approx(17.3, abs=0.1)
     (between,) = (t for t in p.traffic if t.axis == "replicas")
@@ -586,7 +593,7 @@ MEASURED = [
     ("data", 2, 1 / 9, 1 / 8),
     ("sequence", 2, 1 / 8, 1 / 8),
 ]
-COMMIT = "eebcb3f"
+COMMIT = "18d1b0e"
 
 
 @pytest.mark.parametrize("side, gpus, off, over", MEASURED)

@@ -3,14 +3,13 @@
 import itertools
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 
 from inputs import HERE
 from parallel import comm, lasp, mesh, shard, testing
-from parallel.window import Gather, Sum, Windows, reachable
+from parallel.window import Gather, Sum, Windows
 from reference.model import LanguageModel, initialize, starts
 from reference.ops import ops
 from reference.presets import Model
@@ -123,6 +122,26 @@ def test_windows_hold_what_ranks_wrote_and_sum_it_in_float32(tmp_path):
             assert torch.equal(summed, torch.full((2,), sums[rank]))
 
 
+@pytest.mark.parametrize("what", ["one GPU", "no link", "forbidden", None])
+def test_all_ranks_agree_that_there_are_windows(what, monkeypatch):
+    """Where two have the same GPU, one does not reach another's, or one may not map it, there are none for anybody."""
+
+    def run():
+        me = comm.rank(comm.world())
+
+        def window(*_):
+            if what == "forbidden" and me == 1:
+                raise RuntimeError("pidfd_getfd: Operation not permitted")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0 if what == "one GPU" else me)
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: not (what == "no link" and me == 1))
+        monkeypatch.setattr("parallel.window.Symmetric", window)
+        return Windows().on(comm.world())
+
+    assert testing.run(2, run) == [what is None] * 2
+
+
 def test_windows_of_a_mean_are_refused(tmp_path):
     def run():
         _, sum_ = Windows(mapped(tmp_path)).part(comm.world(), 0, 0)
@@ -131,15 +150,3 @@ def test_windows_of_a_mean_are_refused(tmp_path):
             sum_(give[:1], give, comm.world(), torch.distributed.ReduceOp.AVG)
 
     testing.run(2, run)
-
-
-def test_ranks_agree_on_whether_all_reach_each_other():
-    """GPUs in a chain: of three the one in the middle reaches both others, which do not reach each other."""
-
-    def run():
-        me = comm.rank(comm.world())
-        how = {"current_device": lambda: me, "can_device_access_peer": lambda here, there: abs(here - there) == 1}
-        with patch.multiple(torch.cuda, is_available=lambda: True, **how):
-            return reachable(comm.world())
-
-    assert testing.run(2, run) == [True] * 2 and testing.run(3, run) == [False] * 3

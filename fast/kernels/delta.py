@@ -127,7 +127,7 @@ CHUNKS = {
     (128, 4): (32, 4, 1),
     (256, 4): (16, 4, 1),
 }
-FOLDED = 128  # channels of K, at most, of segments, whose K × K matrices have to fit, and of vectors apart (`fast/delta.py`)
+FOLDED = 128  # channels of K at most: of segments, whose K × K matrices have to fit, and of vectors apart
 # how Y is multiplied by itself: products of tf32 are coarser than bfloat16 tokens need, and not than float16 tokens
 SOLVING = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}
 
