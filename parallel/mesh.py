@@ -47,6 +47,9 @@ class Degrees:
     """Whether what is gathered of the parameters goes after a block's forward pass and is gathered again for the way
     back; else it stays from the one to the other (half of the gathers, for memory of all parameters of a replica). In
     a pipeline it stays in any case."""
+    windows: bool = True
+    """Whether parameters and their gradients travel by the GPUs' copy engines between those that map each other's
+    memory; else by NCCL."""
     pipeline: int = 1
     """Ranks that share the blocks, one part of the stack each (with schedules of two stages: two parts)."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"] = "1f1b"
@@ -70,6 +73,7 @@ class Mesh(NamedTuple):
     dispatch: str = "pair"
     replicas: int = 1
     reshard: bool = True
+    windows: bool = True
     everyone: comm.Group = None  # over whom losses and counts are summed
     sequence: comm.Group = None  # who shares a sequence with me, in the order of its segments
     tensor: comm.Group = None  # who shares the heads with me, in their order
@@ -147,6 +151,7 @@ def make(degrees: Degrees, device: torch.device) -> Mesh:
         dispatch=degrees.dispatch,
         replicas=replicas,
         reshard=degrees.reshard,
+        windows=degrees.windows,
         everyone=group,
         sequence=batch.get_group("sequence") if degrees.sequence > 1 else None,
         tensor=heads.get_group("tensor") if heads else None,

@@ -79,7 +79,7 @@ def cut(
     """`shard`, of a model (or some blocks of one) whose experts and heads are shared out."""
     if mesh.shards is None:
         return
-    windows = windows or Windows()
+    windows = windows or (Windows() if mesh.windows else None)
     layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
     narrow = narrow if mesh.tensors is None or mesh.experts is not None else None
     apart = {layer: apart[layer] for layer in model.modules() if layer in apart}
@@ -100,7 +100,7 @@ def cut(
         others, narrower = set(layer.parameters()) - mine, narrow if layer in layers else None
         where = over_whom(layer, mesh)
         # What torch adds up (over ranks, or over backward passes before) it adds up in the dtype in which it travels.
-        wide = narrower and (times > 1 or not windows.on(group_of(where["mesh"])))
+        wide = narrower and (times > 1 or not by_windows(where["mesh"], windows))
         policy = MixedPrecisionPolicy(narrower, torch.float32 if wide else None, cast_forward_inputs=False)
         how = {"mp_policy": policy, "reshard_after_forward": mesh.reshard}
         summed(fully_shard(layer, **where, **how, ignored_params=others), where["mesh"], windows, *places[layer])
@@ -130,11 +130,16 @@ def group_of(mesh: DeviceMesh) -> Group:
     return mesh.get_group(mesh.ndim - 1)
 
 
-def summed(part: FSDPModule, mesh: DeviceMesh, windows: Windows, block: int, place: int) -> None:
+def by_windows(mesh: DeviceMesh, windows: Windows | None) -> bool:
+    """Whether what is cut over a mesh travels by windows."""
+    return windows is not None and windows.on(group_of(mesh))
+
+
+def summed(part: FSDPModule, mesh: DeviceMesh, windows: Windows | None, block: int, place: int) -> None:
     """Gradients are summed over ranks, with no factor. What travels lies in windows, or in buffers of the group's own
     kind, if it has one: NCCL reads and writes these without copies."""
     group = group_of(mesh)
-    if windows.on(group):
+    if by_windows(mesh, windows):
         gather, sum_ = windows.part(group, block, place)
         part.set_custom_all_gather(gather)
         part.set_custom_reduce_scatter(sum_)

@@ -16,10 +16,10 @@ Written for `fully_shard`'s `set_custom_all_gather` and `set_custom_reduce_scatt
 fill them, and call.
 """
 
+import functools
 import math
 import socket
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -68,6 +68,7 @@ class Symmetric:
         return self.there.get_buffer(rank, (stop - start,), self.mine.dtype, start)
 
 
+@functools.cache
 def reachable(group: Group) -> bool:
     """Whether the ranks of this group are GPUs of one host that map each other's memory, as one number shows: a
     container may forbid it. All of them ask together, and get the same answer."""
@@ -92,18 +93,16 @@ class Windows:
     before the first has done. Places share none: all parts of a block are written before the first of them is read."""
 
     def __init__(self, make: Maker | None = None):
-        self.make, self.made, self.asked = make, {}, {}
+        self.make, self.made = make, {}
 
     def on(self, group: Group) -> bool:
-        """Whether a group has windows."""
-        if group not in self.asked:
-            self.asked[group] = comm.size(group) > 1 and (self.make is not None or reachable(group))
-        return self.asked[group]
+        """Whether a group has windows. All of its ranks ask together."""
+        return comm.size(group) > 1 and (self.make is not None or reachable(group))
 
     def part(self, group: Group, block: int, place: int) -> "tuple[Gather, Sum]":
         """How the part at a place of a block (each counted) gathers, and sums."""
-        own = partial(self.get, group, block % 2, place)
-        return Gather(partial(own, "gather")), Sum(partial(own, "sum"))
+        own = functools.partial(self.get, group, block % 2, place)
+        return Gather(functools.partial(own, "gather")), Sum(functools.partial(own, "sum"))
 
     def get(self, group: Group, turn: int, place: int, what: str, size: Sequence[int], dtype, device) -> Window:
         key = group, turn, place, what, math.prod(size), dtype

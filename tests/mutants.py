@@ -789,8 +789,8 @@ MUTANTS = [
     Mutant(
         "gradients of several backward passes are added up in 16 bits",
         "parallel/shard.py",
-        '(times > 1 or not windows.on(group_of(where["mesh"])))',
-        'not windows.on(group_of(where["mesh"]))',
+        '(times > 1 or not by_windows(where["mesh"], windows))',
+        'not by_windows(where["mesh"], windows)',
         "tests/test_window.py",
     ),
     Mutant(

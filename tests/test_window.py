@@ -72,7 +72,7 @@ def train(degrees: mesh.Degrees, dtype: torch.dtype, times: int, windows: Window
 
 WAYS = [  # dtype, mesh, backward passes
     (torch.float32, mesh.Degrees(sequence=2, reshard=False), 1),
-    (torch.float32, mesh.Degrees(expert=2), 2),
+    (torch.float32, mesh.Degrees(), 2),
     (torch.float64, mesh.Degrees(), 1),
 ]
 
