@@ -35,7 +35,7 @@ from data import corpus
 from data.stream import Batch, Stream, evaluation
 from parallel import checkpoint, comm, lasp, pipeline, shard
 from parallel import mesh as meshes
-from parallel.window import Symmetric, Windows
+from parallel.window import Symmetric
 from reference.balance import LOSS, add_up, updated_bias, updated_penalty, violation, weights_of
 from reference.head import HELD
 from reference.lsm import row as lsm_row
@@ -875,7 +875,7 @@ def introduce(say, config: Train, model, mesh, ops, device, step: int) -> None:
             f"{mine:,} of {all_:,} parameters of {part}" for part, (mine, all_) in shard.held(model).items() if all_
         ]
         say(f"rank 0 holds {' and '.join(held)}")
-        if shard.by_windows(mesh.shards, Windows() if mesh.windows else None):
+        if shard.by_windows(mesh.shards, shard.windows_of(mesh)):
             say("parameters and gradients travel by the GPUs' copy engines (--mesh.no-windows: by NCCL)")
     if "E" in config.model.letters:
         rules = [f"{name} loss x {weight:g}" for name, weight in config.balances().items()]

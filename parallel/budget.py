@@ -505,10 +505,10 @@ def moments(asked: Asked, counted: Counted) -> dict[str, dict[str, float]]:
     gradients = 4 * (everything.here if cut and several else held)
     # cut out in the dtype in which parameters travel; of what is then cast, the copy is kept
     copied = (block if run.recompute or (bf16 and wire(given) == 4) else everything).copied
-    linked, narrow = by_windows(asked), by_windows(asked) and not several
-    windows = (2 * block.windows(given, narrow) + root.windows(given, narrow)) * linked  # blocks take turns with two
+    narrow = sent_narrow(asked, shape)
+    windows = 2 * block.windows(given, narrow) + root.windows(given, narrow)  # blocks take turns with two
     lasting = {"parameters": 4 * held, "optimizer state": 8 * held, "workspace": given.workspace * 1e9}
-    lasting["windows"] = windows
+    lasting |= {"windows": windows * by_windows(asked)}
     rest = {"gathered: the rest": (root.gathered(given) + 4 * root.here * (not several)) * cut}
     blocks = where.inside.times(stage)
     stays = blocks.gathered(given) * cut * (not mesh.again)  # of one micro-batch they go as gradients come
@@ -621,7 +621,7 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
         return
     inside, root = places(asked).inside.times(shape.blocks / counted.blocks), places(asked).root
 
-    calls, narrow = shape.blocks + inside.layers_apart(mesh), by_windows(asked) and shape.times == 1
+    calls, narrow = shape.blocks + inside.layers_apart(mesh), sent_narrow(asked, shape)
     sent = sum(placed.sent(narrow) - placed.over(mesh).sent(narrow) for placed in (inside, root))
     often, times = 1 + mesh.again, shape.times if mesh.pipeline == 1 else 1
     yield Traffic(
@@ -638,6 +638,11 @@ def sharding(asked: Asked, counted: Counted, shape: Shape) -> Iterator[Traffic]:
 def by_windows(asked: Asked) -> bool:
     """Whether a replica's GPUs are those of one host, which read each other's memory (`parallel.window`)."""
     return asked.given.windows and 1 < asked.mesh.shards <= asked.given.host
+
+
+def sent_narrow(asked: Asked, shape: Shape) -> bool:
+    """Whether gradients in 16 bits travel as they are: not where those of several backward passes have been added."""
+    return by_windows(asked) and shape.times == 1
 
 
 def received(numbers: float, ranks: int) -> float:

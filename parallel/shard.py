@@ -79,7 +79,7 @@ def cut(
     """`shard`, of a model (or some blocks of one) whose experts and heads are shared out."""
     if mesh.shards is None:
         return
-    windows = windows or (Windows() if mesh.windows else None)
+    windows = windows or windows_of(mesh)
     layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
     narrow = narrow if mesh.tensors is None or mesh.experts is not None else None
     apart = {layer: apart[layer] for layer in model.modules() if layer in apart}
@@ -128,6 +128,11 @@ def gather_ahead(groups: list[list[FSDPModule]]) -> None:
 def group_of(mesh: DeviceMesh) -> Group:
     """Over whom parameters are cut: the last dimension, behind that of replicas."""
     return mesh.get_group(mesh.ndim - 1)
+
+
+def windows_of(mesh: Mesh) -> Windows | None:
+    """New ones, if the mesh is to have some."""
+    return Windows() if mesh.windows else None
 
 
 def by_windows(mesh: DeviceMesh, windows: Windows | None) -> bool:
