@@ -75,6 +75,7 @@ OPERATOR = {
     "gsa": Operator("gsa", "chunk_gsa", slots_of, two_memories, one_memory),
     "delta_net": Operator("delta_rule", "chunk_delta_rule", lambda x: whole(x, *"qkv", "beta")),
     "gated_delta_net": Operator("gated_delta_rule", "chunk_gated_delta_rule", lambda x: whole(x, *"qkvg", "beta")),
+    "comba": Operator("comba", "chunk_comba", lambda x: whole(x, *"qkvg", "beta") | {"p": x["a"]}),
     "kda": Operator("kda", "chunk_kda", lambda x: whole(x, *"qkvg", "beta")),
     "rwkv7": Operator("rwkv7", "chunk_rwkv7", lambda x: whole(x, *"kvab") | {"r": x["q"], "w": x["g"]}),
 }

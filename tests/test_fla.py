@@ -27,6 +27,7 @@ NAMES = {
     "chunk_gsa": {"q", "k", "v", "s", "g"},
     "chunk_delta_rule": {"q", "k", "v", "beta"},
     "chunk_gated_delta_rule": {"q", "k", "v", "g", "beta"},
+    "chunk_comba": {"q", "k", "v", "p", "g", "beta"},
     "chunk_kda": {"q", "k", "v", "g", "beta"},
     "chunk_rwkv7": {"r", "w", "k", "v", "a", "b"},
     "fused_recurrent_linear_attn": {"q", "k", "v", "normalize"},
@@ -36,6 +37,7 @@ NAMES = {
     "fused_recurrent_gsa": {"q", "k", "v", "s", "g"},
     "fused_recurrent_delta_rule": {"q", "k", "v", "beta"},
     "fused_recurrent_gated_delta_rule": {"q", "k", "v", "g", "beta"},
+    "fused_recurrent_comba": {"q", "k", "v", "p", "g", "beta"},
     "fused_recurrent_kda": {"q", "k", "v", "g", "beta"},
     "fused_recurrent_rwkv7": {"r", "w", "k", "v", "a", "b"},
 }
@@ -75,7 +77,7 @@ def test_an_operator_is_handed_everything_by_its_own_names(name, handed):
     assert handed["scale"] == 1.0 and handed["output_final_state"] and handed["cu_seqlens"].dtype == torch.int64
     given = {**tokens, **constants}
     mine = {n: x for n, x in handed.items() if isinstance(x, torch.Tensor) and n not in ("cu_seqlens", "initial_state")}
-    renamed = {"r": "q", "w": "g", "g_gamma": "g"}
+    renamed = {"r": "q", "w": "g", "g_gamma": "g", "p": "a"}
     for n, x in mine.items():
         source = renamed.get(n, n)
         if source in given and n != "s":

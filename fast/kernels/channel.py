@@ -262,17 +262,19 @@ def channel_sweep(
     else:
         at_scores = ic[:, None] * (heads * C) + ic[None, :]
     chunks = tl.cdiv(stop - first, C)
+    # what feeds no dot is not pipelined: how a memory fades is asked for a chunk before it is needed
+    line = place_of(start, n, first + (chunks - 1) * C if REVERSE else first, C) * heads + h
+    fade = tl.load(fades + line * X + ix, mask=in_x & (chunks > 0), other=0.0)
     for i in range(0, chunks):
         begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
         inside = ic < stop - begin
         row = (start + begin) * heads + h  # 64 bits for where a chunk begins, 32 within it
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
+        coming = line - heads if REVERSE else line + heads
+        fade_then = tl.load(fades + coming * X + ix, mask=in_x & (i + 1 < chunks), other=0.0)
         by = tl.load(y + row * X + at_x, mask=in_rows_x, other=0.0)
         bz = tl.load(z + row * Z + at_z, mask=in_rows_z, other=0.0)
-        # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
-        line = place_of(start, n, begin, C) * heads + h
-        fade = tl.load(fades + line * X + ix, mask=in_x, other=0.0)
         if KEPT:
             tl.store(kept + line.to(tl.int64) * X * Z + cell, S, mask=in_cell)
         if OUT:
@@ -283,6 +285,7 @@ def channel_sweep(
             o = tl.dot(A, bz, o, input_precision=PRECISION)
             tl.store(out + row * Z + at_z, o, mask=in_rows_z)
         S = tl.dot(tl.trans(by), bz, S * fade[:, None], input_precision=PRECISION)
+        line, fade = coming, fade_then
 
     if END:
         tl.store(end + nh * X * Z + cell, S, mask=in_cell)
@@ -509,16 +512,19 @@ def channel_span(
     S = tl.zeros((BX, BZ), tl.float32)
     total = tl.full((BX,), 1.0, tl.float32)
     chunks = tl.cdiv(stop - first, C)
+    line = place_of(start, n, first + (chunks - 1) * C if REVERSE else first, C) * heads + h
+    fade = tl.load(fades + line * X + ix, mask=in_x & (chunks > 0), other=0.0)
     for i in range(0, chunks):
         begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
         inside = ic < stop - begin
         row = (start + begin) * heads + h
+        coming = line - heads if REVERSE else line + heads
+        fade_then = tl.load(fades + coming * X + ix, mask=in_x & (i + 1 < chunks), other=0.0)
         by = tl.load(y + row * X + at_x, mask=inside[:, None] & in_x[None, :], other=0.0)
         bz = tl.load(z + row * Z + at_z, mask=inside[:, None] & in_z[None, :], other=0.0)
-        line = place_of(start, n, begin, C) * heads + h
-        fade = tl.load(fades + line * X + ix, mask=in_x, other=0.0)
         S = tl.dot(tl.trans(by), bz, S * fade[:, None], input_precision=PRECISION)
         total *= fade
+        line, fade = coming, fade_then
 
     nh = (n * heads + h).to(tl.int64)
     slot = segment if REVERSE else segment + 1

@@ -224,13 +224,14 @@ def sums_of(
         lo = hi * 0.0
         after = slope * tl.maximum(count - 1 - ic, 0)
     else:
+        # selected, not loaded instead: a load that waits for another one is not asked for early enough
         total = tl.load(sums + line + last)
-        hi = tl.load(sums + line + t, mask=inside, other=total)
+        hi = tl.where(inside, tl.load(sums + line + t, mask=inside, other=0.0), total)
         after = total - hi
         lo = hi * 0.0
         if EXACT:
             total_lo = tl.load(sums + count_rows + line + last)
-            lo = tl.load(sums + count_rows + line + t, mask=inside, other=total_lo)
+            lo = tl.where(inside, tl.load(sums + count_rows + line + t, mask=inside, other=0.0), total_lo)
             after += total_lo - lo
     return hi, lo, after, total
 

@@ -391,6 +391,9 @@ def delta_answers(
     at_z = ic[:, None] * (heads * Z) + iz[None, :]
     at_c = ic[:, None] * (heads * C) + ic[None, :]
     chunks = tl.cdiv(stop - first, C)
+    # what feeds no dot is not pipelined: q·k is asked for a chunk before it is needed
+    at_last = first + (chunks - 1) * C + ic
+    own = tl.load(itself + line + at_last, mask=(at_last >= first) & (at_last < stop), other=0.0)
     for i in range(0, chunks):
         begin = first + (chunks - 1 - i) * C
         t = begin + ic
@@ -398,6 +401,9 @@ def delta_answers(
         row = (start + begin) * heads + h
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
+        own_then = tl.load(itself + line + t - C, mask=t - C >= first, other=0.0)
+        if LOST:
+            bv = tl.load(v + row * Z + at_z, mask=in_rows_z, other=0.0)
         bq = tl.load(q + row * X + at_x, mask=in_rows_x, other=0.0)
         bk = tl.load(k + row * X + at_x, mask=in_rows_x, other=0.0)
         ba = bk
@@ -407,7 +413,6 @@ def delta_answers(
         A = tl.load(scores + row * C + at_c, mask=inside[:, None], other=0.0)
         Y = tl.load(solved + row * C + at_c, mask=inside[:, None], other=0.0)
         strength = tl.load(beta + row + ic * heads, mask=inside, other=0.0)
-        own = tl.load(itself + line + t, mask=inside, other=0.0)
         if GATE != 0:
             count = tl.minimum(stop - begin, C)
             hi, _, after, total = sums_of(
@@ -435,13 +440,13 @@ def delta_answers(
         if not SPAN:
             tl.store(dv + row * Z + at_z, answer, mask=in_rows_z)
             if LOST:
-                bv = tl.load(v + row * Z + at_z, mask=in_rows_z, other=0.0)
                 rest = (answer - answer.to(bv.dtype).to(tl.float32)) * bv.to(tl.float32)
                 tl.store(lost + s.to(tl.int64) * count_rows + line + t, tl.sum(rest, 1), mask=inside)
         if GATE != 0 and not APART:
             answer = answer * writing[:, None]
         E = tl.dot(tl.trans(bq), asking, E, input_precision=PRECISION)
         E = tl.dot(tl.trans(ba), (-answer).to(bk.dtype), E, input_precision=PRECISION)
+        own = own_then
 
     if SPAN:
         tl.store(end + (nh * slots + segment) * X * Z + cell, E, mask=in_cell)

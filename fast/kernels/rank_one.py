@@ -446,6 +446,15 @@ def rank_one_reverse(
         tl.store(adding + row * K + at, tl.dot(turned, written, added, input_precision=PRECISION), mask=ok)
 
 
+@triton.jit
+def fade_of(totals, slot, wanted, ix, X: tl.constexpr, GATE: tl.constexpr):
+    """How a chunk fades the rows of the memory: a number, or a column of them."""
+    if GATE == 3:
+        return tl.load(totals + slot * X + ix, mask=(ix < X) & wanted, other=0.0)[:, None]
+    else:
+        return tl.load(totals + slot, mask=wanted, other=0.0)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots"])
 def rank_one_sweep(
     z, A, B, A2, B2, F, F2, totals, borders, entry, x, out, states, end, moves, tokens, heads, segments, slots,
@@ -484,11 +493,16 @@ def rank_one_sweep(
     else:
         at_c = ic[:, None] * (heads * C) + ic[None, :]
     chunks = tl.cdiv(stop - first, C)
+    slot = place_of(start, n, first + (chunks - 1) * C if REVERSE else first, C) * heads + h
+    if GATE != 0:  # what feeds no dot is not pipelined: asked for a chunk before it is needed
+        fade = fade_of(totals, slot, chunks > 0, ix, X, GATE)
     for i in range(0, chunks):
         begin = first + (chunks - 1 - i) * C if REVERSE else first + i * C
         inside = ic < tl.minimum(stop - begin, C)
         row = (start + begin) * heads + h
-        slot = place_of(start, n, begin, C) * heads + h
+        coming = slot - heads if REVERSE else slot + heads
+        if GATE != 0:
+            fade_then = fade_of(totals, coming, i + 1 < chunks, ix, X, GATE)
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
         in_rows_c = inside[None, :] if REVERSE else inside[:, None]  # beyond the last token, columns are zeros
@@ -496,10 +510,6 @@ def rank_one_sweep(
         bA = tl.load(A + row * C + at_c, mask=in_rows_c, other=0.0)
         bB = tl.load(B + row * X + at_x, mask=in_rows_x, other=0.0)
         bF = tl.load(F + row * X + at_x, mask=in_rows_x, other=0.0)
-        if GATE == 3:  # what feeds no dot is not pipelined: asked for before the dots, it arrives during them
-            fade = tl.load(totals + slot * X + ix, mask=in_x, other=0.0)[:, None]
-        if GATE == 2:
-            fade = tl.load(totals + slot)
         before = S.to(bz.dtype)
         if KEEP:
             tl.store(states + slot * X * Z + cell, before, mask=in_cell)
@@ -519,6 +529,9 @@ def rank_one_sweep(
             o = tl.dot(bA2, bz, input_precision=PRECISION)
             o = plus_product(o, bB2, before, inside[:, None], PRECISION)
             tl.store(out + row * Z + at_z, o, mask=in_rows_z)
+        slot = coming
+        if GATE != 0:
+            fade = fade_then
     if SPAN:
         slot = segment if REVERSE else segment + 1
         tl.store(end + (nh * slots + slot) * X * Z + cell, S, mask=in_cell)
