@@ -12,20 +12,21 @@ from fast.kernels import features as kernels
 from fast.operators import even, of_dtype, operator, packed, results
 from fast.ratio import LEAST
 from reference import recurrence as words
-from reference.normal import ASKED, WRITTEN, Normal
+from reference.normal import ASKED, Normal
 from reference.recurrence import Inputs, Row, with_one
 
 POLYNOMIALS = {words.taylor: kernels.TAYLOR, words.squares: kernels.SQUARES}
 
 
 class Polynomial(NamedTuple):
-    """M_t = M_{t-1} + φ(k_t)ᵀ v_t, o_t = finish(φ(q_t) M_t). `least`: the last column of v is ones, and the sum of
-    weights that it makes, which starts from there, divides the other columns of o; or None."""
+    """M_t = M_{t-1} + φ(k_t)ᵀ v_t, o_t = finish(φ(q_t) M_t). `counts`: a column of ones stands behind those of v, for
+    the sum of weights. `least`: that sum, which starts from there, divides the other columns of o; or None."""
 
     q: Float[Tensor, "b t h k"]
     k: Float[Tensor, "b t h k"]
     v: Float[Tensor, "b t h v"]
     features: Callable[[Tensor], Tensor]
+    counts: bool
     least: float | None
     finish: Callable[[Tensor], Tensor]
 
@@ -37,8 +38,8 @@ def has_form(row: Row) -> bool:
 
 
 def form(row: Row, x: Inputs) -> Polynomial:
-    v, least = WRITTEN[row.update](x)["v"], LEAST.get(row.read)
-    return Polynomial(x["q"], x["k"], v, row.features, least, **ASKED[row.read](x))
+    counts, least = row.update is words.counted, LEAST.get(row.read)
+    return Polynomial(x["q"], x["k"], x["v"], row.features, counts, least, **ASKED[row.read](x))
 
 
 def takes(x) -> bool:
@@ -56,22 +57,31 @@ def fits(title: str, x: Polynomial) -> None:
 
 
 def run(x: Polynomial, memory: Tensor | None, cu_seqlens: Tensor | None, sequences: int, wide: bool):
-    size, V, polynomial = x.k.shape[-1], x.v.shape[-1], POLYNOMIALS[x.features]
-    v, values, least = x.v, -1, x.least or 0.0
+    size, V, polynomial = x.k.shape[-1], x.v.shape[-1] + x.counts, POLYNOMIALS[x.features]
+    ones, values, least = int(x.counts), -1, x.least or 0.0
     if x.least is not None:  # a second column of ones, for what the first one's gradient loses to 16 bits
-        v, values = with_one(v), V - 1
+        ones, values = ones + 1, V - 1
         memory = None if memory is None else torch.cat([memory, memory[..., -1:]], -1)
-    q, k, v = even(x.q), even(x.k), even(v)
+    q, k, v = even(x.q), even(x.k), with_ones(x.v, ones)
     memory = None if memory is None else even(memory)
     segments = kernels.segments_for(q, v, sequences)
     o, last, *_ = features(q, k, v, memory, cu_seqlens, size, polynomial, values, least, segments)
     return o[..., :V], last[..., :V]
 
 
+def with_ones(v: Tensor, ones: int) -> Tensor:
+    """v, so many columns of ones, and zeros up to a multiple of 16: one copy."""
+    if ones == 0:
+        return even(v)
+    columns = torch.arange(ones + -(v.shape[-1] + ones) % 16, device=v.device)
+    return torch.cat([v, (columns < ones).to(v.dtype).expand(*v.shape[:-1], -1)], -1)
+
+
 def step(x: Polynomial, memory: Tensor) -> Tensor:
     """The features of one token are few: they are made, and the memory is one that does not fade."""
     q, k = (x.features(y[:, 0].float()).contiguous() for y in (x.q, x.k))
-    return decay.step(Normal(q, k, x.v[:, 0].contiguous(), None), memory)
+    v = with_one(x.v[:, 0]) if x.counts else x.v[:, 0].contiguous()
+    return decay.step(Normal(q, k, v, None), memory)
 
 
 # ------------------------------------------------------------------------------------- the operators, as torch sees

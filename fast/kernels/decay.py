@@ -211,11 +211,13 @@ def summed(which, x, PART: tl.constexpr):
 
 @triton.jit
 def sums_of(
-    g, sums, line, t, h, inside, ic, count, last, count_rows, C: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr
-):
+    g, sums, line, t, h, inside, ic, count, last, count_rows, C: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr,
+    LATE: tl.constexpr = False,
+):  # fmt: skip
     """(hi, lo, after, total) of a chunk: b = hi + lo the running sum of its gates, after = b_C - b, total = b_C.
 
-    In units of log 2, so that exp2 follows. `last` is the chunk's last token; those beyond it are given b_C.
+    In units of log 2, so that exp2 follows. `last` is the chunk's last token; those beyond it are given b_C. LATE: one
+    load waits for the other, and so is not asked for before its turn, nor has it a buffer: for loops that have no room.
     """
     if GATE == 1:
         slope = tl.maximum(tl.load(g + h), FLOOR, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
@@ -224,9 +226,11 @@ def sums_of(
         lo = hi * 0.0
         after = slope * tl.maximum(count - 1 - ic, 0)
     else:
-        # selected, not loaded instead: a load that waits for another one is not asked for early enough
         total = tl.load(sums + line + last)
-        hi = tl.where(inside, tl.load(sums + line + t, mask=inside, other=0.0), total)
+        if LATE:
+            hi = tl.load(sums + line + t, mask=inside, other=total)
+        else:
+            hi = tl.where(inside, tl.load(sums + line + t, mask=inside, other=0.0), total)
         after = total - hi
         lo = hi * 0.0
         if EXACT:
@@ -609,7 +613,7 @@ def decay_quotient(
 def decay_dg(
     asked, answered, g, borders, memory, cotangent, dg,
     tokens, heads, segments, slots, count_rows,
-    QS: tl.constexpr, KS: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr,
+    QS: tl.constexpr, KS: tl.constexpr, CELLS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
     PACKED: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """dg_t = Σ_{s >= t} (q_s·dq_s - k_s·dk_s) + <M_end, dM_end>, the sum within a segment, M_end at the segment's end.
@@ -623,8 +627,8 @@ def decay_dg(
     nh = (n * heads + h).to(tl.int64)
     later = tl.zeros((), tl.float64)
     if ENDS:
-        for i in range(0, CELLS, BLOCK):
-            cell = i + tl.arange(0, BLOCK)
+        for i in range(0, CELLS, PART):
+            cell = i + tl.arange(0, PART)
             at = (nh * slots + segment) * CELLS + cell
             M = tl.load(memory + at, mask=cell < CELLS, other=0.0)
             D = tl.load(cotangent + at, mask=cell < CELLS, other=0.0)
@@ -880,7 +884,7 @@ def sums_in_chunks(g: Tensor | None, borders: Tensor | None, like: Tensor, chunk
     exact = like.element_size() == 4
     sums = g.new_empty(1 + exact, h, b * t)
     n, block = sequences_of(g, borders), min(16, next_power_of_2(h))
-    parts, blocks = cdiv(t, 256), cdiv(h, block)
+    parts, blocks = cdiv(t, 64 if borders is None else 256), cdiv(h, block)  # documents share tokens
     launch(
         decay_sums, n * blocks * parts, g, borders, sums, t, h, parts, b * t * h,
         C=chunk or CHUNK[like.element_size()], BH=block, BLOCKS=blocks, PACKED=borders is not None, EXACT=exact,
@@ -1054,11 +1058,11 @@ def ratio_gradients(
 def gate_gradient(asked, answered, g, borders, memory, cotangent, q, v, segments, slots) -> Tensor:
     """`decay_dg` from the ends of all segments: b t h."""
     b, t, h = g.shape
-    dg = asked.new_empty(b, t, h)
+    dg, cells = asked.new_empty(b, t, h), q.shape[-1] * v.shape[-1]
     launch(
         decay_dg, segments * h * sequences_of(q, borders), asked, answered, g, borders, memory, cotangent, dg,
         t, h, segments, slots, b * t * h,
-        QS=asked.shape[0], KS=answered.shape[0], CELLS=q.shape[-1] * v.shape[-1], BLOCK=256,
+        QS=asked.shape[0], KS=answered.shape[0], CELLS=cells, PART=min(4096, next_power_of_2(cells)), BLOCK=256,
         PACKED=borders is not None, ENDS=cotangent is not None,
     )  # fmt: skip
     return dg
