@@ -286,17 +286,27 @@ def cross_sweep(
     x_total, z_total = tl.zeros((BX,), tl.float32), tl.zeros((BZ,), tl.float32)
     here, there, c_z = ic[:, None], ic[None, :], iz[None, :]
     blocks = tl.cdiv(stop - first, C)
+    if X_FADES:  # what feeds no dot is not pipelined: asked for a block before it is needed
+        begin = first + (blocks - 1) * C if REVERSE else first
+        last = tl.minimum(stop - begin, C) - 1
+        row = (start + begin) * heads + h
+        a_end = sums_of(x_sums, row, heads, last, ix, in_x & (blocks > 0), XW, TWICE)
     for i in range(0, blocks):
         begin = first + (blocks - 1 - i) * C if REVERSE else first + i * C
         count = tl.minimum(stop - begin, C)
         inside = ic < count
         row = (start + begin) * heads + h
+        if X_FADES:
+            then = -C if REVERSE else C
+            last = tl.minimum(stop - begin - then, C) - 1
+            wanted = in_x & (i + 1 < blocks)
+            a_end_then = sums_of(x_sums, row + then * heads, heads, last, ix, wanted, XW, TWICE)
+        if OUT:
+            own = tl.load(scores + row * C + ic * (heads * C) + ic, mask=inside, other=0.0)
         ok_x, ok_y, ok_z = inside[:, None] & in_x[None, :], in_x[:, None] & inside[None, :], inside[:, None] & in_z
         by = tl.load(y + row * X + there * (heads * X) + ix[:, None], mask=ok_y, other=0.0).to(tl.float32)
         bz = tile_of(z, turns, row, heads, here, c_z, ok_z, ZW, Z_TURNS)
         written = bz
-        if X_FADES:
-            a_end = sums_of(x_sums, row, heads, count - 1, ix, in_x, XW, TWICE)
         if Z_FADES:
             b = sums_of(z_sums, row, heads, here, c_z, ok_z, ZW, Z_TURNS)
             b_end = sums_of(z_sums, row, heads, count - 1, iz, in_z, ZW, Z_TURNS)
@@ -346,7 +356,6 @@ def cross_sweep(
             if WIDE:
                 tl.store(wide + at, found, mask=ok_z)
             if OUT:
-                own = tl.load(scores + row * C + ic * (heads * C) + ic, mask=inside, other=0.0)
                 tl.store(out + at, (found + own[:, None] * bz).to(out.dtype.element_ty), mask=ok_z)
         if X_FADES:
             S *= tl.exp2(a_end).to(tl.float32)[:, None]
@@ -360,6 +369,8 @@ def cross_sweep(
         S = plus_product(S, by, written, in_x[:, None], PRECISION)
         if MARKS & (not REVERSE):  # M behind the block
             kept_if(due, marks, mark, S, in_cell)
+        if X_FADES:
+            a_end = a_end_then
 
     if END:
         slot = nh
