@@ -71,6 +71,7 @@ from fast.kernels.decay import (
     FLOOR,
     LOG2_E,
     NOTHING,
+    ask_ahead,
     cdiv,
     chunk_of,
     chunks_of,
@@ -100,8 +101,6 @@ CONFIG = {
     (128, 4): (32, 8, 1),
     (256, 4): (16, 8, 1),
 }
-# where sequences are cut in segments: `channel_span` then costs almost as much as a sweep, less in fewer, wider slices
-CUT = {(128, 2): (64, 4, 2)}
 # bytes of a number -> (channels of K at a time, warps)
 FOLDING = {2: (64, 4), 4: (32, 4)}
 FINISHING = {2: (64, 4), 4: (32, 4)}
@@ -477,6 +476,14 @@ def channel_gradients(
         du += place * K
     if BEFORE:
         u += h * K
+    ask_ahead(do, heads * V, count, ic, V, BV)
+    ask_ahead(v, heads * V, count, ic, V, BV)
+    ask_ahead(states + s * BK * V, V, K - s * BK, tl.arange(0, BK), V, BV)
+    ask_ahead(sums + s * BK, heads * K, count, ic, K - s * BK, BK)
+    ask_ahead(k + s * BK, heads * K, count, ic, K - s * BK, BK)
+    if KEYS:
+        ask_ahead(cotangents + s * BK * V, V, K - s * BK, tl.arange(0, BK), V, BV)
+        ask_ahead(q + s * BK, heads * K, count, ic, K - s * BK, BK)
     _, _, mild = ends_of(sums, count, heads, ik, C, K, MILD)
     if mild and (not BEFORE):  # whose sums and bonus would need more registers than there are
         gradients_of_chunk(
@@ -594,26 +601,20 @@ def channel_step(
 def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
     """In how many segments to cut each sequence: two programs a multiprocessor, and at least 512 tokens a segment."""
 
-    def fit(cut: bool) -> int:
-        columns = min(line_of(padded(q.shape[-1]), q.element_size(), cut)[0], padded(v.shape[-1]))
-        programs = sequences * q.shape[2] * cdiv(v.shape[-1], columns)
-        return 2 * decay.multiprocessors(q.device) // max(programs, 1)
-
-    return decay.long_enough(fit(cut=True) if fit(cut=False) > 2 else 1, q, sequences)
+    columns = min(CONFIG[padded(q.shape[-1]), q.element_size()][0], padded(v.shape[-1]))
+    programs = sequences * q.shape[2] * cdiv(v.shape[-1], columns)
+    fit = 2 * decay.multiprocessors(q.device) // max(programs, 1)
+    return decay.long_enough(fit if fit > 2 else 1, q, sequences)
 
 
-def line_of(size: int, width: int, cut: bool) -> tuple[int, int, int]:
-    return CUT.get((size, width), CONFIG[size, width]) if cut else CONFIG[size, width]
-
-
-def shape_of(x: Tensor, z: Tensor, borders: Tensor | None, segments: int) -> dict:
+def shape_of(x: Tensor, z: Tensor, borders: Tensor | None) -> dict:
     """The compile-time arguments of a sweep or span whose state is x's columns × z's columns."""
-    return shape_by_numbers(x.shape[-1], z.shape[-1], x.element_size(), borders is not None, segments > 1)
+    return shape_by_numbers(x.shape[-1], z.shape[-1], x.element_size(), borders is not None)
 
 
 @functools.cache
-def shape_by_numbers(X: int, Z: int, width: int, packed: bool, cut: bool) -> dict:
-    columns, warps, stages = line_of(padded(X), width, cut)
+def shape_by_numbers(X: int, Z: int, width: int, packed: bool) -> dict:
+    columns, warps, stages = CONFIG[padded(X), width]
     columns = min(columns, padded(Z))
     sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns), "C": CHUNK[width]}
     return {**sizes, "PACKED": packed, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages}
@@ -659,7 +660,7 @@ def sweep(
     x, y, z, fades, scores, borders, entry, *, out=None, end=None, kept=None, segments=1, slots=1, reverse=False
 ) -> None:
     """`channel_sweep`: fills `out`, `end` with the last state and `kept` with those that meet each chunk."""
-    shape = shape_of(y, z, borders, segments)
+    shape = shape_of(y, z, borders)
     decay.launch(
         channel_sweep, shape["SLICES"] * segments * z.shape[2] * sequences_of(y, borders),
         y if x is None else x, y, z, fades, scores, borders, entry, out, end, kept, *y.shape[1:3], segments, slots,
@@ -674,7 +675,7 @@ def between(y, z, fades, borders, first, segments, reverse=False) -> tuple[Tenso
     states = y.new_empty(n, h, segments + 1, K, V, dtype=torch.float32)
     totals = y.new_empty(n, h, segments, K, dtype=torch.float32)
     last = torch.empty_like(states[:, :, 0])
-    shape = shape_of(y, z, borders, segments)
+    shape = shape_of(y, z, borders)
     decay.launch(
         channel_span, shape["SLICES"] * segments * h * n, y, z, fades, borders, states, totals, y.shape[1], h, segments,
         **shape, REVERSE=reverse,

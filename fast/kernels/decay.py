@@ -210,6 +210,22 @@ def summed(which, x, PART: tl.constexpr):
 
 
 @triton.jit
+def ask_ahead(x, stride, rows, ic, N, BN: tl.constexpr):
+    """Asks memory for N numbers (of at most BN) in each of some rows from x on: later loads find them in the L2 cache.
+
+    For what a program has no register and no buffer to load yet. `rows`: from 1 to as many as `ic` has.
+    """
+    if COMPILED:
+        LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth  # of 128 bytes
+        LINES: tl.constexpr = BN // LINE if BN > LINE else 1
+        column = tl.minimum(tl.arange(0, LINES) * LINE, N - 1)
+        at = tl.minimum(ic, rows - 1)[:, None] * stride + column[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [x + at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def sums_of(
     g, sums, line, t, h, inside, ic, count, last, count_rows, C: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr,
     LATE: tl.constexpr = False,
@@ -742,6 +758,7 @@ def decay_step(
 
 
 INTERPRETED = not isinstance(decay_sweep, triton.JITFunction)  # TRITON_INTERPRET=1: the kernels run on CPU tensors
+COMPILED = tl.constexpr(not INTERPRETED)
 KNOWN: dict[tuple, tuple] = {}  # compiled kernels, by all that they depend on
 
 

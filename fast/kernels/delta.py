@@ -127,8 +127,6 @@ CHUNKS = {
     (128, 4): (32, 4, 1),
     (256, 4): (16, 4, 1),
 }
-AHEAD = tl.constexpr(True)
-COMPILED = tl.constexpr(not decay.INTERPRETED)
 FOLDED = 128  # channels of K at most: of segments, whose K × K matrices have to fit, and of vectors apart
 # how Y is multiplied by itself: products of tf32 are coarser than bfloat16 tokens need, and not than float16 tokens
 SOLVING = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "tf32"}
@@ -261,18 +259,6 @@ def delta_prepare(
     tl.store(solved + at_c, Y, mask=inside[:, None])
 
 
-@triton.jit
-def ask_ahead(x, row, heads, left, ic, N: tl.constexpr):
-    """Lines of the next chunk's rows of N numbers of 16 bits, into the L2 cache: copies to shared memory that begin at
-    the end of a turn then wait for it alone, and not for memory."""
-    if COMPILED and x.dtype.element_ty != tl.float32:
-        LINES: tl.constexpr = (N + 63) // 64
-        at = tl.minimum(ic, left - 1)[:, None] * (heads * N) + tl.arange(0, LINES)[None, :] * 64
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [x + row * N + at], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
 @triton.jit(do_not_specialize=["tokens", "heads", "segments", "slots", "count_rows"])
 def delta_values(
     q, k, v, beta, g, a, sums, scores, itself, solved, borders, entry, o, news, states, end, moves,
@@ -315,14 +301,6 @@ def delta_values(
         row = (start + begin) * heads + h
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
-        if AHEAD and begin + C < stop:
-            then = row + C * heads
-            ask_ahead(k, then, heads, stop - begin - C, ic, X)
-            ask_ahead(v, then, heads, stop - begin - C, ic, Z)
-            ask_ahead(solved, then, heads, stop - begin - C, ic, C)
-            if not SPAN:
-                ask_ahead(q, then, heads, stop - begin - C, ic, X)
-                ask_ahead(scores, then, heads, stop - begin - C, ic, C)
         bk = tl.load(k + row * X + at_x, mask=in_rows_x, other=0.0)
         ba = bk
         if APART:
@@ -423,13 +401,6 @@ def delta_answers(
         row = (start + begin) * heads + h
         in_rows_x = inside[:, None] & in_x[None, :]
         in_rows_z = inside[:, None] & in_z[None, :]
-        if AHEAD and i + 1 < chunks:
-            then = row - C * heads
-            ask_ahead(q, then, heads, C, ic, X)
-            ask_ahead(k, then, heads, C, ic, X)
-            ask_ahead(do, then, heads, C, ic, Z)
-            ask_ahead(scores, then, heads, C, ic, C)
-            ask_ahead(solved, then, heads, C, ic, C)
         own_then = tl.load(itself + line + t - C, mask=t - C >= first, other=0.0)
         if LOST:
             bv = tl.load(v + row * Z + at_z, mask=in_rows_z, other=0.0)

@@ -112,6 +112,7 @@ from torch import Tensor
 from fast.kernels import decay, delta
 from fast.kernels.channel import MILD, at_token, faded
 from fast.kernels.decay import (
+    COMPILED,
     FLOOR,
     LOG2_E,
     NOTHING,
@@ -130,7 +131,6 @@ from fast.kernels.decay import (
 from fast.kernels.delta import FOLDED, SOLVING, fold, solved_by_halves, sums_behind, sums_where
 
 NONE, TOKEN, CHANNEL = 0, 2, 3  # the kinds of gate
-COMPILED = tl.constexpr(not decay.INTERPRETED)
 PART = tl.bfloat16 if COMPILED else tl.float32  # of a sum's numbers; the interpreter has no products of bfloat16
 
 CHUNK = {2: 32, 4: 16}  # tokens a chunk by bytes of a number: float32 products are not done by tensor cores
