@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from fast import channel, cross, decay, delta, features, gates, rank_one, ratio, scan, slots
+from fast import channel, cross, decay, delta, features, rank_one, ratio, scan, slots
 from fast.kernels import decay as kernels
 from fast.kernels.delta import FOLDED
-from fast.local import DTYPES, has_kernels, runnable
+from fast.local import DTYPES, runnable
 from fast.operators import differentiated, even, of_dtype, small_enough
 from reference import recurrence as words
 from reference import span as spans
@@ -53,7 +53,7 @@ def recurrence(
     memory = None if memory is None else memory.float()
     if not isinstance(x, Normal):  # no products, whose rows must be even
         return family.run(ready(row, x, constants, same), memory, cu_seqlens, sequences, wide)
-    K, V = x.k.shape[-1], x.v.shape[-1]
+    K, V = x.q.shape[-1], x.v.shape[-1]
     if memory is not None:
         memory = even(memory, -K % 16).contiguous()
     o, last = family.run(ready(row, x, constants, even), memory, cu_seqlens, sequences, wide)
@@ -150,16 +150,9 @@ def computable(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) 
             if len(FOUND) >= MOST:
                 FOUND.clear()
             FOUND[seen] = found
-    if x is None or row.update is words.tied:  # no kernel for keys before inputs are known to be right
-        x = found.form(*in_one_pass(row, given))
+    if x is None:
+        x = found.form(row, given)
     return x, found.family, x.v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-
-
-def in_one_pass(row: Row, x: Inputs) -> tuple[Row, Inputs]:
-    """The same, with keys that are made of gates made by a kernel, where products round them anyhow."""
-    if row.update is not words.tied or x["q"].element_size() > 2 or not has_kernels(x["q"]):
-        return row, x
-    return row._replace(update=words.outer), {**x, "k": gates.complement(x["g"].float(), x["q"].dtype)}
 
 
 def outline(row: Row, tokens: Inputs, constants: Inputs, memory, cu_seqlens) -> tuple | None:
@@ -208,6 +201,8 @@ def former_of(row: Row) -> Callable[[Row, Inputs], Form] | None:
 
 
 def plain_form(row: Row, x: Inputs) -> Normal:
+    if row.update is words.tied:  # no keys: kernels make them where they read gates
+        return normal(row._replace(update=words.outer), {**x, "k": x["g"]})._replace(k=None)
     form = normal(row, x)
     # vectors that are made of gates or write strengths are float32 as these are: the products want all alike
     made = {n: of_dtype(y, form.q.dtype) for n in "kab" if (y := getattr(form, n)) is not None and y is not x.get(n)}
@@ -247,7 +242,7 @@ def supported(row: Row, x: Form, memory) -> None:
     if not isinstance(x, Normal):
         family_of(x).fits(row.title, x)
     else:
-        small_enough(row.title, K=x.k.shape[-1], V=x.v.shape[-1])
+        small_enough(row.title, K=x.q.shape[-1], V=x.v.shape[-1])
 
 
 def tensors_of(x: Form) -> dict[str, Tensor]:

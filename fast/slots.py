@@ -69,11 +69,11 @@ def slots(
     cu_seqlens: Tensor | None,
     count: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, the last keys and values of slots, n h m k and n h m v; and what is written to slots, how they are weighed,
-    and of chunks: scores, weights faded to the start and writes to the end, how memories fade, the running sums of
-    gates, keys and values before each). `count`: how many slots there are, the others only fill tiles. `keep`: what the
-    gradient needs is kept; without it there is none."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, the last keys and values of slots, n h m k and n h m v; and how slots are weighed, and of chunks: scores,
+    weights faded to the start and writes to the end, how memories fade, the running sums of gates, keys and values
+    before each). `count`: how many slots there are, the others only fill tiles. `keep`: what the gradient needs is
+    kept; without it there is none."""
     return kernels.forward(*packed(q, k, v, g, keys, values, cu_seqlens), count, keep)
 
 
@@ -84,11 +84,11 @@ def _(q, k, v, g, keys, values, cu_seqlens, count, keep):
     s = torch.empty_like(g, dtype=q.dtype)
     last = (g.new_empty(n, h, m, x.shape[-1]) for x in (k, v))
     if not keep:
-        return torch.empty_like(v), *last, *(s.new_empty(0) for _ in range(9))
+        return torch.empty_like(v), *last, *(s.new_empty(0) for _ in range(8))
     first, second = (channels.memories(s, x, cu_seqlens) for x in (k, v))
     chunks = channels.scores_for(s), torch.empty_like(s), torch.empty_like(s), g.new_empty(first[0], h, m)
     sums, met = torch.empty_like(g, dtype=channels.sums_in(s)), (s.new_empty(first), s.new_empty(second))
-    return torch.empty_like(v), *last, s, torch.empty_like(g), *chunks, sums, *met
+    return torch.empty_like(v), *last, torch.empty_like(g), *chunks, sums, *met
 
 
 @operator("slots_gradients")
@@ -101,7 +101,6 @@ def slots_gradients(
     v: Tensor,
     g: Tensor,
     cu_seqlens: Tensor | None,
-    written: Tensor,
     weights: Tensor,
     scores: Tensor,
     asked: Tensor,
@@ -113,7 +112,7 @@ def slots_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, and the cotangents of the first keys and values)."""
     do, dkeys, dvalues, *given = packed(of_dtype(do, v.dtype), dkeys, dvalues, q, k, v, g, cu_seqlens)
-    kept = (written, weights, scores, asked, faded, fades, sums, keys_met, values_met)
+    kept = (weights, scores, asked, faded, fades, sums, keys_met, values_met)
     return kernels.backward(do, dkeys, dvalues, *given, *kept)
 
 

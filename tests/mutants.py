@@ -628,8 +628,8 @@ MUTANTS = [
     Mutant(
         "a checkpoint is asked twice for what it makes once",
         "fast/channel.py",
-        "channel_gradients(do, dlast, *given, ctx.segments, want_g, want_u)",
-        "channel_gradients(do, dlast, *ctx.saved_tensors, ctx.segments, want_g, want_u)",
+        "channel_gradients(do, dlast, *given, ctx.segments, want_g, want_u, ctx.tied)",
+        "channel_gradients(do, dlast, *ctx.saved_tensors, ctx.segments, want_g, want_u, ctx.tied)",
         "tests/test_fast.py -k checkpointing",
     ),
     Mutant(
@@ -1384,7 +1384,7 @@ MUTANTS = [
     Mutant(
         "the gradients of slots' keys need a compiled kernel of their own",
         "fast/kernels/slots.py",
-        "met_keys.to(s.dtype) if keep else None",
+        "met_keys.to(q.dtype) if keep else None",
         "met_keys if keep else None",
         "tests/test_fast.py -k one_compiled_kernel",
     ),
@@ -1489,15 +1489,15 @@ MUTANTS = [
     Mutant(
         "slots' gates know of one of the two memories that they make room in",
         "fast/kernels/slots.py",
-        ".to(tl.float32) + tl.load(ds2 + at, mask=ok, other=0.0).to(tl.float32)",
-        ".to(tl.float32)",
+        "dg.add_(dg2)",
+        "dg",
         "tests/test_fast.py -k any_number_of_slots",
     ),
     Mutant(
         "slots' keys are rounded before queries find them",
         "fast/kernels/slots.py",
         "borders, segments, None, torch.float32)",
-        "borders, segments, None, s.dtype)",
+        "borders, segments, None, q.dtype)",
         "tests/test_fast.py -k slots_keys_have",
     ),
     Mutant(
@@ -1509,16 +1509,16 @@ MUTANTS = [
     ),
     Mutant(
         "a key that a gate leaves little room for has no digits",
-        "fast/kernels/gates.py",
+        "fast/kernels/channel.py",
         "tl.abs(x) < 0.0625",
         "tl.abs(x) < 0.0",
         "tests/test_fast.py -k made_of_gates",
     ),
     Mutant(
         "a gate's gradient from keys that are made of it has the other sign",
-        "fast/kernels/gates.py",
-        "-tl.exp(x) * tl.load(dk",
-        "tl.exp(x) * tl.load(dk",
+        "fast/kernels/channel.py",
+        "since -= (1.0 - key)",
+        "since += (1.0 - key)",
         "tests/test_fast.py -k made_of_gates",
     ),
     Mutant(

@@ -42,9 +42,13 @@ begun anew in every chunk, so that rounding errors do not add up over a sequence
 e^{b_C} <S, R> and what the chunk's own keys find in R, which dk has. The products are taken before dq and dk are
 rounded. A token's own pair P_tt comes in afterwards: dq += P_tt k, dk += P_tt q (times u), du = Σ_t P_tt q_t k_t.
 
+Keys may be tied to their gates, k = 1 - e^g (HGRN2's, whose write is what the decay leaves room for). They are made in
+float32 where g is read and never written, and what they receive, -e^g dk, is added to dg where both are at hand.
+
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, gates (2 U) in float32: forward, gates read
 4 and write 4 1/2, the sweep reads 3 1/2 and writes 1, and S where there will be a gradient: 13 or 15 U. Backward, the
-sweep reads 3 1/2 and writes dv and R, gradients read 10 and write 4: 20 1/2; both 35 1/2 where the floor is 17. Kept
+sweep reads 3 1/2 and writes dv and R, gradients read 10 and write 4: 20 1/2; both 35 1/2 where the floor is 17. With
+tied keys 1 less forwards, and backwards g is read (2 U) for k, dk not written: 34 1/2 where the floor is 15. Kept
 for the gradient: A, q', k', b and S (6 1/2 U; all made once), and not the gates (2 U); needed on the way: R, 2 U.
 Multiply-adds a chunk: a sweep 2·C·K·V and C·C·V, gates 2·C·C·K for b and C·C·K a level, gradients 2·C·K·V, 2·C·C·V a
 slice of channels and 2·C·C·K a level.
@@ -116,6 +120,20 @@ def at_token(sums, index, count, heads, ik, K: tl.constexpr):
 
 
 @triton.jit
+def complement_of(x):
+    """1 - e^x in float32. Near zero by its series, for the difference would have no digits left."""
+    small = -x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5)))))
+    return tl.where(tl.abs(x) < 0.0625, small, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def key_of(k, at, ok, TIED: tl.constexpr):
+    """Some keys in float32. TIED: k is the gates, and a key what they leave room for."""
+    key = tl.load(k + at, mask=ok, other=0.0).to(tl.float32)
+    return complement_of(key) if TIED else key
+
+
+@triton.jit
 def faded(sums, level, mild, count, heads, ik, C: tl.constexpr, K: tl.constexpr, BEFORE: tl.constexpr):
     """e^{r - b_m} for queries and e^{b_m - b} for keys, m the middle of a token's block of twice 2^level tokens: C × K.
 
@@ -146,10 +164,10 @@ def channel_gates(
     q, k, g, u, borders, asked, written, fades, sums, scores, tokens, heads, sequences,
     K: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BEFORE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, MILD: tl.constexpr, SCORES: tl.constexpr,
-    ASKED: tl.constexpr, KNOWN: tl.constexpr,
+    ASKED: tl.constexpr, KNOWN: tl.constexpr, TIED: tl.constexpr,
 ):  # fmt: skip
     """b, q e^r and k e^{b_C - b}: b t h K each; e^{b_C}, a row of K a chunk; with SCORES A: b t h C. Without ASKED
-    there is no q; where b is KNOWN q e^r and A are all that is new.
+    there is no q; where b is KNOWN q e^r and A are all that is new. TIED: k is g, of which the keys are made.
 
     Reads q, k and g; b again from the cache. C·C·K multiply-adds a chunk and level, and 2·C·C·K for b.
     """
@@ -162,7 +180,7 @@ def channel_gates(
     here, other = ic[:, None], ic[None, :]
     row = (start + begin) * heads + h
     inside = ic < count
-    kind = k.dtype.element_ty
+    kind = written.dtype.element_ty
     A = tl.zeros((C, C), tl.float32)
     own = tl.zeros((C,), tl.float32)
     for s in tl.static_range(SLICES):
@@ -174,7 +192,10 @@ def channel_gates(
             gates = tl.maximum(tl.load(g + at, mask=ok, other=0.0), FLOOR, propagate_nan=tl.PropagateNan.ALL)
         if ASKED:
             query = tl.load(q + at, mask=ok, other=0.0)
-        key = tl.load(k + at, mask=ok, other=0.0)
+        if TIED and not KNOWN:
+            key = complement_of(gates)
+        else:
+            key = key_of(k, at, ok, TIED)
         if not KNOWN:
             if EXACT:
                 b = tl.cumsum(gates.to(tl.float64) * LOG2_E, 0)
@@ -184,7 +205,6 @@ def channel_gates(
             tl.debug_barrier()
         if ASKED:
             query = query.to(tl.float32)
-        key = key.to(tl.float32)
         b = at_token(sums + row * K, ic, count, heads, ik, K)
         r = at_token(sums + row * K, ic - 1, count, heads, ik, K) if BEFORE else b
         there, total, mild = ends_of(sums + row * K, count, heads, ik, C, K, MILD)
@@ -218,7 +238,7 @@ def channel_gates(
                     mild = steepest * (1 << level) > -MILD
                     asking, writing = faded(sums + row * K, level, mild, count, heads, ik, C, K, BEFORE)
                     queries = (tl.load(q + at, mask=ok, other=0.0).to(tl.float32) * asking).to(kind)
-                    keys = (tl.load(k + at, mask=ok, other=0.0).to(tl.float32) * writing).to(kind)
+                    keys = (key_of(k, at, ok, TIED) * writing).to(kind)
                     meet = ((here ^ other) >> level < 2) & (here > other)
                     A += tl.where(meet, tl.dot(queries, tl.trans(keys), input_precision="ieee"), 0.0)
                     level -= 1 + mild.to(tl.int32) * LEVELS
@@ -328,13 +348,13 @@ def gradients_of_chunk(
     do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads, wanted,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr,
     EXACT: tl.constexpr, MILD: tl.constexpr, GATES: tl.constexpr, BONUS: tl.constexpr, KEYS: tl.constexpr,
-    ONE: tl.constexpr,
+    TIED: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """`channel_gradients`, every pointer being at its chunk. ONE: of mild gates, all pairs in one product.
     dq is stored where it is `wanted`."""
     in_k, in_v = ik < K, iv < V
     here, other = ic[:, None], ic[None, :]
-    kind = k.dtype.element_ty
+    kind = do.dtype.element_ty
     inside = ic < count
     at_k = here * (heads * K) + ik[None, :]
     at_v = here * (heads * V) + iv[None, :]
@@ -354,7 +374,7 @@ def gradients_of_chunk(
         queried = summed(answer, tl.trans(M), kind)
     if KEYS:
         query = tl.load(q + at_k, mask=ok_k, other=0.0)
-    key = tl.load(k + at_k, mask=ok_k, other=0.0)
+    key = key_of(k, at_k, ok_k, TIED)
     b = at_token(sums, ic, count, heads, ik, K)
     r = b if not BEFORE else at_token(sums, ic - 1, count, heads, ik, K)
     there, total, _ = ends_of(sums, count, heads, ik, C, K, MILD)
@@ -363,7 +383,6 @@ def gradients_of_chunk(
     P = tl.dot(answer, tl.trans(value), input_precision="ieee")
     if KEYS:
         query = query.to(tl.float32)
-    key = key.to(tl.float32)
     if ONE:
         if not EXACT:  # zeros that lie as products do: all that follows is found once, and there
             nothing = tl.minimum(tl.abs(queried), 0.0)
@@ -385,7 +404,7 @@ def gradients_of_chunk(
         while level >= 0:
             mild = steepest * (1 << level) > -MILD
             asking, writing = faded(sums, level, mild, count, heads, ik, C, K, BEFORE)
-            keys = (tl.load(k + at_k, mask=ok_k, other=0.0).to(tl.float32) * writing).to(kind)
+            keys = (key_of(k, at_k, ok_k, TIED) * writing).to(kind)
             met = tl.where((here ^ other) >> level < 2, P, 0.0).to(kind)
             queried += asking * tl.dot(met, keys, input_precision="ieee")
             level -= 1 + mild.to(tl.int32) * LEVELS
@@ -423,7 +442,8 @@ def gradients_of_chunk(
                 met = tl.where((here ^ other) >> level < 2, turned, 0.0).to(kind)
                 keyed += writing * tl.dot(met, queries, input_precision="ieee")
                 level -= 1 + mild.to(tl.int32) * LEVELS
-        tl.store(dk + at_k, keyed + own[:, None] * query * weight[None, :], mask=ok_k)
+        if not TIED:
+            tl.store(dk + at_k, keyed + own[:, None] * query * weight[None, :], mask=ok_k)
         if GATES:
             later = change - key * keyed
             if EXACT:
@@ -437,6 +457,8 @@ def gradients_of_chunk(
             if not ONE:
                 b = at_token(sums, ic, count, heads, ik, K)
                 since = tl.where(b - at_token(sums, ic - 1, count, heads, ik, K) < NOTHING, 0.0, since)
+            if TIED:  # dk's part: -e^g
+                since -= (1.0 - key) * (keyed + own[:, None] * query * weight[None, :])
             tl.store(dg + at_k, since, mask=ok_k)
 
 
@@ -445,11 +467,11 @@ def channel_gradients(
     do, q, k, v, u, sums, states, cotangents, borders, dq, dk, dg, du, tokens, heads, sequences, queries,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, MILD: tl.constexpr,
-    GATES: tl.constexpr, BONUS: tl.constexpr, KEYS: tl.constexpr,
+    GATES: tl.constexpr, BONUS: tl.constexpr, KEYS: tl.constexpr, TIED: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dg of one chunk, a slice of channels; with BONUS du of the chunk, at its `place_of`. Where `queries`
     is 0 all but dq: a branch, since a kernel of its own would take five seconds to compile. Without KEYS dq alone, of
-    which q is no part.
+    which q is no part. TIED: k is the gates, and what their keys receive goes to dg.
 
     Reads do, v and b, its slice of q, k, of the memory before the chunk and the cotangent of that after it.
     Multiply-adds: 2·C·C·V + 2·C·V·BK, and 2·C·C·BK for each level, mostly one.
@@ -467,7 +489,9 @@ def channel_gradients(
     states += place.to(tl.int64) * K * V
     if KEYS:
         cotangents += place.to(tl.int64) * K * V
-        q, dk = q + row * K, dk + row * K
+        q += row * K
+        if not TIED:
+            dk += row * K
     dq += row * K
     k, do, v = k + row * K, do + row * V, v + row * V
     if GATES:
@@ -488,12 +512,12 @@ def channel_gradients(
     if mild and (not BEFORE):  # whose sums and bonus would need more registers than there are
         gradients_of_chunk(
             do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads, queries,
-            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, KEYS, True,
+            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, KEYS, TIED, True,
         )  # fmt: skip
     else:
         gradients_of_chunk(
             do, q, k, v, u, sums, states, cotangents, dq, dk, dg, du, ic, ik, iv, count, heads, queries,
-            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, KEYS, False,
+            K, V, BK, C, LEVELS, BEFORE, EXACT, MILD, GATES, BONUS, KEYS, TIED, False,
         )  # fmt: skip
 
 
@@ -572,6 +596,7 @@ def channel_fold(
 def channel_step(
     q, k, v, g, u, memory, o, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICES: tl.constexpr, BEFORE: tl.constexpr,
+    TIED: tl.constexpr,
 ):  # fmt: skip
     """One token of one head, a slice of V: reads and writes its part of the memory once, in place."""
     pid = tl.program_id(0)
@@ -583,7 +608,7 @@ def channel_step(
     in_cell = in_k[:, None] & in_v[None, :]
     M = tl.load(cell, mask=in_cell, other=0.0)
     bq = tl.load(q + row * K + ik, mask=in_k, other=0.0).to(tl.float32)
-    bk = tl.load(k + row * K + ik, mask=in_k, other=0.0).to(tl.float32)
+    bk = key_of(k, row * K + ik, in_k, TIED)
     bv = tl.load(v + row * V + iv, mask=in_v, other=0.0).to(tl.float32)
     fade = tl.exp(tl.load(g + row * K + ik, mask=in_k, other=0.0))
     after = M * fade[:, None] + bk[:, None] * bv[None, :]
@@ -595,7 +620,8 @@ def channel_step(
 
 
 # ------------------------------------------------------------------------------------------------ the launchers
-# Tensors are contiguous, K and V multiples of 16, gates, bonus and memories float32. g : b t h K, u : None | h K.
+# Tensors are contiguous, K and V multiples of 16, gates, bonus and memories float32. g : b t h K, u : None | h K. k is
+# None where keys are what gates leave room for, 1 - e^g: they are made where g is read.
 
 
 def segments_for(q: Tensor, v: Tensor, sequences: int) -> int:
@@ -620,9 +646,10 @@ def shape_by_numbers(X: int, Z: int, width: int, packed: bool) -> dict:
     return {**sizes, "PACKED": packed, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages}
 
 
-def pairs_of(q: Tensor, u: Tensor | None, borders: Tensor | None, line: tuple[int, int]) -> dict:
-    """The compile-time arguments of a kernel that takes chunks one by one, some channels at a time."""
-    return pairs_by_numbers(q.shape[-1], q.dtype, u is not None, borders is not None, *line)
+def pairs_of(g: Tensor, dtype: torch.dtype, u: Tensor | None, borders: Tensor | None, line: tuple[int, int]) -> dict:
+    """The compile-time arguments of a kernel that takes chunks of tokens of `dtype` one by one, some channels at a
+    time, as many as g has."""
+    return pairs_by_numbers(g.shape[-1], dtype, u is not None, borders is not None, *line)
 
 
 @functools.cache
@@ -638,20 +665,20 @@ def sums_in(q: Tensor) -> torch.dtype:
     return torch.float64 if q.element_size() == 4 else torch.float32
 
 
-def gates(q, k, g, u, borders, scores=None, known=None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """`channel_gates`: q e^r (None without q), k e^{b_C - b}, e^{b_C} and b; fills `scores`. `known`: the last
-    three, as they were found before."""
-    (_, t, h, K), width = k.shape, k.element_size()
-    asked = None if q is None else torch.empty_like(k)
+def gates(q, k, g, u, borders, like, scores=None, known=None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """`channel_gates`: q e^r (None without q), k e^{b_C - b}, e^{b_C} and b, in the dtype of `like`; fills `scores`.
+    `known`: the last three, as they were found before."""
+    (_, t, h, K), width, dtype = g.shape, like.element_size(), like.dtype
+    asked = None if q is None else torch.empty_like(g, dtype=dtype)
     if known is None:
-        fades = g.new_empty(places(k, borders, CHUNK[width]), h, K)
-        made = torch.empty_like(k), fades, torch.empty_like(g, dtype=sums_in(k))
+        fades = g.new_empty(places(g, borders, CHUNK[width]), h, K)
+        made = torch.empty_like(g, dtype=dtype), fades, torch.empty_like(g, dtype=sums_in(like))
     written, fades, sums = known or made
     decay.launch(
-        channel_gates, chunks_of(k, borders, CHUNK[width]) * h,
-        k if q is None else q, k, g, u, borders, asked, written, fades, sums, scores, t, h, sequences_of(k, borders),
-        **pairs_of(k, u, borders, FOLDING[width]), SCORES=scores is not None, ASKED=q is not None,
-        KNOWN=known is not None,
+        channel_gates, chunks_of(g, borders, CHUNK[width]) * h,
+        g if q is None else q, g if k is None else k, g, u, borders, asked, written, fades, sums, scores, t, h,
+        sequences_of(g, borders), **pairs_of(g, dtype, u, borders, FOLDING[width]), SCORES=scores is not None,
+        ASKED=q is not None, KNOWN=known is not None, TIED=k is None,
     )  # fmt: skip
     return asked, written, fades, sums
 
@@ -691,7 +718,7 @@ def between(y, z, fades, borders, first, segments, reverse=False) -> tuple[Tenso
 
 def end(q, k, z, g, u, borders, segments: int, reverse: bool) -> Tensor:
     """What tokens leave of an empty memory, z their v; or reverse, z their do, what the memory before them receives."""
-    asked, written, fades, _ = gates(q, k, g, u, borders)
+    asked, written, fades, _ = gates(q, k, g, u, borders, q)
     return between(asked if reverse else written, z, fades, borders, None, segments, reverse)[1]
 
 
@@ -706,7 +733,7 @@ def forward(q, k, v, g, u, memory, borders, segments: int, wide: bool, keep: boo
     `keep`: what the gradient needs is kept; else all but the first two are empty.
     """
     scores = scores_for(q)
-    asked, written, fades, sums = gates(q, k, g, u, borders, scores)
+    asked, written, fades, sums = gates(q, k, g, u, borders, q, scores)
     sums = sums if keep else None  # 2 U, free for o
     o = torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     last, met = onwards(asked, written, v, fades, scores, memory, borders, segments, o, q.dtype if keep else None)
@@ -744,39 +771,42 @@ def outputs(asked, v, scores, met, borders) -> Tensor:
 
 
 def backward(
-    do, dlast, q, k, v, u, borders, scores, asked, written, fades, sums, met, segments, want_g, want_u, want_q=True
-):
+    do, dlast, q, k, v, u, borders, scores, asked, written, fades, sums, met, segments, want_g, want_u, want_q=True,
+    tied=False,
+):  # fmt: skip
     """(dq, dk, dv, dg, du, dmemory) from the cotangents of o and of the last memory (None: zeros); dq, dg and du are
-    None unless wanted. Others may read what was kept again: nothing of it is overwritten."""
+    None unless wanted. `tied`: k is g, of which keys are made; dk is None, and what they receive is in dg. Others may
+    read what was kept again: nothing of it is overwritten."""
     run, far = {"segments": segments}, dlast
     if segments > 1:
         cotangents, dmemory = between(asked, do, fades, borders, dlast, segments, reverse=True)
         run["slots"], far, stop = segments + 1, cotangents[:, :, 1:], None
     else:
         dmemory = stop = fades.new_empty(sequences_of(q, borders), *q.shape[2:], v.shape[-1])
-    dv, cotangents = torch.empty_like(v), torch.empty_like(met, dtype=k.dtype)
+    dv, cotangents = torch.empty_like(v), torch.empty_like(met, dtype=v.dtype)
     sweep(written, asked, do, fades, scores, borders, far, out=dv, end=stop, kept=cotangents, reverse=True, **run)
     dq = torch.empty_like(q) if want_q else None
-    dk, dg, du = gradients(do, q, k, v, u, sums, met, cotangents, borders, dq, want_g, want_u)
+    dk, dg, du = gradients(do, q, k, v, u, sums, met, cotangents, borders, dq, want_g, want_u, tied)
     return dq, dk, dv, dg, du, dmemory
 
 
-def gradients(do, q, k, v, u, sums, states, cotangents, borders, dq, want_g=False, want_u=False):
-    """`channel_gradients`: (dk, dg, du); fills dq, if there is one. Without q nothing else."""
-    (_, t, h, K), V, width = k.shape, v.shape[-1], k.element_size()
-    shape = pairs_of(k, u, borders, FINISHING[width])
-    dk = None if q is None else torch.empty_like(k)
+def gradients(do, q, k, v, u, sums, states, cotangents, borders, dq, want_g=False, want_u=False, tied=False):
+    """`channel_gradients`: (dk, dg, du); fills dq, if there is one. Without q nothing else. `tied`: as above."""
+    (_, t, h, K), V, width = k.shape, v.shape[-1], v.element_size()
+    shape = pairs_of(k, v.dtype, u, borders, FINISHING[width])
+    dk = None if q is None or tied else torch.empty_like(k)
     dg = torch.empty_like(sums, dtype=torch.float32) if want_g else None
     du = sums.new_zeros(places(k, borders, shape["C"]), h, K, dtype=torch.float32) if want_u else None
     decay.launch(
         channel_gradients, chunks_of(k, borders, shape["C"]) * h * shape["SLICES"],
         do, q, k, v, u, sums, states, cotangents, borders, q if dq is None else dq, dk, dg, du, t, h,
         sequences_of(k, borders), int(dq is not None), V=V, BV=max(shape["BK"], padded(V)), **shape, GATES=want_g,
-        BONUS=want_u, KEYS=q is not None,
+        BONUS=want_u, KEYS=q is not None, TIED=tied,
     )  # fmt: skip
     return dk, dg, du if du is None else du.sum(0)
 
 
 def step(q, k, v, g, u, memory) -> Tensor:
     """o : b h V in float32 of one token a sequence, q k g : b h K, v : b h V, u : None | h K; overwrites memory."""
-    return decay.one_token(channel_step, (q, k, v, g, u, memory), v, q.shape[1], BEFORE=u is not None)
+    given = q, g if k is None else k, v, g, u, memory
+    return decay.one_token(channel_step, given, v, q.shape[1], BEFORE=u is not None, TIED=k is None)

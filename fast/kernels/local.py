@@ -28,10 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.kernels.decay import INTERPRETED, cdiv, launch, multiprocessors, next_power_of_2
-from fast.kernels.gates import SIZE
 
 ACTIVATIONS = {None: 0, "silu": 1, "sigmoid": 2, "relu": 3, "gelu": 4}
 WIDEST = 16384  # of a norm: one row stands in registers
+SIZE = 16384 if INTERPRETED else 2048  # numbers a program
 LONGEST = 8  # taps of a convolution
 
 

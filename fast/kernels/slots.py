@@ -15,8 +15,10 @@ is its output. No second set of kernels, then, for columns that fade:
 
 b, s e^{b_C - b} and e^{b_C} are made once for both memories and both passes. In order (| between what waits for what):
 
-    forwards     s | gates | sweep (N) | l | p | gates (p) | sweep (o, M)
-    backwards    sweep (dv) | gradients (dp, ds, dg) | E | gates (E) | dq, sweep (dk) | gradients (ds, dg) | dg
+    forwards     gates | sweep (N) | l | p | gates (p) | sweep (o, M)
+    backwards    sweep (dv) | gradients (dp, dg) | E | gates (E) | dq, sweep (dk) | gradients (dg) | dg
+
+s is never written: as keys that are tied to their gates it is made where g is read, and what it receives is in dg.
 
 Where 16 bits are too few. l goes into an exponent: it is float32, and of N before a chunk, which may be large where the
 differences between slots are small, what queries find is a product of two parts. p and E are queries that are rounded
@@ -24,10 +26,10 @@ as they fade (p e^b, E e^b), so not before; dp is float32 since E is what dp's h
 16 bits, as the products of the way back are: one compiled kernel is then the gradients of both memories.
 
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128 and 64 slots, whose gates in float32 are 1
-U: forwards s 1 1/2, gates 3, sweep 3 1/2 (N 2), l 6 1/2, N rounded 3, p 2, gates 3 1/2, sweep 4 1/2 (M 1): 27 1/2.
-Backwards sweep 4 1/2, gradients 9, E 3, gates 3 1/2, dq 4, sweep 4 1/2, gradients 8, dg 5: 41 1/2. Kept for the
-gradient: s, A, p e^b and s e^{b_C - b} 1/2 each, p and b 1 each, M 1, N 1: 6. Multiply-adds a chunk are those of
-`channel.py` for m key channels, twice, and C·m·K + C·C·m and a product of N more, for l.
+U: forwards gates 2 1/2, sweep 3 1/2 (N 2), l 7, N rounded 3, p 2, gates 4, sweep 4 1/2 (M 1): 26 1/2.
+Backwards sweep 4 1/2, gradients 9, E 3, gates 4, dq 4, sweep 4 1/2, gradients 8, dg 3: 40. Kept for the gradient: A,
+p e^b and s e^{b_C - b} 1/2 each, p and b 1 each, M 1, N 1: 5 1/2. Multiply-adds a chunk are those of `channel.py` for
+m key channels, twice, and C·m·K + C·C·m and a product of N more, for l.
 
 One token: a program takes a head, goes through both memories, some columns at a time, and writes them in place.
 """
@@ -37,9 +39,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fast.kernels import channel, decay, gates
+from fast.kernels import channel, decay
+from fast.kernels.channel import complement_of
 from fast.kernels.decay import INTERPRETED, cdiv, next_power_of_2, padded, sequences_of
-from fast.kernels.gates import SIZE, complement_of
 
 TOGETHER = 256 if INTERPRETED else 16  # rows (tokens and heads) a program
 COLUMNS = 32  # of a memory at a time, for one token
@@ -67,17 +69,6 @@ def slots_cotangents(p, dp, dl, count, M: tl.constexpr, BM: tl.constexpr, ROWS: 
     ok = (row < count)[:, None] & (im < M)[None, :]
     weights, change = tl.load(p + at, mask=ok, other=0.0), tl.load(dp + at, mask=ok, other=0.0)
     tl.store(dl + at, weights * (change - tl.sum(weights * change, 1)[:, None]), mask=ok)
-
-
-@triton.jit(do_not_specialize=["count"])
-def slots_gates(g, ds, ds2, dg, dg2, count, N: tl.constexpr):
-    """dg += dg2 - e^g (ds + ds2), in place: of both memories, and of what is written to both."""
-    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-    ok = at < count
-    fade = tl.exp(tl.load(g + at, mask=ok, other=0.0))
-    written = tl.load(ds + at, mask=ok, other=0.0).to(tl.float32) + tl.load(ds2 + at, mask=ok, other=0.0).to(tl.float32)
-    faded = tl.load(dg + at, mask=ok, other=0.0) + tl.load(dg2 + at, mask=ok, other=0.0)
-    tl.store(dg + at, faded - fade * written, mask=ok)
 
 
 @triton.jit
@@ -126,53 +117,47 @@ def by_rows(kernel, *tensors: Tensor, **sizes: int) -> None:
     decay.launch(kernel, cdiv(count, TOGETHER), *tensors, count, M=M, BM=next_power_of_2(M), ROWS=TOGETHER, **sizes)
 
 
-def written_by(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 - e^g, rounded once to `dtype`."""
-    return -torch.expm1(g) if dtype == torch.float32 else gates.complement(g, dtype)
-
-
 def forward(q, k, v, g, keys, values, borders, slots: int, keep: bool) -> tuple[Tensor, ...]:
-    """(o, the last N and M, s, p, A, p e^b, s e^{b_C - b}, e^{b_C}, b, N and M before every chunk), of the first
+    """(o, the last N and M, p, A, p e^b, s e^{b_C - b}, e^{b_C}, b, N and M before every chunk), of the first
     `slots` slots; more only fill tiles. `keep`: what the gradient needs is kept; else all after M are empty."""
-    s, n = written_by(g, q.dtype), sequences_of(q, borders)
-    _, *known = channel.gates(None, s, g, None, borders)
+    n = sequences_of(q, borders)
+    _, *known = channel.gates(None, None, g, None, borders, q)
     written, fades, sums = known
-    segments = channel.segments_for(s, k, n)
+    segments = channel.segments_for(written, k, n)
     last_keys, met_keys = channel.onwards(None, written, k, fades, None, keys, borders, segments, None, torch.float32)
     found = torch.empty_like(g)
-    channel.gradients(q, None, s, k, None, sums, met_keys, None, borders, found)
-    p, o, scores = torch.empty_like(g), torch.empty_like(v), channel.scores_for(s)
+    channel.gradients(q, None, g, k, None, sums, met_keys, None, borders, found, tied=True)
+    p, o, scores = torch.empty_like(g), torch.empty_like(v), channel.scores_for(written)
     by_rows(slots_weights, found, p, SLOTS=slots)
-    asked = channel.gates(p, s, g, None, borders, scores, known)[0]
-    segments = channel.segments_for(s, v, n)
+    asked = channel.gates(p, None, g, None, borders, q, scores, known)[0]
+    segments = channel.segments_for(written, v, n)
     last_values, met_values = channel.onwards(
-        asked, written, v, fades, scores, values, borders, segments, o, s.dtype if keep else None
+        asked, written, v, fades, scores, values, borders, segments, o, q.dtype if keep else None
     )
-    kept = s, p, scores, asked, *known, met_keys.to(s.dtype) if keep else None, met_values
-    return o, last_keys, last_values, *(kept if keep else (s.new_empty(0) for _ in kept))
+    kept = p, scores, asked, *known, met_keys.to(q.dtype) if keep else None, met_values
+    return o, last_keys, last_values, *(kept if keep else (q.new_empty(0) for _ in kept))
 
 
 def backward(
-    do, dlast_keys, dlast_values, q, k, v, g, borders, s, p, scores, asked, written, fades, sums, met_keys,
-    met_values,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    do, dlast_keys, dlast_values, q, k, v, g, borders, p, scores, asked, written, fades, sums, met_keys, met_values
+) -> tuple[Tensor, ...]:
     """(dq, dk, dv, dg, dkeys, dvalues) from the cotangents of o and of the last memories (None: zeros)."""
     known, n = (written, fades, sums), sequences_of(q, borders)
-    segments = channel.segments_for(s, v, n)
-    dp, ds, dv, dg, _, dvalues = channel.backward(
-        do, dlast_values, p, s, v, None, borders, scores, asked, *known, met_values, segments, True, False
+    segments = channel.segments_for(written, v, n)
+    dp, _, dv, dg, _, dvalues = channel.backward(
+        do, dlast_values, p, g, v, None, borders, scores, asked, *known, met_values, segments, True, False, tied=True
     )
     dl, scores = torch.empty_like(p), torch.empty_like(scores)
     by_rows(slots_cotangents, p, dp, dl)
     del dp  # 1 U
-    asked = channel.gates(dl, s, g, None, borders, scores, known)[0]
+    asked = channel.gates(dl, None, g, None, borders, q, scores, known)[0]
     dq = channel.outputs(asked, k, scores, met_keys, borders)
-    segments = channel.segments_for(s, k, n)
-    _, ds2, dk, dg2, _, dkeys = channel.backward(
-        q, dlast_keys, dl, s, k, None, borders, scores, asked, *known, met_keys, segments, True, False, want_q=False
-    )
-    decay.launch(slots_gates, cdiv(g.numel(), SIZE), g, ds, ds2, dg, dg2, g.numel(), N=SIZE)
-    return dq, dk, dv, dg, dkeys, dvalues
+    segments = channel.segments_for(written, k, n)
+    _, _, dk, dg2, _, dkeys = channel.backward(
+        q, dlast_keys, dl, g, k, None, borders, scores, asked, *known, met_keys, segments, True, False, want_q=False,
+        tied=True,
+    )  # fmt: skip
+    return dq, dk, dv, dg.add_(dg2), dkeys, dvalues
 
 
 def step(q, k, v, g, memory) -> Tensor:
