@@ -48,7 +48,7 @@ float32 where g is read and never written, and what they receive, -e^g dk, is ad
 Bytes and operations. In U = one b t h d tensor in 16 bits, K = V = d = 128, gates (2 U) in float32: forward, gates read
 4 and write 4 1/2, the sweep reads 3 1/2 and writes 1, and S where there will be a gradient: 13 or 15 U. Backward, the
 sweep reads 3 1/2 and writes dv and R, gradients read 10 and write 4: 20 1/2; both 35 1/2 where the floor is 17. With
-tied keys 1 less forwards, and backwards g is read (2 U) for k, dk not written: 34 1/2 where the floor is 15. Kept
+tied keys 1 less forwards, and backwards g is read (2 U) for k, dk not written: 34 1/2 where the floor is 14. Kept
 for the gradient: A, q', k', b and S (6 1/2 U; all made once), and not the gates (2 U); needed on the way: R, 2 U.
 Multiply-adds a chunk: a sweep 2·C·K·V and C·C·V, gates 2·C·C·K for b and C·C·K a level, gradients 2·C·K·V, 2·C·C·V a
 slice of channels and 2·C·C·K a level.
