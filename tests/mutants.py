@@ -1522,6 +1522,20 @@ MUTANTS = [
         "tests/test_fast.py -k made_of_gates",
     ),
     Mutant(
+        "what a token reads of its neighbour is counted twice",
+        "fast/kernels/channel.py",
+        "P = tl.where(here > other + NEAR, P, 0.0)",
+        "P = tl.where(here > other, P, 0.0)",
+        "tests/test_fast.py -k neighbours_without",
+    ),
+    Mutant(
+        "what a chunk fades is that of the chunk before",
+        "fast/kernels/channel.py",
+        "line, fade = coming, fade_then\n\n    if END:",
+        "line = coming\n\n    if END:",
+        "tests/test_fast.py -k 'both_ways and gla'",
+    ),
+    Mutant(
         "a mild chunk's fading is put back but not taken out before",
         "fast/kernels/decay.py",
         "power_of_2(-fading, EXACT)",

@@ -571,6 +571,22 @@ def test_keys_that_are_made_of_gates(name, least, most):
     compare(name, t=FEW, change=change)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_neighbours_without_a_gate_between_them_cancel_in_its_gradient(seed, monkeypatch):
+    """Where the read is before the write, of pairs of tokens those that follow each other do not fade at all."""
+    monkeypatch.setitem(channels.MILD, torch.float16, 12.0)  # all pairs of a chunk in one product, as in bfloat16
+    channels.pairs_by_numbers.cache_clear()
+
+    def change(tokens, _):
+        rng = torch.Generator().manual_seed(seed)
+        tokens["g"] = -3.0 * torch.rand(tokens["g"].shape, generator=rng).double()
+
+    try:
+        compare("rwkv6", torch.float16, t=130, k=16, v=16, seed=seed, change=change, bare=True)
+    finally:
+        channels.pairs_by_numbers.cache_clear()
+
+
 def test_a_gate_that_is_not_a_number_in_sixteen_bits_shows(monkeypatch):
     monkeypatch.setitem(kernels.LITTLE, torch.float16, -8.0)
     row, tokens, constants = make("mamba2", t=40, k=16, v=16, dtype=torch.float16)

@@ -40,7 +40,9 @@ chunk's last token, and dq and dk without a token's own pair, which is in both a
 
 begun anew in every chunk, so that rounding errors do not add up over a sequence: D_C is R, and <M_C, R> is
 e^{b_C} <S, R> and what the chunk's own keys find in R, which dk has. The products are taken before dq and dk are
-rounded. A token's own pair P_tt comes in afterwards: dq += P_tt k, dk += P_tt q (times u), du = Σ_t P_tt q_t k_t.
+rounded. A token's own pair P_tt comes in afterwards: dq += P_tt k, dk += P_tt q (times u), du = Σ_t P_tt q_t k_t. So
+does, where the read is before the write, that with the token before: no gate is between them, so where gates are strong
+it is by far the largest of a sum from which it cancels, and rounded it had up to 2.2 of dg's error budget.
 
 Keys may be tied to their gates, k = 1 - e^g (HGRN2's, whose write is what the decay leaves room for). They are made in
 float32 where g is read and never written, and what they receive, -e^g dk, is added to dg where both are at hand.
@@ -393,7 +395,10 @@ def gradients_of_chunk(
             queries = (query * asking).to(kind)
         keys = (key * writing).to(kind)
     own = tl.sum(tl.where(here == other, P, 0.0), 1)
-    P = tl.where(here > other, P, 0.0).to(kind)
+    NEAR: tl.constexpr = 1 if BEFORE else 0
+    if BEFORE:
+        beside = tl.sum(tl.where(here == other + 1, P, 0.0), 1)
+    P = tl.where(here > other + NEAR, P, 0.0).to(kind)
     if ONE:
         queried = plus_product(queried, P, keys, inside[:, None], "ieee")
         queried *= asking
@@ -414,7 +419,10 @@ def gradients_of_chunk(
     if KEYS:
         change = query * queried
     if wanted != 0:
-        tl.store(dq + at_k, queried + own[:, None] * key * weight[None, :], mask=ok_k)
+        queried += own[:, None] * key * weight[None, :]
+        if BEFORE:
+            queried += beside[:, None] * key_of(k, at_k - heads * K, ok_k & (here > 0), TIED)
+        tl.store(dq + at_k, queried, mask=ok_k)
     if KEYS:
         if BONUS:
             tl.store(du + ik, tl.sum(own[:, None] * query * key, 0), mask=in_k)
@@ -422,7 +430,9 @@ def gradients_of_chunk(
         there, total, _ = ends_of(sums, count, heads, ik, C, K, MILD)
         keyed = tl.dot(value, tl.trans(D), input_precision="ieee")
         turned = tl.dot(value, tl.trans(answer), input_precision="ieee")
-        turned = tl.where(here < other, turned, 0.0).to(kind)
+        if BEFORE:
+            beside = tl.sum(tl.where(here + 1 == other, turned, 0.0), 1)
+        turned = tl.where(here + NEAR < other, turned, 0.0).to(kind)
         if GATES:
             end *= tl.exp2(total).to(tl.float32)
         if ONE:
@@ -442,10 +452,15 @@ def gradients_of_chunk(
                 met = tl.where((here ^ other) >> level < 2, turned, 0.0).to(kind)
                 keyed += writing * tl.dot(met, queries, input_precision="ieee")
                 level -= 1 + mild.to(tl.int32) * LEVELS
-        if not TIED:
-            tl.store(dk + at_k, keyed + own[:, None] * query * weight[None, :], mask=ok_k)
         if GATES:
             later = change - key * keyed
+        keyed += own[:, None] * query * weight[None, :]
+        if BEFORE:
+            after = tl.load(q + at_k + heads * K, mask=ok_k & (here + 1 < count), other=0.0)
+            keyed += beside[:, None] * after.to(tl.float32)
+        if not TIED:
+            tl.store(dk + at_k, keyed, mask=ok_k)
+        if GATES:
             if EXACT:
                 since = tl.cumsum(later, 0, reverse=True)
             else:
@@ -458,7 +473,7 @@ def gradients_of_chunk(
                 b = at_token(sums, ic, count, heads, ik, K)
                 since = tl.where(b - at_token(sums, ic - 1, count, heads, ik, K) < NOTHING, 0.0, since)
             if TIED:  # dk's part: -e^g
-                since -= (1.0 - key) * (keyed + own[:, None] * query * weight[None, :])
+                since -= (1.0 - key) * keyed
             tl.store(dg + at_k, since, mask=ok_k)
 
 
