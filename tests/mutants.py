@@ -1529,11 +1529,11 @@ MUTANTS = [
         "tests/test_fast.py -k neighbours_without",
     ),
     Mutant(
-        "what a chunk fades is that of the chunk before",
+        "every chunk fades as the first one does",
         "fast/kernels/channel.py",
         "line, fade = coming, fade_then\n\n    if END:",
         "line = coming\n\n    if END:",
-        "tests/test_fast.py -k 'both_ways and gla'",
+        "tests/test_fast.py -k 'documents and gla'",
     ),
     Mutant(
         "a mild chunk's fading is put back but not taken out before",
