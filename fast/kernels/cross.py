@@ -55,11 +55,11 @@ the sweeps 10, 13 and 13, and 20: 74 U (floor 15). Kept for the gradient besides
 2 U and cosines and sines 4; memories, U or 2 U. Multiply-adds a token and head: a sweep 2·X·Z and C·Z, preparing C·X.
 Exponentials: 3·X once, 2·Z a sweep whose z has gates; where blocks are not mild C·X and C·Z more.
 
-Compilers: what `decay.py` says. No operand of a product is a result transposed: y is loaded in columns. With two stages
-the loads of the next block are asked for ahead, and barriers are 10 a block, with one 27. Compiled for sm_90 (Triton
-3.7.1, tests/hopper.py) sweeps of bfloat16 spill at most 8 bytes a thread up to 128 rows, with 256 about 0.1 KiB; those
-of float16 and float32 up to 0.4 KiB with 256 rows, and any with 512 (GateLoop with K = 256) up to 2.4 KiB. So does the
-library's cosine, 32 bytes for angles that do not occur.
+Compilers: what `decay.py` says. No operand of a product is a result transposed: y is loaded in columns. With two or
+three stages barriers are 10 a block, with one 27; in three two programs fit a multiprocessor up to 128 rows. Compiled
+for sm_90 (Triton 3.7.1, tests/hopper.py) sweeps of bfloat16 spill at most 8 bytes a thread up to 128 rows, with 256
+about 0.1 KiB; those of float16 and float32 up to 0.4 KiB with 256 rows, and any with 512 (GateLoop with K = 256) up to
+2.4 KiB. So does the library's cosine, 32 bytes for angles that do not occur.
 """
 
 import functools

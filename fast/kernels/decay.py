@@ -73,6 +73,11 @@ bits with num_stages = 1 (2 and 3 are right; found by the tests): CONFIG has no 
 weighted mean is a tile of the forward sweep's products (keys times ones, queries times N): its sums are taken element
 by element. 16-bit tensors with odd rows have been miscompiled: the caller pads K and V to multiples of 16. Sizes that
 change from call to call are never specialised, so an argument of 1 builds no different program.
+
+What a loop loads for its products is copied to shared memory ahead, but only so far: with two stages copies begin at
+the end of a turn and are waited for at the beginning of the next, with three there is a whole turn between. A load that
+has another one as its `other` is a level behind it, and each level gets a part of the stages. And what feeds no product
+is loaded where it stands: sweeps ask for it a chunk before they need it.
 """
 
 import functools
