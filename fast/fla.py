@@ -64,6 +64,7 @@ class Operator(NamedTuple):
         return {names.get(name, name): y for name, y in self.given(x).items()}
 
 
+GATED_DELTA = Operator("gated_delta_rule", "chunk_gated_delta_rule", lambda x: whole(x, *"qkvg", "beta"))
 OPERATOR = {
     "linear_attention": Operator("linear_attn", "chunk_linear_attn", lambda x: whole(x, *"qkv") | {"normalize": False}),
     "lightning": Operator("simple_gla", "chunk_simple_gla", lambda x: whole(x, *"qkv") | {"g_gamma": x["g"]}),
@@ -74,7 +75,8 @@ OPERATOR = {
     "rwkv6": Operator("rwkv6", "chunk_rwkv6", lambda x: whole(x, *"kvu") | {"r": x["q"], "w": x["g"]}),
     "gsa": Operator("gsa", "chunk_gsa", slots_of, two_memories, one_memory),
     "delta_net": Operator("delta_rule", "chunk_delta_rule", lambda x: whole(x, *"qkv", "beta")),
-    "gated_delta_net": Operator("gated_delta_rule", "chunk_gated_delta_rule", lambda x: whole(x, *"qkvg", "beta")),
+    "gated_delta_net": GATED_DELTA,
+    "gated_delta_product": GATED_DELTA,
     "comba": Operator("comba", "chunk_comba", lambda x: whole(x, *"qkvg", "beta") | {"p": x["a"]}),
     "kda": Operator("kda", "chunk_kda", lambda x: whole(x, *"qkvg", "beta")),
     "rwkv7": Operator("rwkv7", "chunk_rwkv7", lambda x: whole(x, *"kvab") | {"r": x["q"], "w": x["g"]}),
