@@ -571,6 +571,20 @@ def test_keys_that_are_made_of_gates(name, least, most):
     compare(name, t=FEW, change=change)
 
 
+@pytest.mark.parametrize("wanted", ["g", "qv"])
+def test_gates_that_make_keys_want_the_only_gradient_or_none(wanted):
+    row, tokens, _ = some("hgrn2")
+
+    def gradients(these):
+        given = {n: x.detach().requires_grad_(n in these) for n, x in tokens.items()}
+        o, last = quick.recurrence(row, given)
+        return torch.autograd.grad(o.sin().sum() + last.sum(), [given[n] for n in these])
+
+    every = dict(zip("qvg", gradients("qvg"), strict=True))
+    for n, got in zip(wanted, gradients(wanted), strict=True):
+        torch.testing.assert_close(got, every[n])
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_neighbours_without_a_gate_between_them_cancel_in_its_gradient(seed, monkeypatch):
     """Where the read is before the write, of pairs of tokens those that follow each other do not fade at all."""
