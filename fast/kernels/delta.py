@@ -114,6 +114,7 @@ CONFIG = {
     (128, 4): (32, 4, 1),
     (256, 4): (16, 8, 1),
 }
+UNGATED = {(64, 2): (32, 4, 3)}  # in three stages copies are a turn ahead; with a gate they take longer (bench/LOG.md)
 # the same for `delta_chunks`: (channels of K a program, warps, stages)
 CHUNKS = {
     (16, 2): (16, 4, 2),
@@ -732,12 +733,14 @@ def kind_of(x: Tensor, g: Tensor | None, a: Tensor | None, borders: Tensor | Non
 
 def shape_of(x: Tensor, z: Tensor, g: Tensor | None, a: Tensor | None, borders: Tensor | None, chunk: int) -> dict:
     """The compile-time arguments of a sweep whose state is x's columns × z's columns."""
-    return {**sizes_of(x.shape[-1], z.shape[-1], x.element_size()), "C": chunk, **kind_of(x, g, a, borders)}
+    sizes = sizes_of(x.shape[-1], z.shape[-1], x.element_size(), g is None and a is None)
+    return {**sizes, "C": chunk, **kind_of(x, g, a, borders)}
 
 
 @functools.cache
-def sizes_of(X: int, Z: int, width: int) -> dict:
-    columns, warps, stages = CONFIG[padded(X), width]
+def sizes_of(X: int, Z: int, width: int, ungated: bool) -> dict:
+    line = padded(X), width
+    columns, warps, stages = UNGATED.get(line, CONFIG[line]) if ungated else CONFIG[line]
     columns = min(columns, padded(Z))
     sizes = {"X": X, "Z": Z, "BX": padded(X), "BZ": columns, "SLICES": cdiv(Z, columns)}
     return {**sizes, "num_warps": warps, "num_stages": stages}
