@@ -23,6 +23,8 @@ PEERS = {"ours": "", "fla": " (FLA)", "torch SDPA": " attention (torch's flash k
 LINES = {"ours": "-", "fla": "--", "torch SDPA": ":"}
 # kernels that are no longer these; or those of one row
 REWRITTEN = ("6479faec3c20", "57c554ce8586", "a34abf246e98", "14369835af4d", "mamba2 f1e78674b044")
+REWRITTEN += ("based 7b7420ff5730", "rebased 7b7420ff5730", "gate_loop 4383883d522d", "mom_gla fd8befd07dd6")
+REWRITTEN += ("gated_fast_weights 0b3ddb52a3a1",)
 STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 DPI = 110
 
