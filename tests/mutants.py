@@ -1510,8 +1510,15 @@ MUTANTS = [
     Mutant(
         "a key that a gate leaves little room for has no digits",
         "fast/kernels/channel.py",
-        "tl.abs(x) < 0.0625",
+        "tl.abs(x) < 0.5",
         "tl.abs(x) < 0.0",
+        "tests/test_fast.py -k made_of_gates",
+    ),
+    Mutant(
+        "a key that a gate leaves some room for has the digits of a difference",
+        "fast/kernels/channel.py",
+        "tl.abs(x) < 0.5",
+        "tl.abs(x) < 0.0625",
         "tests/test_fast.py -k made_of_gates",
     ),
     Mutant(

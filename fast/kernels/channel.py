@@ -123,9 +123,10 @@ def at_token(sums, index, count, heads, ik, K: tl.constexpr):
 
 @triton.jit
 def complement_of(x):
-    """1 - e^x in float32. Near zero by its series, for the difference would have no digits left."""
-    small = -x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5)))))
-    return tl.where(tl.abs(x) < 0.0625, small, 1.0 - tl.exp(x))
+    """1 - e^x in float32. Above -1/2 by its series, for the difference would have fewer digits than a float32 has."""
+    rest = 1.0 + x * (1 / 5) * (1.0 + x * (1 / 6) * (1.0 + x * (1 / 7) * (1.0 + x * (1 / 8))))
+    small = -x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * rest)))
+    return tl.where(tl.abs(x) < 0.5, small, 1.0 - tl.exp(x))
 
 
 @triton.jit
