@@ -201,7 +201,7 @@ def former_of(row: Row) -> Callable[[Row, Inputs], Form] | None:
 
 
 def plain_form(row: Row, x: Inputs) -> Normal:
-    if row.update is words.tied:  # no keys: kernels make them where they read gates
+    if row.update is words.tied and row.decay is words.channel:  # no keys: kernels make them where they read gates
         return normal(row._replace(update=words.outer), {**x, "k": x["g"]})._replace(k=None)
     form = normal(row, x)
     # vectors that are made of gates or write strengths are float32 as these are: the products want all alike

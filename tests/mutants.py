@@ -1522,6 +1522,13 @@ MUTANTS = [
         "tests/test_fast.py -k made_of_gates",
     ),
     Mutant(
+        "keys that gates make are left to kernels that read no such gate",
+        "fast/recurrence.py",
+        "row.update is words.tied and row.decay is words.channel:",
+        "row.update is words.tied:",
+        "tests/test_fast.py -k written_by_gates_all_the_same",
+    ),
+    Mutant(
         "a gate's gradient from keys that are made of it has the other sign",
         "fast/kernels/channel.py",
         "since -= (1.0 - key)",

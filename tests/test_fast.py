@@ -572,6 +572,14 @@ def test_keys_that_are_made_of_gates(name, least, most):
     compare(name, t=FEW, change=change)
 
 
+def test_a_memory_that_does_not_fade_may_be_written_by_gates_all_the_same():
+    """Kernels that read no gate for every channel are given the keys that gates make."""
+    row, tokens, _ = some("hgrn2", h=1)
+    row = row._replace(decay=exact.keep)
+    for got, want in zip(quick.recurrence(row, tokens), chunked.recurrence(row, tokens), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("wanted", ["g", "qv"])
 def test_gates_that_make_keys_want_the_only_gradient_or_none(wanted):
     row, tokens, _ = some("hgrn2")
